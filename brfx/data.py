@@ -1,0 +1,302 @@
+"""Names or folders to image data sets, decoded once, augmented in batches."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor
+from torch.nn import functional as F
+
+from brfx.errors import DataError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGE_SUFFIXES = frozenset(torchvision.datasets.folder.IMG_EXTENSIONS)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What happens to an image before the model sees it: resized to a square, scaled to 0..1, normalized.
+
+    Attributes:
+        image_size: side of the square in pixels.
+        mean, std: per RGB channel, of images in 0..1.
+    """
+
+    image_size: int
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 images ``(N, 3, H, W)`` to float32, normalized."""
+        mean = torch.tensor(self.mean, device=images.device).view(1, 3, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(1, 3, 1, 1)
+        return (images.float() / 255 - mean) / std
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+#: Documented defaults by data set. CIFAR takes ImageNet's mean and std, as the checkpoints in circulation do.
+#: A folder takes the model's own size (32 for the CIFAR ResNets, 224 else).
+DEFAULTS = {
+    "digits": Preprocessing(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "cifar10": Preprocessing(32),
+    "cifar100": Preprocessing(32),
+}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images in memory: uint8 ``(N, 3, S, S)``, labels int64 ``(N,)``."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Tensor) -> Split:
+        return Split(self.images[indices], self.labels[indices])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Three splits of one data set. ``val`` is cut from the training images; ``test`` is not looked at before the end."""
+
+    name: str
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    train: Split
+    val: Split
+    test: Split
+    flip: bool = True  #: whether a mirrored image is still of its class
+
+
+class BatchLoader:
+    """Batches ``(images, labels)`` of a split, normalized, on ``device``.
+
+    With ``augment``, each image is shifted by up to an eighth of its side and, if ``flip``, mirrored with probability
+    one half, for the whole batch at once. Order and augmentation are functions of (seed, epoch, sample) alone.
+
+    Args:
+        split: the images.
+        preprocessing: how they are normalized.
+        batch_size: images a batch; the last batch of an epoch may be smaller.
+        augment: shuffle and augment; otherwise the order is the split's own.
+        drop_last: leave a smaller last batch out.
+        seed: of order and augmentation.
+        device: where the batches go.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        preprocessing: Preprocessing,
+        batch_size: int,
+        *,
+        augment: bool = False,
+        flip: bool = True,
+        drop_last: bool = False,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.split, self.preprocessing, self.batch_size = split, preprocessing, batch_size
+        self.augment, self.flip, self.drop_last, self.seed = augment, flip, drop_last, seed
+        self.device = torch.device(device)
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.split), self.batch_size)
+        return whole + (1 if rest and not self.drop_last else 0)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        samples = len(self.split)
+        order = torch.arange(samples)
+        if self.augment:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            order = torch.randperm(samples, generator=generator)
+            reach = max(1, self.preprocessing.image_size // 8)
+            shifts = torch.randint(0, 2 * reach + 1, (samples, 2), generator=generator)
+            mirrored = torch.rand(samples, generator=generator) < (0.5 if self.flip else 0.0)
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            images = self.split.images[chosen]
+            if self.augment:
+                images = _shift_and_mirror(images, shifts[chosen], mirrored[chosen], reach)
+            images = self.preprocessing.normalize(images.to(self.device, non_blocking=True))
+            yield images, self.split.labels[chosen].to(self.device, non_blocking=True)
+
+
+def _shift_and_mirror(images: Tensor, shifts: Tensor, mirrored: Tensor, reach: int) -> Tensor:
+    """Crop each image at its own offset out of the batch padded with zeros, and mirror the marked ones."""
+    count, _, height, width = images.shape
+    padded = F.pad(images, (reach, reach, reach, reach))
+    rows = shifts[:, :1] + torch.arange(height)
+    columns = torch.arange(width).expand(count, width)
+    columns = torch.where(mirrored[:, None], width - 1 - columns, columns) + shifts[:, 1:]
+    sample = torch.arange(count)
+    return padded.permute(0, 2, 3, 1)[sample[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def load_dataset(
+    source: str,
+    *,
+    data_dir: Path,
+    preprocessing: Preprocessing | None = None,
+    download: bool = False,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    workers: int = 2,
+) -> Dataset:
+    """Read a data set into memory.
+
+    Args:
+        source: ``digits``, ``cifar10``, ``cifar100``, or a folder with ``train/`` and ``test/`` or ``val/``, each with
+            one folder of images a class.
+        data_dir: where named data sets lie, and are downloaded to.
+        preprocessing: size, mean and std; default :data:`DEFAULTS`, for a folder it must be given.
+        download: let torchvision download a named data set that is not there.
+        val_fraction: share of the training images cut off for validation, drawn per class with ``seed``.
+        workers: threads that decode a folder's images.
+
+    Raises:
+        DataError: nothing is there, or what is there cannot be used; with the command that mends it.
+    """
+    preprocessing = preprocessing or DEFAULTS.get(source)
+    if source == "digits":
+        assert preprocessing is not None
+        train, test, classes = _digits(preprocessing.image_size)
+    elif source in ("cifar10", "cifar100"):
+        assert preprocessing is not None
+        train, test, classes = _cifar(source, data_dir, download, preprocessing.image_size)
+    else:
+        if preprocessing is None:
+            raise DataError(f"{source}: say at which size to read the images of a folder (--image-size)")
+        train, test, classes = _folder(Path(source), preprocessing.image_size, workers)
+    keep, held = _cut(train.labels, val_fraction, seed)
+    return Dataset(
+        source, classes, preprocessing, train.take(keep), train.take(held), test, flip=source != "digits"
+    )
+
+
+def _cut(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of what stays in training and of what is held out, the same share of every class."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = order[labels[order] == label]
+        held[members[: max(1, round(len(members) * fraction))]] = True
+    return (~held).nonzero().flatten(), held.nonzero().flatten()
+
+
+def _digits(size: int) -> tuple[Split, Split, tuple[str, ...]]:
+    """scikit-learn's 1,797 handwritten digits (8x8), every fifth for the test, enlarged to ``size``."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError("the digits come with scikit-learn: pip install 'brfx[demo]'") from error
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)
+    images = F.interpolate(images, size=(size, size), mode="bilinear").round().to(torch.uint8).expand(-1, 3, -1, -1)
+    labels = torch.from_numpy(bunch.target).long()
+    test = torch.arange(len(labels)) % 5 == 0
+    return (
+        Split(images[~test].contiguous(), labels[~test]),
+        Split(images[test].contiguous(), labels[test]),
+        tuple(str(digit) for digit in range(10)),
+    )
+
+
+def _cifar(name: str, data_dir: Path, download: bool, size: int) -> tuple[Split, Split, tuple[str, ...]]:
+    kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numpy's deprecations inside torchvision's unpickling
+            parts = [kind(str(data_dir), train=train, download=download) for train in (True, False)]
+    except Exception as error:
+        what = f"{name} is not in {data_dir}" if not download else f"downloading {name} to {data_dir} failed ({error})"
+        raise DataError(
+            f"{what}: add --download, or give a folder of images with --data DIR (DIR/train/CLASS/*.png, DIR/test/...)"
+        ) from error
+    train, test = (Split(_resize(torch.from_numpy(p.data).permute(0, 3, 1, 2), size), torch.tensor(p.targets)) for p in parts)
+    return train, test, tuple(parts[0].classes)
+
+
+def _resize(images: Tensor, size: int) -> Tensor:
+    if tuple(images.shape[-2:]) == (size, size):
+        return images.contiguous()
+    resized = F.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
+    return resized.round().clamp(0, 255).to(torch.uint8)
+
+
+def _folder(root: Path, size: int, workers: int) -> tuple[Split, Split, tuple[str, ...]]:
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder, and not one of {', '.join(DEFAULTS)}")
+    test_name = next((name for name in ("test", "val") if (root / name).is_dir()), None)
+    if not (root / "train").is_dir() or test_name is None:
+        raise DataError(f"{root}: expected {root}/train/CLASS/*.png and {root}/test/CLASS/*.png (or val/)")
+    classes = tuple(sorted(path.name for path in (root / "train").iterdir() if path.is_dir()))
+    splits = []
+    for part in ("train", test_name):
+        strange = sorted({p.name for p in (root / part).iterdir() if p.is_dir()} ^ set(classes))
+        if strange:
+            raise DataError(f"{root}: train/ and {test_name}/ differ in their classes, first in {strange[0]!r}")
+        files = [
+            (path, label)
+            for label, name in enumerate(classes)
+            for path in sorted((root / part / name).rglob("*"))
+            if path.suffix.lower() in IMAGE_SUFFIXES
+        ]
+        if not files:
+            raise DataError(f"{root / part}: no image in it (one folder a class, files ending in .png, .jpg ...)")
+        splits.append(_decode(files, size, workers))
+    return splits[0], splits[1], classes
+
+
+def _decode(files: Sequence[tuple[Path, int]], size: int, workers: int) -> Split:
+    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+
+    def read(index: int) -> None:
+        try:
+            images[index] = _square(files[index][0], size)
+        except Exception as error:
+            raise DataError(f"{files[index][0]}: cannot read this image ({error})") from error
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for _ in pool.map(read, range(len(files)), chunksize=64):
+            pass
+    return Split(images, torch.tensor([label for _, label in files]))
+
+
+def _square(path: Path, size: int) -> Tensor:
+    """An image as uint8 ``(3, size, size)``: the shorter side resized to ``size``, then the centre cut out."""
+    from PIL import Image
+    from torchvision.transforms.v2 import functional as transforms
+
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    if image.size != (size, size):
+        image = transforms.center_crop(transforms.resize(image, [size], antialias=True), [size, size])
+    return transforms.pil_to_tensor(image)
+
+
+def with_overrides(
+    base: Preprocessing,
+    image_size: int | None = None,
+    mean: tuple[float, float, float] | None = None,
+    std: tuple[float, float, float] | None = None,
+) -> Preprocessing:
+    """``base`` with what the user gave instead of its defaults."""
+    changes: dict[str, Any] = {"image_size": image_size, "mean": mean, "std": std}
+    return replace(base, **{name: value for name, value in changes.items() if value is not None})

@@ -1,0 +1,33 @@
+"""What brfx raises: every message says what is wrong, where, and what to do."""
+
+
+class BrfxError(Exception):
+    """Base of every error that brfx raises on purpose."""
+
+
+class ConfigError(BrfxError, ValueError):
+    """A setting is out of range or contradicts another one."""
+
+
+class TraceError(BrfxError):
+    """``torch.fx`` could not turn the model into a graph."""
+
+
+class CheckpointError(BrfxError):
+    """A checkpoint cannot be read, or does not belong to the model."""
+
+
+class DataError(BrfxError):
+    """A data set is absent, empty or does not fit the model."""
+
+
+class NotCalibratedError(BrfxError, RuntimeError):
+    """A quantizer was asked to quantize before its step was set."""
+
+
+class TrainingError(BrfxError, RuntimeError):
+    """Training cannot go on, or would not mean anything."""
+
+
+class ExportError(BrfxError):
+    """A model cannot be written in the format asked for."""

@@ -1,0 +1,99 @@
+"""Small helpers over ``torch.fx`` graphs. Passes are written in these."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from brfx.nn import LSQQuantizer
+
+
+def module_calls(gm: GraphModule) -> list[tuple[Node, nn.Module]]:
+    """Every ``call_module`` node in order of execution, with the module it calls."""
+    return [(node, gm.get_submodule(str(node.target))) for node in gm.graph.nodes if node.op == "call_module"]
+
+
+def call_counts(gm: GraphModule) -> Counter[str]:
+    """How many nodes call each submodule."""
+    return Counter(str(node.target) for node in gm.graph.nodes if node.op == "call_module")
+
+
+def scope(node: Node) -> str:
+    """Dotted name of the module whose ``forward`` made this node; ``""`` for the model itself."""
+    stack = node.meta.get("nn_module_stack")
+    return next(reversed(stack)) if stack else ""
+
+
+def free_name(gm: GraphModule, name: str) -> str:
+    """``name``, or ``name_1``, ``name_2`` ... if the GraphModule already has something so called."""
+    taken = {path for path, _ in gm.named_modules()}
+    parent, _, leaf = name.rpartition(".")
+    if parent in taken:
+        owner = gm.get_submodule(parent)
+        taken |= {f"{parent}.{attribute}".lstrip(".") for attribute in vars(owner) | owner._parameters | owner._buffers}
+    candidates: Iterator[str] = (f"{name}_{i}" if i else name for i in range(len(taken) + 1))
+    return next(candidate for candidate in candidates if candidate not in taken and leaf)
+
+
+def set_module(gm: GraphModule, name: str, module: nn.Module) -> None:
+    """Put ``module`` at the dotted ``name``, with the mode of its parent (``add_submodule`` alone leaves it training)."""
+    gm.add_submodule(name, module)
+    module.train(gm.training)
+
+
+def replace_with_module(gm: GraphModule, node: Node, name: str, module: nn.Module) -> None:
+    """Make ``node`` a call of ``module``, put at ``name``, on its first argument."""
+    set_module(gm, name, module)
+    source = node.args[0] if node.args else node.kwargs["input"]
+    with gm.graph.inserting_before(node):
+        new = gm.graph.call_module(name, (source,))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
+
+
+def insert_before(gm: GraphModule, node: Node, name: str, module: nn.Module) -> None:
+    """Put a call of ``module``, at ``name``, between ``node`` and its first argument."""
+    set_module(gm, name, module)
+    source = node.args[0]
+    with gm.graph.inserting_before(node):
+        new = gm.graph.call_module(name, (source,))
+    new.meta = dict(node.meta)
+    node.args = (new, *node.args[1:])
+
+
+def check(gm: GraphModule) -> None:
+    """Hold what every pass must ensure.
+
+    Raises:
+        RuntimeError: the graph is malformed, an activation quantizer has more than one call site, or a step is
+            registered under two names. Always a defect of a pass, never of the user's model.
+    """
+    gm.graph.lint()
+    counts = call_counts(gm)
+    shared = [name for name, module in gm.named_modules() if isinstance(module, LSQQuantizer) and counts[name] > 1]
+    if shared:
+        raise RuntimeError(f"quantizers called at more than one site: {shared}")
+    names: dict[int, str] = {}
+    for name, parameter in gm.named_parameters(remove_duplicate=False):
+        if name.endswith("step") and names.setdefault(id(parameter), name) != name:
+            raise RuntimeError(f"one step under two names: {names[id(parameter)]} and {name}")
+
+
+def dump(gm: GraphModule) -> str:
+    """The graph as a few readable lines, one a node: ``relu = ReLU(conv)``."""
+    lines = []
+    for node in gm.graph.nodes:
+        inputs = ", ".join(str(argument) for argument in node.all_input_nodes)
+        if node.op == "placeholder":
+            lines.append(f"{node.name} = input")
+        elif node.op == "output":
+            lines.append(f"return {inputs}")
+        elif node.op == "call_module":
+            lines.append(f"{node.name} = {type(gm.get_submodule(str(node.target))).__name__}({inputs})")
+        else:
+            lines.append(f"{node.name} = {getattr(node.target, '__name__', node.target)}({inputs})")
+    return "\n".join(lines)

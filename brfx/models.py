@@ -1,0 +1,165 @@
+"""Names to float models: all of torchvision's, and the CIFAR ResNets."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision.models
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from brfx.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """The arguments of :func:`build_model`: what a saved file holds instead of code.
+
+    Attributes:
+        name: a name that ``brfx models`` lists, or ``path/to/file.py:factory``.
+        num_classes: classes of the last layer; ``None`` leaves the model's own number.
+        cifar_stem: swap the ImageNet stem for a 3x3 convolution of stride 1, without max-pooling.
+    """
+
+    name: str
+    num_classes: int | None = None
+    cifar_stem: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class _BasicBlock(nn.Module):
+    """Two 3x3 convolutions; the shortcut has no parameters (He et al., 2016, option A)."""
+
+    def __init__(self, in_planes: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.stride, self.padding = stride, (planes - in_planes) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.stride > 1 or self.padding:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        return F.relu(out + x)
+
+
+class CifarResNet(nn.Module):
+    """ResNet for 32x32 images, depth ``6 * blocks + 2`` (He et al., 2016, section 4.2), with option A shortcuts.
+
+    The attribute names are those of the checkpoints in use (``conv1``, ``layer1.0.conv1``, ..., ``linear``).
+    """
+
+    def __init__(self, blocks: int, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = self._stage(16, 16, blocks, 1)
+        self.layer2 = self._stage(16, 32, blocks, 2)
+        self.layer3 = self._stage(32, 64, blocks, 2)
+        self.linear = nn.Linear(64, num_classes)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(module.weight)
+
+    @staticmethod
+    def _stage(in_planes: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
+        first = _BasicBlock(in_planes, planes, stride)
+        return nn.Sequential(first, *(_BasicBlock(planes, planes, 1) for _ in range(blocks - 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.layer3(self.layer2(self.layer1(out)))
+        out = F.adaptive_avg_pool2d(out, 1).flatten(1)
+        return self.linear(out)  # type: ignore[no-any-return]
+
+
+CIFAR_RESNETS: dict[str, Callable[..., nn.Module]] = {
+    f"resnet{6 * blocks + 2}": partial(CifarResNet, blocks) for blocks in (3, 5, 7, 9, 18)
+}
+# resnet20, resnet32, resnet44, resnet56, resnet110: none of these is a name of torchvision's.
+
+
+def model_names() -> list[str]:
+    """Every name that :func:`build_model` takes, sorted (``quantized_*`` of torchvision are not FP32 and left out)."""
+    names = [name for name in torchvision.models.list_models() if not name.startswith("quantized_")]
+    return sorted([*CIFAR_RESNETS, *names])
+
+
+def build_model(name: str, num_classes: int | None = None, *, cifar_stem: bool = False) -> nn.Module:
+    """An FP32 model with random weights.
+
+    Args:
+        name: one of :func:`model_names`, or ``path/to/file.py:factory``: ``factory`` is called with no argument, or
+            with ``num_classes=`` if that is given. Naming a file runs its code; nothing else that brfx reads does.
+        num_classes: classes of the last layer; default the model's own (10 for the CIFAR ResNets, 1000, 91, 21, 400).
+        cifar_stem: for models with an ImageNet stem (``conv1`` of stride 2 and ``maxpool``).
+
+    Raises:
+        ConfigError: no such name (with the nearest ones), no such file or factory, or a stem that is not there.
+    """
+    arguments = {} if num_classes is None else {"num_classes": num_classes}
+    if name.partition(":")[0].endswith(".py"):
+        model = _user_factory(name)(**arguments)
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"{name} returned a {type(model).__name__}, not a torch.nn.Module")
+    elif name in CIFAR_RESNETS:
+        model = CIFAR_RESNETS[name](**arguments)
+    elif name in torchvision.models.list_models() and not name.startswith("quantized_"):
+        builder = torchvision.models.get_model_builder(name)
+        options: dict[str, Any] = {"weights": None}
+        if "weights_backbone" in builder.__kwdefaults__ if builder.__kwdefaults__ else False:
+            options["weights_backbone"] = None
+        model = builder(**options, **arguments)
+    else:
+        nearest = difflib.get_close_matches(name, model_names(), n=4) or ["resnet20", "resnet18"]
+        raise ConfigError(
+            f"unknown model {name!r}: did you mean {', '.join(nearest)}? "
+            "`brfx models` lists all; a model of your own is path/to/file.py:factory"
+        )
+    if cifar_stem:
+        _use_cifar_stem(model, name)
+    model.brfx_source = ModelSource(name, num_classes, cifar_stem)  # type: ignore[assignment]
+    return model
+
+
+def _user_factory(spec: str) -> Callable[..., Any]:
+    file, _, factory = spec.partition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise ConfigError(f"{file}: no such file; --model takes a name or path/to/file.py:factory")
+    if not factory:
+        raise ConfigError(f"{file}: say which function builds the model: {file}:factory")
+    spec_ = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec_ is not None and spec_.loader is not None
+    module = importlib.util.module_from_spec(spec_)
+    spec_.loader.exec_module(module)
+    if not callable(getattr(module, factory, None)):
+        raise ConfigError(f"{file} has no function {factory!r}")
+    return getattr(module, factory)  # type: ignore[no-any-return]
+
+
+def _use_cifar_stem(model: nn.Module, name: str) -> None:
+    conv = getattr(model, "conv1", None)
+    if not isinstance(conv, nn.Conv2d) or not isinstance(getattr(model, "maxpool", None), nn.Module):
+        raise ConfigError(f"--cifar-stem needs a model with an ImageNet stem (conv1 and maxpool); {name} has none")
+    model.conv1 = nn.Conv2d(conv.in_channels, conv.out_channels, 3, 1, 1, bias=conv.bias is not None)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+
+
+def example_input(model: nn.Module, image_size: int, batch: int = 1) -> Tensor:
+    """A batch of random images ``(batch, 3, image_size, image_size)`` on the model's device."""
+    device = next(model.parameters()).device
+    return torch.rand(batch, 3, image_size, image_size, device=device)

@@ -1,0 +1,206 @@
+"""Learned step size quantization: the function with its two gradients, and the quantizer modules that hold a step.
+
+Source: Esser et al., "Learned Step Size Quantization", ICLR 2020.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from brfx.errors import NotCalibratedError
+from brfx.grid import MIN_STEP, Grid
+
+
+class _LSQ(torch.autograd.Function):
+    """``v -> step * code(v)``; plain aten operations, so that compile and export see through it."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, step: Tensor, grid: Grid, scale: float, floor: float, ceiling: float) -> Tensor:
+        ctx.save_for_backward(values, step)
+        ctx.settings = (grid, scale, floor, ceiling)
+        if floor > -math.inf or ceiling < math.inf:
+            values = values.clamp(floor, ceiling)
+        return grid.encode(values, step) * step.clamp(min=MIN_STEP)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        values, step = ctx.saved_tensors
+        grid, scale, floor, ceiling = ctx.settings
+        clipped = values.clamp(floor, ceiling) if floor > -math.inf or ceiling < math.inf else values
+        code = grid.encode(clipped, step)
+        if grid.binary:  # v^ = s * sign(v): the gradient passes straight to v, and d v^ / d s = sign(v)
+            grad_values, slope = grad, code
+        else:
+            ratio = clipped / step.clamp(min=MIN_STEP)
+            inside = (ratio >= grid.low) & (ratio <= grid.high)
+            slope = code - torch.where(inside, ratio, 0.0)
+            open_ = inside & (values > floor) & (values < ceiling)
+            grad_values = torch.where(open_, grad, 0.0)
+        grad_step = (grad * slope).sum_to_size(step.shape) * scale
+        return grad_values, grad_step, None, None, None, None
+
+
+def lsq_quantize(
+    values: Tensor,
+    step: Tensor,
+    grid: Grid,
+    *,
+    gradient_scale: float,
+    floor: float = -math.inf,
+    ceiling: float = math.inf,
+) -> Tensor:
+    """Quantize ``clip(values, floor, ceiling)`` to the levels ``code * step``.
+
+    Args:
+        values: any shape.
+        step: a scalar, or one step per output channel in a shape that broadcasts.
+        grid: the codes.
+        gradient_scale: LSQ's g, which multiplies the gradient of ``step``; ``1 / sqrt(N * Qp)``.
+        floor, ceiling: bounds applied before quantizing: ``0`` and infinity make a ReLU, ``0`` and ``6`` a ReLU6.
+            At and beyond a bound no gradient reaches ``values``, as in ``torch.relu`` and ``F.hardtanh``.
+
+    Returns:
+        A tensor like ``values``. Inside the grid's range its gradient to ``values`` is 1, outside 0; to ``step`` it is
+        ``code - v / step`` inside and ``Qn`` or ``Qp`` outside (LSQ, eq. 3 and 5). Binary grids (signed, one bit):
+        1 everywhere and ``sign(v)``.
+    """
+    return _LSQ.apply(values, step, grid, gradient_scale, floor, ceiling)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class LSQQuantizer(nn.Module):
+    """What weight and activation quantizers share: a grid, a learned positive ``step``, and how it is first set.
+
+    ``step`` is NaN until :func:`brfx.calibrate` sets it; :class:`~brfx.errors.NotCalibratedError` is raised when the
+    module is run before. ``mode`` is ``"quantize"``, ``"pass"`` (values go through, see
+    :func:`brfx.quantization_disabled`) or ``"calibrate"``.
+    """
+
+    #: Parameters that the trainer gives the steps' own learning rate and no weight decay.
+    own_rate: ClassVar[tuple[str, ...]] = ("step",)
+
+    def __init__(self, bits: int, *, signed: bool, step_shape: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.grid = Grid(bits, signed)
+        self.step = nn.Parameter(torch.full(step_shape, math.nan))
+        self.calibrated = False
+        self.mode = "quantize"
+        self._magnitude = torch.zeros(())  # sum over calibration batches of mean |v|
+        self._batches = 0
+
+    @property
+    def bits(self) -> int:
+        return self.grid.bits
+
+    @property
+    def signed(self) -> bool:
+        return self.grid.signed
+
+    def forward(self, values: Tensor) -> Tensor:
+        if self.mode == "pass":
+            return self.prepare(values)
+        if self.mode == "calibrate":
+            self._calibrate(self.prepare(values).detach())
+        if not self.calibrated:
+            raise NotCalibratedError("a quantizer has no step yet: run brfx.calibrate(qmodel, batches) first")
+        return self.quantize(values)
+
+    def prepare(self, values: Tensor) -> Tensor:
+        """What happens to the values before they are quantized; here nothing."""
+        return values
+
+    def quantize(self, values: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def begin_calibration(self) -> None:
+        """Forget what earlier batches showed; the next forward in mode ``"calibrate"`` is the first."""
+        self._magnitude, self._batches = torch.zeros(()), 0
+        self.mode = "calibrate"
+
+    @torch.no_grad()
+    def _calibrate(self, values: Tensor) -> None:
+        """Set ``step`` from the mean over the batches so far of ``mean |v|``."""
+        if self.step.dim():
+            others = [d for d in range(values.dim()) if self.step.shape[d] == 1]
+            magnitude = values.abs().mean(dim=others, keepdim=True)
+        else:
+            magnitude = values.abs().mean()
+        self._batches += 1
+        self._magnitude = self._magnitude.to(magnitude) + magnitude
+        start = self.grid.start(self._magnitude / self._batches)
+        self.step.copy_(torch.where(start > 0, start, 1.0))  # all zeros: any step will do until values come
+        self.calibrated = bool(torch.isfinite(self.step).all())
+        if not self.calibrated:
+            raise NotCalibratedError("calibration met NaN or infinite values: check the model's weights and the data")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A state dict without this step (one of the FP32 model) leaves the quantizer uncalibrated."""
+        if f"{prefix}step" in state_dict:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        else:
+            self.step.data.fill_(math.nan)
+        self.calibrated = bool(torch.isfinite(self.step).all())
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, signed={self.signed}"
+
+
+class LSQWeightQuantizer(LSQQuantizer):
+    """Signed quantizer of a weight; ``g = 1 / sqrt(N * Qp)`` with N the number of weights that share a step."""
+
+    def __init__(self, bits: int, *, step_shape: tuple[int, ...] = ()) -> None:
+        super().__init__(bits, signed=True, step_shape=step_shape)
+
+    def quantize(self, values: Tensor) -> Tensor:
+        shared = values.numel() // self.step.numel()
+        return lsq_quantize(values, self.step, self.grid, gradient_scale=1 / math.sqrt(shared * self.grid.high))
+
+
+class LSQActivationQuantizer(LSQQuantizer):
+    """Quantizer of an activation ``(batch, ...)``; ``g = 1 / sqrt(N * Qp)`` with N the features of one sample.
+
+    N leaves the batch out, so that the batch size does not change the training.
+    """
+
+    floor: float = -math.inf
+    ceiling: float = math.inf
+
+    def __init__(self, bits: int, *, signed: bool = False) -> None:
+        super().__init__(bits, signed=signed)
+
+    def quantize(self, values: Tensor) -> Tensor:
+        features = math.prod(values.shape[1:])
+        return lsq_quantize(
+            values,
+            self.step,
+            self.grid,
+            gradient_scale=1 / math.sqrt(features * self.grid.high),
+            floor=self.floor,
+            ceiling=self.ceiling,
+        )
+
+
+class QuantizedClippedReLU(LSQActivationQuantizer):
+    """ReLU, clip and unsigned quantization in one: ``quantize(clip(x, 0, clip_value))``.
+
+    ``clip_value=None`` is a plain ReLU, ``6.0`` a ReLU6.
+    """
+
+    floor = 0.0
+
+    def __init__(self, bits: int, *, clip_value: float | None = None) -> None:
+        super().__init__(bits, signed=False)
+        self.clip_value = clip_value
+        self.ceiling = math.inf if clip_value is None else clip_value
+
+    def prepare(self, values: Tensor) -> Tensor:
+        if self.clip_value is None:
+            return nn.functional.relu(values)
+        return nn.functional.hardtanh(values, 0.0, self.clip_value)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, clip_value={self.clip_value}"
