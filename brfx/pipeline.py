@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 from torch.fx import GraphModule
 
+from brfx.card import ModelCard, attach
 from brfx.config import QATConfig
 from brfx.errors import ConfigError
 from brfx.graph import check
@@ -63,8 +64,5 @@ def prepare_qat(model: nn.Module, config: QATConfig | None = None) -> GraphModul
             f"nothing to quantize in {type(model).__name__} at W{config.weight_bits}A{config.act_bits}: "
             "it has no convolution, linear or ReLU that these bits would change"
         )
-    gm.meta["brfx_config"] = config
-    source = getattr(model, "brfx_source", None)
-    if source is not None:
-        gm.meta["brfx_source"] = source
+    attach(gm, ModelCard(config, source=getattr(model, "brfx_source", None)))
     return gm

@@ -1,6 +1,6 @@
 """The generic trainer. It sees a module, data, settings and a penalty, and imports no quantizer."""
 
-from brfx.train.config import TrainConfig
+from brfx.config import TrainConfig
 from brfx.train.evaluate import Evaluation, evaluate
 from brfx.train.loop import Callback, EpochMetrics, FitResult, Means, Penalty, Progress, fit, seed_everything
 

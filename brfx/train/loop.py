@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from brfx.errors import ConfigError, DataError, TrainingError
 from brfx.train.checkpoint import write_atomically
-from brfx.train.config import TrainConfig
+from brfx.config import TrainConfig
 from brfx.train.evaluate import Evaluation, evaluate
 from brfx.train.optim import build_optimizer, rate_factor
 from brfx.train.step import compile_step, loss_step, use_compile
@@ -137,7 +137,8 @@ def fit(
     if not batches:
         raise DataError("there is no training batch: are there fewer images than --batch-size?")
     seed_everything(config.seed)
-    model.to(config.device)
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    model.to(config.device, memory_format=layout)  # type: ignore[call-overload]
     optimizer = build_optimizer(model, config)
     total = config.epochs * batches
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rate_factor(i, total, config.lr_warmup))
@@ -161,7 +162,7 @@ def fit(
         sums = _Sums()
         started = perf_counter()
         for batch, (images, labels) in enumerate(train_data, start=1):
-            images = images.to(config.device, non_blocking=True)
+            images = images.to(config.device, non_blocking=True, memory_format=layout)
             labels = labels.to(config.device, non_blocking=True)
             lr = scheduler.get_last_lr()[0]
             loss, numbers = step(images, labels)

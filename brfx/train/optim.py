@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from brfx.train.config import TrainConfig
+from brfx.config import TrainConfig
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

@@ -1,0 +1,71 @@
+"""brfx: take an FP32 network to 1-4 bits with learned steps and bin regularization.
+
+The names below are the public ones; they are imported when first used, so that ``import brfx`` stays light.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from brfx.binreg import BinRegularizer
+    from brfx.calibration import calibrate, quantization_disabled
+    from brfx.checkpoint import float_state_dict, load, save
+    from brfx.config import QATConfig, TrainConfig
+    from brfx.errors import BrfxError
+    from brfx.export import export_onnx
+    from brfx.models import build_model
+    from brfx.observing import observe
+    from brfx.penalty import BinPenalty
+    from brfx.pipeline import prepare_qat
+    from brfx.summary import summarize
+    from brfx.train import evaluate, fit
+
+_HOMES = {
+    "BinPenalty": "brfx.penalty",
+    "BinRegularizer": "brfx.binreg",
+    "BrfxError": "brfx.errors",
+    "QATConfig": "brfx.config",
+    "TrainConfig": "brfx.config",
+    "build_model": "brfx.models",
+    "calibrate": "brfx.calibration",
+    "evaluate": "brfx.train",
+    "export_onnx": "brfx.export",
+    "fit": "brfx.train",
+    "float_state_dict": "brfx.checkpoint",
+    "load": "brfx.checkpoint",
+    "observe": "brfx.observing",
+    "prepare_qat": "brfx.pipeline",
+    "quantization_disabled": "brfx.calibration",
+    "save": "brfx.checkpoint",
+    "summarize": "brfx.summary",
+}
+
+__all__ = [  # noqa: RUF022  (in the order of use)
+    "QATConfig",
+    "prepare_qat",
+    "calibrate",
+    "summarize",
+    "observe",
+    "quantization_disabled",
+    "build_model",
+    "TrainConfig",
+    "fit",
+    "evaluate",
+    "BinPenalty",
+    "BinRegularizer",
+    "save",
+    "load",
+    "float_state_dict",
+    "export_onnx",
+    "BrfxError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'brfx' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,48 @@
+"""What a rewritten model knows about itself, so that a file can be read without its code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import GraphModule
+
+from brfx.config import QATConfig
+from brfx.data import Preprocessing
+from brfx.errors import BrfxError
+from brfx.models import ModelSource
+
+_KEY = "brfx"  # in GraphModule.meta, which a deepcopy keeps; plain attributes are lost
+
+
+@dataclass
+class ModelCard:
+    """Kept with the model and written into every file.
+
+    Attributes:
+        config: what was asked of :func:`brfx.prepare_qat`.
+        source: how to build the float model; ``None`` for a module of the user's own.
+        preprocessing: what images go through before the model; ``None`` where nobody said.
+        classes: names of the outputs; ``None`` where nobody said.
+    """
+
+    config: QATConfig
+    source: ModelSource | None = None
+    preprocessing: Preprocessing | None = None
+    classes: tuple[str, ...] | None = None
+
+
+def attach(qmodel: GraphModule, card: ModelCard) -> None:
+    """Give ``qmodel`` its card."""
+    qmodel.meta[_KEY] = card
+
+
+def card_of(qmodel: GraphModule) -> ModelCard:
+    """The card of a model that :func:`brfx.prepare_qat` made.
+
+    Raises:
+        BrfxError: the model has none.
+    """
+    card = getattr(qmodel, "meta", {}).get(_KEY)
+    if not isinstance(card, ModelCard):
+        raise BrfxError(f"this {type(qmodel).__name__} was not made by brfx.prepare_qat")
+    return card

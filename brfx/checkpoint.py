@@ -1,0 +1,199 @@
+"""Weights from and to files: FP32 checkpoints as they come, and brfx's own ``model.pt``."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from brfx.calibration import require_calibrated
+from brfx.card import ModelCard, card_of
+from brfx.config import QATConfig
+from brfx.data import Preprocessing
+from brfx.errors import CheckpointError
+from brfx.models import ModelSource, build_model
+from brfx.nn import LSQQuantizer
+from brfx.pipeline import prepare_qat
+from brfx.train.checkpoint import write_atomically
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "checkpoint")
+_PREFIXES = ("module.", "_orig_mod.")
+_FORMAT = 1
+
+
+def read_file(path: Path) -> Any:
+    """The content of a checkpoint; tensors and plain containers only, so that no file can run code.
+
+    Args:
+        path: .safetensors, or whatever ``torch.save`` wrote (zip or legacy), under any name.
+
+    Raises:
+        CheckpointError: absent, empty, truncated, or holding pickled code, which is refused.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: {'is a folder, not a checkpoint' if path.is_dir() else 'no such file'}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "weights_only" in str(error).lower():
+            raise CheckpointError(
+                f"{path}: refused, it holds Python objects besides tensors, and reading these could run code; "
+                "save model.state_dict() instead of the model"
+            ) from error
+        raise CheckpointError(f"{path}: not a checkpoint, or a damaged one ({_first_line(error)})") from error
+    except Exception as error:  # torch, zipfile and safetensors each have their own for damaged files
+        raise CheckpointError(
+            f"{path}: truncated, damaged or not a checkpoint ({_first_line(error)}); copy it again from its source"
+        ) from error
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The state dict in a checkpoint, out of its wrappings (``state_dict``, ``model``, ...) and without the prefixes
+    ``module.`` and ``_orig_mod.`` that DataParallel, DDP and ``torch.compile`` leave.
+
+    Raises:
+        CheckpointError: as :func:`read_file`, or there is no state dict in the file.
+    """
+    content = read_file(path)
+    while isinstance(content, Mapping) and not _is_state_dict(content):
+        inner = [content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
+        if not inner:
+            break
+        content = inner[0]
+    if not isinstance(content, Mapping) or not _is_state_dict(content):
+        keys = f"its keys are {', '.join(map(str, list(content)[:6]))}" if isinstance(content, Mapping) else ""
+        raise CheckpointError(
+            f"{path}: no state dict in it (a {type(content).__name__}; {keys}); looked under {', '.join(_WRAPPERS)}"
+        )
+    return {_strip(str(key)): value for key, value in content.items()}
+
+
+def load_float(model: nn.Module, path: Path) -> None:
+    """Load an FP32 checkpoint into the model it was trained as.
+
+    Raises:
+        CheckpointError: as :func:`read_state_dict`; or the first keys and shapes that do not fit, and what to do.
+    """
+    state = read_state_dict(path)
+    own = model.state_dict()
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    surplus = [key for key in state if key not in own]
+    shapes = [key for key in own if key in state and state[key].shape != own[key].shape]
+    if not (missing or surplus or shapes):
+        model.load_state_dict(state, strict=False)  # an absent num_batches_tracked is all that may lack
+        return
+    if any(key.endswith("weight_quantizer.step") for key in surplus):
+        raise CheckpointError(f"{path}: is of a quantized model, an FP32 one is wanted; use the run's model.pt as --ckpt")
+    parts = []
+    if shapes:
+        key = shapes[0]
+        parts.append(f"{key} is {tuple(state[key].shape)} in the file and {tuple(own[key].shape)} in the model")
+        if len(shapes) > 1:
+            parts[-1] += f" ({len(shapes) - 1} more shapes differ)"
+    for what, keys in (("lacks", missing), ("has beyond the model's", surplus)):
+        if keys:
+            parts.append(f"it {what} {', '.join(keys[:3])}" + (f" and {len(keys) - 3} more" if len(keys) > 3 else ""))
+    last = [key for key in shapes if own[key].shape[1:] == state[key].shape[1:]]
+    advice = "is it another architecture than --model says?"
+    if shapes and len(last) == len(shapes) <= 2 and not missing and not surplus:
+        advice = f"pass --num-classes {state[last[0]].shape[0]}"
+    raise CheckpointError(f"{path} does not fit {type(model).__name__}: {'; '.join(parts)}; {advice}")
+
+
+def float_state_dict(qmodel: nn.Module) -> dict[str, Tensor]:
+    """The FP32 weights and buffers of a rewritten model under the original model's keys."""
+    own = {f"{name}.step" for name, module in qmodel.named_modules() if isinstance(module, LSQQuantizer)}
+    return {key: value for key, value in qmodel.state_dict().items() if key not in own}
+
+
+def save(qmodel: GraphModule, path: str | Path) -> None:
+    """Write a calibrated model so that :func:`load` can rebuild it: plain data, no code, written atomically.
+
+    Raises:
+        NotCalibratedError: a quantizer has no step.
+    """
+    require_calibrated(qmodel)
+    card = card_of(qmodel)
+    content = {
+        "format": "brfx",
+        "format_version": _FORMAT,
+        "brfx": version("brfx"),
+        "config": asdict(card.config),
+        "source": card.source and asdict(card.source),
+        "preprocessing": card.preprocessing and asdict(card.preprocessing),
+        "classes": card.classes and list(card.classes),
+        "state_dict": {key: value.detach().cpu() for key, value in qmodel.state_dict().items()},
+    }
+    write_atomically(Path(path), content)
+
+
+def is_brfx_file(path: Path) -> bool:
+    """Whether ``path`` is a file that :func:`save` wrote."""
+    if path.suffix == ".safetensors" or not path.is_file():
+        return False
+    content = read_file(path)
+    return isinstance(content, Mapping) and content.get("format") == "brfx"
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> GraphModule:
+    """Read what :func:`save` wrote, on the CPU and in eval mode.
+
+    Args:
+        path: the file.
+        model: the float model it was made from, where that is one of the user's own; its weights do not matter.
+
+    Raises:
+        CheckpointError: the file cannot be read, is not brfx's, does not fit ``model``, or needs one.
+    """
+    path = Path(path)
+    content = read_file(path)
+    if not isinstance(content, Mapping) or content.get("format") != "brfx":
+        raise CheckpointError(f"{path}: not a model that brfx.save wrote; load FP32 checkpoints with --model NAME --ckpt")
+    if content.get("format_version") != _FORMAT:
+        raise CheckpointError(f"{path}: format {content.get('format_version')}, this brfx reads {_FORMAT}; update brfx")
+    try:
+        config = QATConfig(**content["config"])
+        source = ModelSource(**content["source"]) if content["source"] else None
+        preprocessing = Preprocessing(**content["preprocessing"]) if content["preprocessing"] else None
+        classes = tuple(content["classes"]) if content["classes"] else None
+        state = dict(content["state_dict"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: a brfx file with something missing or changed ({_first_line(error)})") from error
+    if model is None:
+        if source is None or ".py" in source.name:
+            whose = f"was built by {source.name}" if source else "is of a class of your own"
+            raise CheckpointError(f"{path}: the model {whose}, and no code is run from a file: brfx.load(path, model=...)")
+        model = build_model(source.name, source.num_classes, cifar_stem=source.cifar_stem)
+    qmodel = prepare_qat(model, config)
+    try:
+        qmodel.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit the model: {' '.join(str(error).split())[:300]}") from error
+    card: ModelCard = card_of(qmodel)
+    card.source, card.preprocessing, card.classes = source, preprocessing, classes
+    return qmodel.eval()
+
+
+def _is_state_dict(content: Mapping[Any, Any]) -> bool:
+    return bool(content) and all(isinstance(value, Tensor) for value in content.values())
+
+
+def _strip(key: str) -> str:
+    while key.startswith(_PREFIXES):
+        key = key.removeprefix(_PREFIXES[0]).removeprefix(_PREFIXES[1])
+    return key
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
