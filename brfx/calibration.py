@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from brfx.errors import DataError, NotCalibratedError
+from brfx.errors import ConfigError, DataError, NotCalibratedError
 from brfx.nn import LSQQuantizer
+from brfx.start import START_RULES
 
 
 def quantizers(model: nn.Module) -> dict[str, LSQQuantizer]:
@@ -19,31 +20,41 @@ def quantizers(model: nn.Module) -> dict[str, LSQQuantizer]:
 
 
 @torch.no_grad()
-def calibrate(qmodel: nn.Module, batches: Iterable[Any]) -> None:
-    """Set every step to ``2 * mean|v| / sqrt(Qp)`` (LSQ, section 2.1) with the mean taken over ``batches``.
+def calibrate(
+    qmodel: nn.Module, batches: Iterable[Any], *, start: str = "lsq", batch_statistics: bool = False
+) -> None:
+    """Set every step from the weights and from what ``batches`` show of the activations.
 
     Weights are read from the model. Each activation is seen as the layers before it, already quantized, give it.
-    The model runs in eval mode and comes back in the mode it had.
+    The model runs in eval mode and comes back in the mode it had, its buffers unchanged.
 
     Args:
         qmodel: what :func:`brfx.prepare_qat` returned.
+        start: ``"lsq"``: ``2 * mean|v| / sqrt(Qp)`` (LSQ, section 2.1); ``"mse"``: the step of least squared error,
+            from which few-bit networks train faster, and the one for use without training. The mean over batches.
+        batch_statistics: let batch norms normalize with each batch's own mean and variance, as they will in training:
+            below 4 bits the running ones, which come from the FP32 network, no longer fit what reaches them.
         batches: model inputs; of a tuple or list the first element is taken as the input (``(images, labels)``).
 
     Raises:
+        ConfigError: no such rule.
         DataError: there was no batch.
         NotCalibratedError: a batch or a weight holds NaN or infinity, or a quantizer was never reached.
     """
+    if start not in START_RULES:
+        raise ConfigError(f"start={start!r}: takes {' or '.join(START_RULES)}")
     found = quantizers(qmodel)
     modes = {module: module.training for module in qmodel.modules()}
     for quantizer in found.values():
-        quantizer.begin_calibration()
+        quantizer.begin_calibration(start)
     device = next(qmodel.parameters()).device
     try:
         qmodel.eval()
-        number = 0
-        for number, batch in enumerate(batches, start=1):
-            inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-            qmodel(inputs.to(device) if isinstance(inputs, torch.Tensor) else inputs)
+        with _batch_norms_in_training(qmodel) if batch_statistics else nullcontext():
+            number = 0
+            for number, batch in enumerate(batches, start=1):
+                inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+                qmodel(inputs.to(device) if isinstance(inputs, torch.Tensor) else inputs)
         if not number:
             raise DataError("calibrate was given no batch: pass an iterable of model inputs")
     finally:
@@ -54,6 +65,21 @@ def calibrate(qmodel: nn.Module, batches: Iterable[Any]) -> None:
     missed = [name for name, quantizer in found.items() if not quantizer.calibrated]
     if missed:
         raise NotCalibratedError(f"the batches never reached {len(missed)} quantizers, the first is {missed[0]}")
+
+
+@contextmanager
+def _batch_norms_in_training(model: nn.Module) -> Iterator[None]:
+    """Within the block batch norms use each batch's statistics; their running ones are put back afterwards."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    kept = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
+    for norm in norms:
+        norm.train()
+    try:
+        yield
+    finally:
+        for norm, buffers in zip(norms, kept, strict=True):
+            for name, buffer in norm.named_buffers():
+                buffer.copy_(buffers[name])
 
 
 def require_calibrated(qmodel: nn.Module) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from brfx.errors import ConfigError
 
@@ -47,6 +48,7 @@ class QATConfig:
 
 
 OPTIMIZERS = ("sgd", "adamw")
+STARTS = ("lsq", "mse")
 COMPILE = ("auto", "on", "off")
 
 
@@ -61,7 +63,7 @@ class TrainConfig:
         lr: peak learning rate; cosine decay to zero at the last batch.
         lr_warmup: share of all batches over which the rate first rises from zero to its peak.
         step_lr: learning rate of parameters that a module names in ``own_rate`` (the quantizers' steps), which
-            get no weight decay; default ``lr``.
+            get no weight decay; default a tenth of ``lr``.
         momentum: of SGD.
         weight_decay: of weights with two or more dimensions; biases and norms get none.
         seed: of everything random in the run.
@@ -81,7 +83,7 @@ class TrainConfig:
     lr_warmup: float = 0.1
     step_lr: float | None = None
     momentum: float = 0.9
-    weight_decay: float = 1e-4
+    weight_decay: float = 2.5e-5
     seed: int = 0
     device: str = "cpu"
     compile: str = "auto"
@@ -91,7 +93,7 @@ class TrainConfig:
         if self.warmup_epochs is None:
             object.__setattr__(self, "warmup_epochs", int(0.3 * self.epochs))
         if self.step_lr is None:
-            object.__setattr__(self, "step_lr", self.lr)
+            object.__setattr__(self, "step_lr", self.lr / 10)
         for name in ("epochs", "warmup_epochs", "weight_decay", "momentum", "lr_warmup"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: takes 0 or more")
@@ -104,3 +106,78 @@ class TrainConfig:
             raise ConfigError(f"optimizer={self.optimizer!r}: takes {' or '.join(OPTIMIZERS)}")
         if self.compile not in COMPILE:
             raise ConfigError(f"compile={self.compile!r}: takes {', '.join(COMPILE)}")
+
+
+#: What training an FP32 network from random weights wants instead of the defaults, which are for quantization.
+FLOAT_TRAINING = TrainConfig(epochs=100, warmup_epochs=0, lr=0.1, weight_decay=5e-4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """Everything that a command of ``brfx`` works from; written whole into the run's ``config.json``.
+
+    Attributes:
+        command: ``"train"``, ``"quantize"`` or ``"evaluate"``.
+        model: a name that ``brfx models`` lists, or ``path/to/file.py:factory``.
+        ckpt: the FP32 checkpoint, or for ``evaluate`` also a run's ``model.pt``.
+        num_classes: default the number of the data's classes.
+        cifar_stem: 3x3 stem without pooling, for small images.
+        data: ``digits``, ``cifar10``, ``cifar100`` or a folder; default the model's own data set.
+        data_dir: where named data sets lie.
+        download: let torchvision download a named data set.
+        image_size, mean, std: instead of the data set's defaults.
+        val_fraction: share of the training images that the best epoch is chosen on.
+        batch_size: images a batch.
+        workers: threads that decode images.
+        qat: what to quantize.
+        train: how to train.
+        lambda_br, lambda_br_act: weights of the two bin regularizers; 0 switches one off.
+        br_backprop_to_alpha_act: let the activations' regularizer train the activation steps.
+        freeze_weight_alpha, freeze_act_alpha: freeze those steps when regularization starts.
+        start: rule by which the steps start, see :func:`brfx.calibrate`.
+        calibration_batches: training batches that the steps start from.
+        output_dir: run folder, new or empty; default a free name under ``runs/``.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    command: str
+    model: str = ""
+    ckpt: Path | None = None
+    num_classes: int | None = None
+    cifar_stem: bool = False
+    data: str | None = None
+    data_dir: Path = Path("~/.cache/brfx")
+    download: bool = False
+    image_size: int | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    val_fraction: float = 0.1
+    batch_size: int = 128
+    workers: int = 2
+    qat: QATConfig = field(default_factory=QATConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    lambda_br: float = 1.0
+    lambda_br_act: float = 1.0
+    br_backprop_to_alpha_act: bool = False
+    freeze_weight_alpha: bool = False
+    freeze_act_alpha: bool = False
+    start: str = "mse"
+    calibration_batches: int = 8
+    output_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data_dir", self.data_dir.expanduser())
+        for name in ("batch_size", "workers", "calibration_batches"):
+            if not getattr(self, name) >= 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: takes 1 or more")
+        for name in ("lambda_br", "lambda_br_act"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: takes 0 or more")
+        if self.start not in STARTS:
+            raise ConfigError(f"start={self.start!r}: takes {' or '.join(STARTS)}")
+        if not 0 < self.val_fraction < 1:
+            raise ConfigError(f"val_fraction={self.val_fraction!r}: takes a share between 0 and 1")
+        if self.image_size is not None and self.image_size < 1:
+            raise ConfigError(f"image_size={self.image_size!r}: takes 1 or more pixels")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +67,49 @@ class Split:
         return Split(self.images[indices], self.labels[indices])
 
 
-@dataclass(frozen=True)
 class Dataset:
-    """Three splits of one data set. ``val`` is cut from the training images; ``test`` is not looked at before the end."""
+    """One data set; its splits are decoded when first asked for.
 
-    name: str
-    classes: tuple[str, ...]
-    preprocessing: Preprocessing
-    train: Split
-    val: Split
-    test: Split
-    flip: bool = True  #: whether a mirrored image is still of its class
+    ``val`` is cut from the training images, the same share of each class; ``test`` is what nothing is chosen on.
+
+    Attributes:
+        name: as the user gave it.
+        classes: in the order of the labels.
+        preprocessing: size, mean and std.
+        flip: whether a mirrored image is still of its class.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        classes: tuple[str, ...],
+        preprocessing: Preprocessing,
+        read: Callable[[str], Split],
+        *,
+        flip: bool,
+        val_fraction: float,
+        seed: int,
+    ) -> None:
+        self.name, self.classes, self.preprocessing, self.flip = name, classes, preprocessing, flip
+        self._read, self._val_fraction, self._seed = read, val_fraction, seed
+
+    @cached_property
+    def _training(self) -> tuple[Split, Split]:
+        split = self._read("train")
+        keep, held = _cut(split.labels, self._val_fraction, self._seed)
+        return split.take(keep), split.take(held)
+
+    @property
+    def train(self) -> Split:
+        return self._training[0]
+
+    @property
+    def val(self) -> Split:
+        return self._training[1]
+
+    @cached_property
+    def test(self) -> Split:
+        return self._read("test")
 
 
 class BatchLoader:
@@ -158,7 +191,7 @@ def load_dataset(
     seed: int = 0,
     workers: int = 2,
 ) -> Dataset:
-    """Read a data set into memory.
+    """Find a data set. Its images are read into memory when a split is first used.
 
     Args:
         source: ``digits``, ``cifar10``, ``cifar100``, or a folder with ``train/`` and ``test/`` or ``val/``, each with
@@ -173,20 +206,17 @@ def load_dataset(
         DataError: nothing is there, or what is there cannot be used; with the command that mends it.
     """
     preprocessing = preprocessing or DEFAULTS.get(source)
+    if preprocessing is None:
+        raise DataError(f"{source}: say at which size to read the images of a folder (--image-size)")
+    size = preprocessing.image_size
     if source == "digits":
-        assert preprocessing is not None
-        train, test, classes = _digits(preprocessing.image_size)
+        classes, read = _digits(size)
     elif source in ("cifar10", "cifar100"):
-        assert preprocessing is not None
-        train, test, classes = _cifar(source, data_dir, download, preprocessing.image_size)
+        classes, read = _cifar(source, data_dir, download, size)
     else:
-        if preprocessing is None:
-            raise DataError(f"{source}: say at which size to read the images of a folder (--image-size)")
-        train, test, classes = _folder(Path(source), preprocessing.image_size, workers)
-    keep, held = _cut(train.labels, val_fraction, seed)
-    return Dataset(
-        source, classes, preprocessing, train.take(keep), train.take(held), test, flip=source != "digits"
-    )
+        classes, read = _folder(Path(source), size, workers)
+    flip = source != "digits"
+    return Dataset(source, classes, preprocessing, read, flip=flip, val_fraction=val_fraction, seed=seed)
 
 
 def _cut(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -200,7 +230,11 @@ def _cut(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     return (~held).nonzero().flatten(), held.nonzero().flatten()
 
 
-def _digits(size: int) -> tuple[Split, Split, tuple[str, ...]]:
+#: The class names, and what reads a split by its name, ``"train"`` or ``"test"``.
+_Source = tuple[tuple[str, ...], Callable[[str], Split]]
+
+
+def _digits(size: int) -> _Source:
     """scikit-learn's 1,797 handwritten digits (8x8), every fifth for the test, enlarged to ``size``."""
     try:
         from sklearn.datasets import load_digits
@@ -209,28 +243,29 @@ def _digits(size: int) -> tuple[Split, Split, tuple[str, ...]]:
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)
     images = F.interpolate(images, size=(size, size), mode="bilinear").round().to(torch.uint8).expand(-1, 3, -1, -1)
-    labels = torch.from_numpy(bunch.target).long()
-    test = torch.arange(len(labels)) % 5 == 0
-    return (
-        Split(images[~test].contiguous(), labels[~test]),
-        Split(images[test].contiguous(), labels[test]),
-        tuple(str(digit) for digit in range(10)),
-    )
+    whole = Split(images, torch.from_numpy(bunch.target).long())
+    is_test = torch.arange(len(whole)) % 5 == 0
+    chosen = {"train": (~is_test).nonzero().flatten(), "test": is_test.nonzero().flatten()}
+    return tuple(str(digit) for digit in range(10)), lambda part: whole.take(chosen[part])
 
 
-def _cifar(name: str, data_dir: Path, download: bool, size: int) -> tuple[Split, Split, tuple[str, ...]]:
+def _cifar(name: str, data_dir: Path, download: bool, size: int) -> _Source:
     kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # numpy's deprecations inside torchvision's unpickling
-            parts = [kind(str(data_dir), train=train, download=download) for train in (True, False)]
+            warnings.simplefilter("ignore")  # numpy's deprecations inside torchvision's reader
+            parts = {part: kind(str(data_dir), train=part == "train", download=download) for part in ("train", "test")}
     except Exception as error:
-        what = f"{name} is not in {data_dir}" if not download else f"downloading {name} to {data_dir} failed ({error})"
+        what = f"downloading {name} to {data_dir} failed ({error})" if download else f"{name} is not in {data_dir}"
         raise DataError(
             f"{what}: add --download, or give a folder of images with --data DIR (DIR/train/CLASS/*.png, DIR/test/...)"
         ) from error
-    train, test = (Split(_resize(torch.from_numpy(p.data).permute(0, 3, 1, 2), size), torch.tensor(p.targets)) for p in parts)
-    return train, test, tuple(parts[0].classes)
+
+    def read(part: str) -> Split:
+        images = torch.from_numpy(parts[part].data).permute(0, 3, 1, 2)
+        return Split(_resize(images, size), torch.tensor(parts[part].targets))
+
+    return tuple(parts["train"].classes), read
 
 
 def _resize(images: Tensor, size: int) -> Tensor:
@@ -240,28 +275,27 @@ def _resize(images: Tensor, size: int) -> Tensor:
     return resized.round().clamp(0, 255).to(torch.uint8)
 
 
-def _folder(root: Path, size: int, workers: int) -> tuple[Split, Split, tuple[str, ...]]:
+def _folder(root: Path, size: int, workers: int) -> _Source:
     if not root.is_dir():
         raise DataError(f"{root}: no such folder, and not one of {', '.join(DEFAULTS)}")
     test_name = next((name for name in ("test", "val") if (root / name).is_dir()), None)
     if not (root / "train").is_dir() or test_name is None:
         raise DataError(f"{root}: expected {root}/train/CLASS/*.png and {root}/test/CLASS/*.png (or val/)")
     classes = tuple(sorted(path.name for path in (root / "train").iterdir() if path.is_dir()))
-    splits = []
-    for part in ("train", test_name):
-        strange = sorted({p.name for p in (root / part).iterdir() if p.is_dir()} ^ set(classes))
+    files = {}
+    for part, folder in (("train", root / "train"), ("test", root / test_name)):
+        strange = sorted({path.name for path in folder.iterdir() if path.is_dir()} ^ set(classes))
         if strange:
             raise DataError(f"{root}: train/ and {test_name}/ differ in their classes, first in {strange[0]!r}")
-        files = [
+        files[part] = [
             (path, label)
             for label, name in enumerate(classes)
-            for path in sorted((root / part / name).rglob("*"))
+            for path in sorted((folder / name).rglob("*"))
             if path.suffix.lower() in IMAGE_SUFFIXES
         ]
-        if not files:
-            raise DataError(f"{root / part}: no image in it (one folder a class, files ending in .png, .jpg ...)")
-        splits.append(_decode(files, size, workers))
-    return splits[0], splits[1], classes
+        if not files[part]:
+            raise DataError(f"{folder}: no image in it (one folder a class, files ending in .png, .jpg ...)")
+    return classes, lambda part: _decode(files[part], size, workers)
 
 
 def _decode(files: Sequence[tuple[Path, int]], size: int, workers: int) -> Split:

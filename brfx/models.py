@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -109,29 +110,39 @@ def build_model(name: str, num_classes: int | None = None, *, cifar_stem: bool =
     Raises:
         ConfigError: no such name (with the nearest ones), no such file or factory, or a stem that is not there.
     """
+    require_model(name)
     arguments = {} if num_classes is None else {"num_classes": num_classes}
-    if name.partition(":")[0].endswith(".py"):
+    if _is_file(name):
         model = _user_factory(name)(**arguments)
         if not isinstance(model, nn.Module):
             raise ConfigError(f"{name} returned a {type(model).__name__}, not a torch.nn.Module")
     elif name in CIFAR_RESNETS:
         model = CIFAR_RESNETS[name](**arguments)
-    elif name in torchvision.models.list_models() and not name.startswith("quantized_"):
-        builder = torchvision.models.get_model_builder(name)
-        options: dict[str, Any] = {"weights": None}
-        if "weights_backbone" in builder.__kwdefaults__ if builder.__kwdefaults__ else False:
-            options["weights_backbone"] = None
-        model = builder(**options, **arguments)
     else:
-        nearest = difflib.get_close_matches(name, model_names(), n=4) or ["resnet20", "resnet18"]
-        raise ConfigError(
-            f"unknown model {name!r}: did you mean {', '.join(nearest)}? "
-            "`brfx models` lists all; a model of your own is path/to/file.py:factory"
-        )
+        builder = torchvision.models.get_model_builder(name)
+        untrained = {key: None for key in ("weights", "weights_backbone") if key in signature(builder).parameters}
+        model = builder(**untrained, **arguments)
     if cifar_stem:
         _use_cifar_stem(model, name)
     model.brfx_source = ModelSource(name, num_classes, cifar_stem)  # type: ignore[assignment]
     return model
+
+
+def require_model(name: str) -> None:
+    """Raise ConfigError, with the nearest names, if :func:`build_model` knows no model of this name."""
+    if _is_file(name) or name in model_names():
+        return
+    if not name:
+        raise ConfigError("say which model: --model NAME (`brfx models` lists them)")
+    nearest = difflib.get_close_matches(name, model_names(), n=4) or ["resnet20", "resnet18"]
+    raise ConfigError(
+        f"unknown model {name!r}: did you mean {', '.join(nearest)}? "
+        "`brfx models` lists all; a model of your own is path/to/file.py:factory"
+    )
+
+
+def _is_file(name: str) -> bool:
+    return name.partition(":")[0].endswith(".py")
 
 
 def _user_factory(spec: str) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from brfx.errors import NotCalibratedError
 from brfx.grid import MIN_STEP, Grid
+from brfx.start import START_RULES
 
 
 class _LSQ(torch.autograd.Function):
@@ -89,8 +90,8 @@ class LSQQuantizer(nn.Module):
         self.step = nn.Parameter(torch.full(step_shape, math.nan))
         self.calibrated = False
         self.mode = "quantize"
-        self._magnitude = torch.zeros(())  # sum over calibration batches of mean |v|
-        self._batches = 0
+        self.begin_calibration()
+        self.mode = "quantize"
 
     @property
     def bits(self) -> int:
@@ -116,26 +117,22 @@ class LSQQuantizer(nn.Module):
     def quantize(self, values: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def begin_calibration(self) -> None:
-        """Forget what earlier batches showed; the next forward in mode ``"calibrate"`` is the first."""
-        self._magnitude, self._batches = torch.zeros(()), 0
+    def begin_calibration(self, start: str = "lsq") -> None:
+        """Forget what earlier batches showed; the next forward is the first to be calibrated on, by rule ``start``."""
+        self._start, self._estimates, self._batches = START_RULES[start], torch.zeros(()), 0
         self.mode = "calibrate"
 
     @torch.no_grad()
     def _calibrate(self, values: Tensor) -> None:
-        """Set ``step`` from the mean over the batches so far of ``mean |v|``."""
-        if self.step.dim():
-            others = [d for d in range(values.dim()) if self.step.shape[d] == 1]
-            magnitude = values.abs().mean(dim=others, keepdim=True)
-        else:
-            magnitude = values.abs().mean()
+        """Set ``step`` to the mean over the batches so far of what the start rule gives."""
+        estimate = self._start(self.grid, values, tuple(self.step.shape))
         self._batches += 1
-        self._magnitude = self._magnitude.to(magnitude) + magnitude
-        start = self.grid.start(self._magnitude / self._batches)
-        self.step.copy_(torch.where(start > 0, start, 1.0))  # all zeros: any step will do until values come
-        self.calibrated = bool(torch.isfinite(self.step).all())
+        self._estimates = self._estimates.to(estimate) + estimate
+        start = self._estimates / self._batches
+        self.calibrated = bool(torch.isfinite(start).all())
         if not self.calibrated:
             raise NotCalibratedError("calibration met NaN or infinite values: check the model's weights and the data")
+        self.step.copy_(torch.where(start > 0, start, 1.0))  # all zeros: any step will do until values come
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A state dict without this step (one of the FP32 model) leaves the quantizer uncalibrated."""

@@ -1,6 +1,7 @@
 """The generic trainer. It sees a module, data, settings and a penalty, and imports no quantizer."""
 
 from brfx.config import TrainConfig
+from brfx.train.batch_norm import reestimate_batch_norm
 from brfx.train.evaluate import Evaluation, evaluate
 from brfx.train.loop import Callback, EpochMetrics, FitResult, Means, Penalty, Progress, fit, seed_everything
 
@@ -15,5 +16,6 @@ __all__ = [
     "TrainConfig",
     "evaluate",
     "fit",
+    "reestimate_batch_norm",
     "seed_everything",
 ]

@@ -1,0 +1,311 @@
+"""The main job: from a checkpoint and images to a trained low-bit network and files to ship."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from brfx.calibration import calibrate
+from brfx.card import card_of
+from brfx.checkpoint import is_brfx_file, load, load_float, read_state_dict, save
+from brfx.config import JobConfig
+from brfx.data import DEFAULTS, BatchLoader, Dataset, Preprocessing, load_dataset, with_overrides
+from brfx.errors import ConfigError, DataError, ExportError
+from brfx.export import OnnxReport, export_onnx
+from brfx.grid import Grid
+from brfx.models import CIFAR_RESNETS, build_model, require_model
+from brfx.penalty import BinPenalty
+from brfx.pipeline import prepare_qat
+from brfx.summary import LayerSummary, summarize
+from brfx.train import Callback, Evaluation, FitResult, evaluate, fit, reestimate_batch_norm
+from brfx.train.loop import seed_everything
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a run came to. ``test`` and ``test_float`` are on the test images, read once, at the end."""
+
+    run_dir: Path
+    fit: FitResult | None
+    test: Evaluation
+    test_float: Evaluation | None = None
+    onnx: OnnxReport | None = None
+    onnx_problem: str | None = None
+
+
+def train_float(job: JobConfig, callbacks: Iterable[Callback] = ()) -> JobResult:
+    """Train an FP32 baseline; leaves ``best.pth``, ``last.pth``, ``config.json`` and ``metrics.jsonl`` in the run folder.
+
+    Raises:
+        BrfxError: a setting, the data or the output folder is not right; nothing has been written then.
+    """
+    run_dir = _free_run_dir(job)
+    require_model(job.model)
+    dataset = read_data(job)
+    seed_everything(job.train.seed)
+    model = build_model(job.model, _classes(job, dataset), cifar_stem=job.cifar_stem)
+    _require_classifier(model, job, dataset)
+    if job.ckpt is not None:
+        load_float(model, job.ckpt)
+    train_data, val_data = _loaders(job, dataset)
+    _open_run(job, run_dir)
+    result = fit(model, train_data, val_data, job.train, run_dir=run_dir, callbacks=callbacks)
+    return JobResult(run_dir, result, evaluate(model, _test_loader(job, dataset)))
+
+
+def quantize(job: JobConfig, callbacks: Iterable[Callback] = ()) -> JobResult:
+    """The main job; leaves ``model.pt``, ``model.onnx``, ``best.pth``, ``last.pth``, ``config.json`` and
+    ``metrics.jsonl`` in the run folder.
+
+    Raises:
+        BrfxError: a setting, the checkpoint, the data or the output folder is not right; nothing has been written then.
+    """
+    if job.ckpt is None:
+        raise ConfigError("quantize starts from an FP32 checkpoint: --ckpt FILE (`brfx train` makes one)")
+    _require_penalty_epochs(job)
+    run_dir = _free_run_dir(job)
+    require_model(job.model)
+    read_state_dict(job.ckpt)
+    dataset = read_data(job)
+    model = build_model(job.model, _classes(job, dataset), cifar_stem=job.cifar_stem)
+    load_float(model, job.ckpt)
+    _require_classifier(model, job, dataset)
+    qmodel = prepare_qat(model, job.qat)
+    card = card_of(qmodel)
+    card.preprocessing, card.classes = dataset.preprocessing, dataset.classes
+    train_data, val_data = _loaders(job, dataset)
+    _open_run(job, run_dir)
+    model.to(job.train.device)
+    qmodel.to(job.train.device)
+    log.info("FP32 on validation: %.2f %%", 100 * evaluate(model, val_data).accuracy)
+    batches = [images.to(job.train.device) for images, _ in islice(iter(train_data), job.calibration_batches)]
+    calibrate(qmodel, batches, start=job.start, batch_statistics=True)
+    reestimate_batch_norm(qmodel, batches)
+    log.info("Calibrated on %d batches: %.2f %% on validation", len(batches), 100 * evaluate(qmodel, val_data).accuracy)
+    for line in banner(job):
+        log.info(line)
+    result = None
+    if job.train.epochs:
+        penalty = _penalty(job, qmodel)
+        result = fit(qmodel, train_data, val_data, job.train, penalty=penalty, run_dir=run_dir, callbacks=callbacks)
+
+    save(qmodel, run_dir / "model.pt")
+    example = next(iter(val_data))[0][:8]
+    onnx_report, problem = None, None
+    try:
+        onnx_report = export_onnx(qmodel, run_dir / "model.onnx", example)
+    except ExportError as error:
+        problem = str(error)
+    test_data = _test_loader(job, dataset)
+    return JobResult(run_dir, result, evaluate(qmodel, test_data), evaluate(model, test_data), onnx_report, problem)
+
+
+def evaluate_file(job: JobConfig) -> tuple[str, Evaluation]:
+    """Accuracy on the test images of an FP32 checkpoint, or of a ``model.pt`` of a run; with what it was (``"FP32"``, ``"W2A2"``)."""
+    if job.ckpt is None:
+        raise ConfigError("say what to evaluate: --ckpt FILE")
+    if is_brfx_file(job.ckpt):
+        qmodel = load(job.ckpt, _own_model(job))
+        card = card_of(qmodel)
+        name = card.source.name if card.source else job.model
+        job = replace(job, model=name)
+        dataset = read_data(job, card.preprocessing)
+        if card.classes is not None and card.classes != dataset.classes:
+            raise DataError(
+                f"{job.ckpt} knows {len(card.classes)} classes ({', '.join(card.classes[:3])} ...), "
+                f"the data has {len(dataset.classes)} ({', '.join(dataset.classes[:3])} ...): give the data it was trained on"
+            )
+        kind = f"W{card.config.weight_bits}A{card.config.act_bits}"
+        return kind, evaluate(qmodel.to(job.train.device), _test_loader(job, dataset))
+    if not job.model:
+        raise ConfigError(f"{job.ckpt} is an FP32 checkpoint: say of which model with --model NAME")
+    require_model(job.model)
+    read_state_dict(job.ckpt)
+    dataset = read_data(job)
+    model = build_model(job.model, _classes(job, dataset), cifar_stem=job.cifar_stem)
+    load_float(model, job.ckpt)
+    _require_classifier(model, job, dataset)
+    return "FP32", evaluate(model.to(job.train.device), _test_loader(job, dataset))
+
+
+def inspect(job: JobConfig) -> list[LayerSummary]:
+    """The layers of a run's ``model.pt``, or of ``--model`` as ``job.qat`` would rewrite it."""
+    if job.ckpt is not None and is_brfx_file(job.ckpt):
+        qmodel = load(job.ckpt, _own_model(job))
+        preprocessing = card_of(qmodel).preprocessing
+        size = job.image_size or (preprocessing.image_size if preprocessing else _own_image_size(job.model))
+    else:
+        if not job.model:
+            raise ConfigError("say what to inspect: --model NAME, or --ckpt with a run's model.pt")
+        model = build_model(job.model, job.num_classes, cifar_stem=job.cifar_stem)
+        if job.ckpt is not None:
+            load_float(model, job.ckpt)
+        qmodel, size = prepare_qat(model, job.qat), job.image_size or _own_image_size(job.model)
+    return summarize(qmodel, torch.zeros(1, 3, size, size))
+
+
+def export_file(ckpt: Path, output: Path, model: str = "") -> OnnxReport:
+    """``model.pt`` to ONNX. An output that exists is an error.
+
+    Raises:
+        ExportError: ``output`` exists, or the exporter failed.
+        CheckpointError: ``ckpt`` is not a model that brfx saved.
+    """
+    if output.exists():
+        raise ExportError(f"{output} exists already: choose another --output")
+    qmodel = load(ckpt, build_model(model) if ".py" in model else None)
+    preprocessing = card_of(qmodel).preprocessing
+    size = preprocessing.image_size if preprocessing else 224
+    return export_onnx(qmodel, output, torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)))
+
+
+def read_data(job: JobConfig, preprocessing: Preprocessing | None = None) -> Dataset:
+    """The data set of a job; where none is named, the model's own."""
+    source = job.data or _own_dataset(job.model)
+    default = preprocessing or DEFAULTS.get(source) or Preprocessing(_own_image_size(job.model))
+    return load_dataset(
+        source,
+        data_dir=job.data_dir,
+        preprocessing=with_overrides(default, job.image_size, job.mean, job.std),
+        download=job.download,
+        val_fraction=job.val_fraction,
+        seed=job.train.seed,
+        workers=job.workers,
+    )
+
+
+def banner(job: JobConfig) -> list[str]:
+    """What is about to happen to weights and activations, a line each."""
+    assert job.qat.weight_bits is not None and job.qat.act_bits is not None
+    lines = []
+    for name, bits, signed, weight in (
+        ("Weights", job.qat.weight_bits, True, job.lambda_br),
+        ("Activations", job.qat.act_bits, False, job.lambda_br_act),
+    ):
+        if bits == 32:
+            lines.append(f"{name}: FP32")
+            continue
+        grid = Grid(bits, signed)
+        regularized = f"BR lambda {weight:g}" if weight and job.train.epochs else "no BR"
+        lines.append(f"{name}: {len(grid.codes)} levels, {grid}, s learned by LSQ; {regularized}")
+    return lines
+
+
+def _penalty(job: JobConfig, qmodel: GraphModule) -> BinPenalty | None:
+    if not job.lambda_br and not job.lambda_br_act:
+        return None
+    return BinPenalty(
+        qmodel,
+        weight=job.lambda_br,
+        act=job.lambda_br_act,
+        act_gradient_to_step=job.br_backprop_to_alpha_act,
+        freeze_weight_steps=job.freeze_weight_alpha,
+        freeze_act_steps=job.freeze_act_alpha,
+    )
+
+
+def _require_penalty_epochs(job: JobConfig) -> None:
+    warmup = job.train.warmup_epochs
+    assert warmup is not None
+    if job.train.epochs and warmup >= job.train.epochs and (job.lambda_br or job.lambda_br_act):
+        raise ConfigError(
+            f"a warm-up of {warmup} epochs leaves none of {job.train.epochs} for bin regularization: "
+            "lower --warmup-epochs, raise --qat-epochs, or set --lambda-br 0 --lambda-br-act 0"
+        )
+
+
+def _own_dataset(model: str) -> str:
+    if model in CIFAR_RESNETS:
+        return "cifar10"
+    raise DataError(f"{model or 'this model'} has no data set of its own: give one with --data DIR (or digits, cifar10, cifar100)")
+
+
+def _own_image_size(model: str) -> int:
+    return 32 if model in CIFAR_RESNETS else 224
+
+
+def _own_model(job: JobConfig) -> nn.Module | None:
+    return build_model(job.model, job.num_classes, cifar_stem=job.cifar_stem) if ".py" in job.model else None
+
+
+def _classes(job: JobConfig, dataset: Dataset) -> int:
+    if job.num_classes not in (None, len(dataset.classes)):
+        raise DataError(f"--num-classes {job.num_classes}, but {dataset.name} has {len(dataset.classes)} classes")
+    return len(dataset.classes)
+
+
+@torch.no_grad()
+def _require_classifier(model: nn.Module, job: JobConfig, dataset: Dataset) -> None:
+    size = dataset.preprocessing.image_size
+    training = model.training
+    try:
+        output: Any = model.eval()(torch.zeros(2, 3, size, size))
+    except Exception as error:
+        first = (str(error).splitlines() or [repr(error)])[0]
+        raise ConfigError(f"{job.model} does not run on images of 3x{size}x{size} ({first}); see --image-size") from error
+    finally:
+        model.train(training)
+    if not isinstance(output, torch.Tensor) or output.dim() != 2:
+        raise ConfigError(
+            f"{job.model} is no classifier (its output is a {type(output).__name__}): the command line trains classifiers; "
+            "use brfx.prepare_qat with a loop of your own (examples/own_loop.py)"
+        )
+    if output.shape[1] != len(dataset.classes):
+        raise DataError(f"{job.model} has {output.shape[1]} classes, {dataset.name} has {len(dataset.classes)}")
+
+
+def _loaders(job: JobConfig, dataset: Dataset) -> tuple[BatchLoader, BatchLoader]:
+    train = BatchLoader(
+        dataset.train,
+        dataset.preprocessing,
+        job.batch_size,
+        augment=True,
+        flip=dataset.flip,
+        drop_last=len(dataset.train) >= job.batch_size,
+        seed=job.train.seed,
+    )
+    return train, BatchLoader(dataset.val, dataset.preprocessing, job.batch_size)
+
+
+def _test_loader(job: JobConfig, dataset: Dataset) -> BatchLoader:
+    return BatchLoader(dataset.test, dataset.preprocessing, job.batch_size)
+
+
+def _free_run_dir(job: JobConfig) -> Path:
+    """The folder of this run: the one named, or a free name under ``runs/``. Nothing is written yet.
+
+    Raises:
+        ConfigError: the folder named holds something already.
+    """
+    run_dir = job.output_dir
+    if run_dir is None:
+        bits = "fp32" if job.command == "train" else f"w{job.qat.weight_bits}a{job.qat.act_bits}"
+        name = f"runs/{Path(job.model.partition(':')[0]).stem}-{bits}"
+        return next(path for i in count(1) if not (path := Path(name if i == 1 else f"{name}-{i}")).exists())
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise ConfigError(f"{run_dir} is not empty: choose another --output-dir, or move it away; nothing was changed")
+    return run_dir
+
+
+def _open_run(job: JobConfig, run_dir: Path) -> None:
+    """Make the run folder and write ``config.json``."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    settings = asdict(job) | {
+        "versions": {name: version(name) for name in ("brfx", "torch", "torchvision")},
+        "python": sys.version.split()[0],
+        "command_line": sys.argv,
+    }
+    (run_dir / "config.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")

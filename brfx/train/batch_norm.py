@@ -1,0 +1,35 @@
+"""Running statistics that fit the weights as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Set the running mean and variance of every batch norm to the plain average over ``batches``.
+
+    Quantization shifts what reaches a batch norm, so that the FP32 network's statistics are wrong for it
+    (Nagel et al., ICML 2022, section 5). Everything but the batch norms stays in eval mode.
+
+    Args:
+        model: on the batches' device; it comes back in the mode it had.
+        batches: model inputs ``(batch, ...)``.
+    """
+    modes = {module: module.training for module in model.modules()}
+    norms = [module for module in modes if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch's word for a cumulative average
+        norm.train()
+    for batch in batches:
+        model(batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    for module, training in modes.items():
+        module.training = training

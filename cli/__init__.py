@@ -1,0 +1,1 @@
+"""The command line: parse, build the settings, call the library once, render."""

@@ -1,0 +1,3 @@
+from brfx_cli.main import main
+
+main()

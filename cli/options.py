@@ -1,0 +1,145 @@
+"""The options that commands share. Defaults are those of the settings' own fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from brfx.config import COMPILE, OPTIMIZERS, STARTS, JobConfig, QATConfig, TrainConfig
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def default_of(settings: type, name: str) -> Any:
+    """The default of a settings field, so that the command line has none of its own."""
+    return next(field.default for field in fields(settings) if field.name == name)
+
+
+class OptionalFloat(click.ParamType):
+    """A number, or ``None`` written as a word."""
+
+    name = "number|None"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | None:
+        if value is None or isinstance(value, float):
+            return value
+        if str(value).lower() == "none":
+            return None
+        return float(click.FLOAT.convert(value, param, ctx))
+
+
+class Triple(click.ParamType):
+    """Three numbers with commas, one a colour channel."""
+
+    name = "R,G,B"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, float, float]:
+        try:
+            red, green, blue = (float(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r}: three numbers with commas, such as 0.485,0.456,0.406", param, ctx)
+        return red, green, blue
+
+
+def _job(flag: str, name: str, **settings: Any) -> Callable[[F], F]:
+    settings.setdefault("default", default_of(JobConfig, name))
+    return click.option(flag, name, show_default=settings["default"] is not None, **settings)
+
+
+def _train(*flags: str, name: str, **settings: Any) -> Callable[[F], F]:
+    settings.setdefault("default", default_of(TrainConfig, name))
+    return click.option(*flags, name, show_default=settings["default"] is not None, **settings)
+
+
+def combine(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator, shown in this order."""
+
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+model_options = combine(
+    _job("--model", "model", help="A name that `brfx models` lists, or path/to/file.py:factory."),
+    click.option("--ckpt", "--pretrained-baseline", "ckpt", type=click.Path(path_type=Path), help="Checkpoint to start from."),
+    _job("--num-classes", "num_classes", type=int, help="Default: as many as the data has."),
+    _job("--cifar-stem", "cifar_stem", is_flag=True, help="3x3 stem without pooling, for small images."),
+)
+
+data_options = combine(
+    _job("--data", "data", help="digits, cifar10, cifar100, or a folder with train/ and test/ (or val/).  [default: the model's own data set]"),
+    _job("--data-dir", "data_dir", type=click.Path(path_type=Path), help="Where named data sets lie."),
+    _job("--download", "download", is_flag=True, help="Let torchvision download a named data set."),
+    _job("--image-size", "image_size", type=int, help="Pixels a side.  [default: 16 digits, 32 CIFAR and its ResNets, 224 else]"),
+    _job("--mean", "mean", type=Triple(), help="Of images in 0..1.  [default: ImageNet's; digits 0.5]"),
+    _job("--std", "std", type=Triple(), help="Of images in 0..1.  [default: ImageNet's; digits 0.5]"),
+    _job("--batch-size", "batch_size", type=int, help="Images a batch."),
+    _job("--workers", "workers", type=int, help="Threads that decode images."),
+    _train("--device", name="device", help="cpu, cuda, cuda:1 ..."),
+)
+
+
+
+def train_options(preset: TrainConfig) -> Callable[[F], F]:
+    """How to train, with the defaults of ``preset``."""
+
+    def option(flag: str, name: str, **settings: Any) -> Callable[[F], F]:
+        return click.option(flag, name, default=getattr(preset, name), show_default=True, **settings)
+
+    return combine(
+        option("--lr", "lr", type=float, help="Peak learning rate."),
+        click.option("--step-lr", "step_lr", type=float, help="Of the quantizers' steps.  [default: a tenth of --lr]"),
+        option("--weight-decay", "weight_decay", type=float, help="Of weights; steps, biases and norms get none."),
+        option("--momentum", "momentum", type=float, help="Of SGD."),
+        option("--optimizer", "optimizer", type=click.Choice(OPTIMIZERS), help="What updates the weights."),
+        option("--seed", "seed", type=int, help="Of order, augmentation, initialization and the validation split."),
+        option("--compile", "compile", type=click.Choice(COMPILE), help="torch.compile the training step."),
+        _job("--val-fraction", "val_fraction", type=float, help="Share of training images to choose the best epoch on."),
+        click.option(
+            "--output-dir",
+            "output_dir",
+            type=click.Path(path_type=Path),
+            help="New or empty folder.  [default: a free name under runs/]",
+        ),
+    )
+
+
+quantizer_options = combine(
+    click.option("--bits", "--num-bits", "bits", type=int, default=default_of(QATConfig, "bits"), show_default=True, help="1 to 8, for weights and activations."),
+    click.option("--weight-bits", type=int, help="1 to 8, or 32 for FP32.  [default: --bits]"),
+    click.option("--act-bits", type=int, help="1 to 8, or 32 for FP32.  [default: --bits]"),
+    click.option("--clip-value", type=OptionalFloat(), default=None, help="Ceiling of ReLUs: a number, or None.  [default: None]"),
+    click.option("--per-channel", is_flag=True, help="One weight step per output channel."),
+)
+
+penalty_options = combine(
+    _job("--lambda-br", "lambda_br", type=float, help="Weight of the weights' bin regularizer; 0: off."),
+    _job("--lambda-br-act", "lambda_br_act", type=float, help="Weight of the activations' bin regularizer; 0: off."),
+    _train("--qat-epochs", name="epochs", type=int, help="Epochs, warm-up included; 0: calibrate and export only."),
+    _train("--warmup-epochs", name="warmup_epochs", type=int, help="Epochs with LSQ alone.  [default: 30 % of --qat-epochs]"),
+    _job("--start", "start", type=click.Choice(STARTS), help="Steps start by LSQ's formula, or at least squared error."),
+    click.option("--freeze-alpha", is_flag=True, help="Freeze all steps when regularization starts."),
+    _job("--freeze-weight-alpha", "freeze_weight_alpha", is_flag=True, help="Only the weights' steps."),
+    _job("--freeze-act-alpha", "freeze_act_alpha", is_flag=True, help="Only the activations' steps."),
+    _job("--br-backprop-to-alpha-act", "br_backprop_to_alpha_act", is_flag=True, help="Let the activations' regularizer train their steps."),
+)
+
+
+def build_job(command: str, given: dict[str, Any]) -> JobConfig:
+    """Sort the parsed options into the settings they belong to."""
+    if given.pop("freeze_alpha", False):
+        given["freeze_weight_alpha"] = given["freeze_act_alpha"] = True
+    parts = {}
+    for name, settings in (("qat", QATConfig), ("train", TrainConfig)):
+        own = {field.name for field in fields(settings)} & set(given)
+        parts[name] = settings(**{key: given.pop(key) for key in own})
+    return JobConfig(command=command, **parts, **given)

@@ -1,0 +1,146 @@
+"""Everything that reaches the terminal."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from brfx.job import JobResult
+    from brfx.summary import LayerSummary
+    from brfx.train import EpochMetrics, Evaluation
+    from brfx.train import Progress as Where
+
+console = Console(highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class _LogLines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        console.print(record.getMessage(), markup=False)
+
+
+def show_log(*, passes: bool = False) -> None:
+    """Print what the library says at INFO; the passes' counts only if asked."""
+    logger = logging.getLogger("brfx")
+    logger.handlers = [_LogLines()]
+    logger.setLevel(logging.INFO)
+    logging.getLogger("brfx.pipeline").setLevel(logging.INFO if passes else logging.WARNING)
+
+
+def error(message: str) -> None:
+    errors.print(message, style="bold red", markup=False)
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Any]:
+    """A training callback that draws a bar on a terminal, and prints a line an epoch anywhere."""
+    from brfx.train import Callback
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed}/{task.total}  {task.fields[numbers]}"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+    class Shown(Callback):
+        def __init__(self) -> None:
+            self.task = bar.add_task(title, total=None, numbers="")
+            self.started = time.perf_counter()
+
+        def on_batch(self, where: Where) -> None:
+            done = (where.epoch - 1) * where.batches + where.batch
+            rate = done / (time.perf_counter() - self.started)
+            numbers = (
+                f"loss={where.means.loss:.4f} acc={where.means.accuracy:.2%}{_terms(where.means.terms)} "
+                f"lr={where.lr:.5f} {rate:.1f} it/s"
+            )
+            description = f"{title} epoch {where.epoch}/{where.epochs}{_stage(where.stage)}"
+            total = where.epochs * where.batches
+            bar.update(self.task, completed=done, total=total, description=description, numbers=numbers)
+            self.epochs = where.epochs
+
+        def on_epoch(self, metrics: EpochMetrics) -> None:
+            console.print(epoch_line(metrics, self.epochs), markup=False)
+
+    with bar:
+        yield Shown()
+
+
+def epoch_line(metrics: EpochMetrics, epochs: int) -> str:
+    return (
+        f"Epoch {metrics.epoch}/{epochs}{_stage(metrics.stage)} (LR={metrics.lr:.6f}): "
+        f"Loss={metrics.train.loss:.4f}, Train Acc={metrics.train.accuracy:.2%}, Val Acc={metrics.val_accuracy:.2%}"
+        f"{_terms(metrics.train.terms, ', ')}, {metrics.seconds:.1f} s ({metrics.images_per_second:.0f} images/s)"
+    )
+
+
+def _stage(stage: str) -> str:
+    return {"warm-up": " [LSQ]", "penalty": " [BR]"}.get(stage, "")
+
+
+def _terms(terms: dict[str, float], separator: str = " ") -> str:
+    names = {"weight": "BR_W", "act": "BR_A"}
+    return "".join(f"{separator}{names.get(name, name)}={value:.6f}" for name, value in terms.items())
+
+
+def job_result(result: JobResult, kind: str) -> None:
+    if result.fit is not None:
+        how = "compiled" if result.fit.compiled else "eager"
+        console.print(f"Best epoch {result.fit.best_epoch}, {result.fit.best_accuracy:.2%} on validation ({how} training)")
+    if result.test_float is not None:
+        console.print(f"Test: FP32 {evaluation(result.test_float)}")
+    console.print(f"Test: {kind} {evaluation(result.test)}")
+    if result.onnx_problem:
+        console.print(f"No model.onnx: {result.onnx_problem}", style="yellow", markup=False)
+    if result.onnx is not None and result.onnx.max_difference is not None:
+        console.print(
+            f"ONNX Runtime against PyTorch on a batch: largest difference {result.onnx.max_difference:.2g}, "
+            f"same class for {result.onnx.same_top1:.0%}"
+        )
+    console.print("Files:")
+    for path in sorted(result.run_dir.iterdir()):
+        console.print(f"  {path}  {size(path.stat().st_size)}", markup=False)
+
+
+def evaluation(result: Evaluation) -> str:
+    return f"{100 * result.accuracy:.2f} % ({result.correct} of {result.count})"
+
+
+def size(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
+def layers(rows: Sequence[LayerSummary]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for name in ("layer", "type", "W", "A", "sign", "step", "parameters", "MACs", "BR"):
+        table.add_column(name, justify="right" if name in ("W", "A", "step", "parameters", "MACs") else "left")
+    for row in rows:
+        step = "" if row.step is None else "not set" if math.isnan(row.step) else f"{row.step:.5f}"
+        table.add_row(
+            row.name,
+            row.type,
+            str(row.weight_bits or ("32" if row.parameters else "")),
+            str(row.act_bits or ""),
+            {None: "", True: "signed", False: "unsigned"}[row.signed],
+            step,
+            f"{row.parameters:,}" if row.parameters else "",
+            f"{row.macs:,}" if row.macs else "",
+            "on" if row.regularized else "off",
+        )
+    console.print(table)
+    macs, quantized = sum(row.macs for row in rows), sum(row.macs for row in rows if row.weight_bits)
+    share = quantized / macs if macs else 0.0
+    console.print(f"{share:.1%} of {macs / 1e6:,.1f} M MACs have quantized weights; {len(rows)} rows")
