@@ -20,9 +20,7 @@ def quantizers(model: nn.Module) -> dict[str, LSQQuantizer]:
 
 
 @torch.no_grad()
-def calibrate(
-    qmodel: nn.Module, batches: Iterable[Any], *, start: str = "lsq", batch_statistics: bool = False
-) -> None:
+def calibrate(qmodel: nn.Module, batches: Iterable[Any], *, start: str = "lsq", batch_statistics: bool = False) -> None:
     """Set every step from the weights and from what ``batches`` show of the activations.
 
     Weights are read from the model. Each activation is seen as the layers before it, already quantized, give it.
@@ -51,11 +49,12 @@ def calibrate(
     try:
         qmodel.eval()
         with _batch_norms_in_training(qmodel) if batch_statistics else nullcontext():
-            number = 0
-            for number, batch in enumerate(batches, start=1):
+            reached = False
+            for batch in batches:
+                reached = True
                 inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
                 qmodel(inputs.to(device) if isinstance(inputs, torch.Tensor) else inputs)
-        if not number:
+        if not reached:
             raise DataError("calibrate was given no batch: pass an iterable of model inputs")
     finally:
         for quantizer in found.values():

@@ -94,7 +94,9 @@ def load_float(model: nn.Module, path: Path) -> None:
         model.load_state_dict(state, strict=False)  # an absent num_batches_tracked is all that may lack
         return
     if any(key.endswith("weight_quantizer.step") for key in surplus):
-        raise CheckpointError(f"{path}: is of a quantized model, an FP32 one is wanted; use the run's model.pt as --ckpt")
+        raise CheckpointError(
+            f"{path}: is of a quantized model, an FP32 one is wanted; use the run's model.pt as --ckpt"
+        )
     parts = []
     if shapes:
         key = shapes[0]
@@ -159,7 +161,9 @@ def load(path: str | Path, model: nn.Module | None = None) -> GraphModule:
     path = Path(path)
     content = read_file(path)
     if not isinstance(content, Mapping) or content.get("format") != "brfx":
-        raise CheckpointError(f"{path}: not a model that brfx.save wrote; load FP32 checkpoints with --model NAME --ckpt")
+        raise CheckpointError(
+            f"{path}: not a model that brfx.save wrote; load FP32 checkpoints with --model NAME --ckpt"
+        )
     if content.get("format_version") != _FORMAT:
         raise CheckpointError(f"{path}: format {content.get('format_version')}, this brfx reads {_FORMAT}; update brfx")
     try:
@@ -169,11 +173,15 @@ def load(path: str | Path, model: nn.Module | None = None) -> GraphModule:
         classes = tuple(content["classes"]) if content["classes"] else None
         state = dict(content["state_dict"])
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: a brfx file with something missing or changed ({_first_line(error)})") from error
+        raise CheckpointError(
+            f"{path}: a brfx file with something missing or changed ({_first_line(error)})"
+        ) from error
     if model is None:
         if source is None or ".py" in source.name:
             whose = f"was built by {source.name}" if source else "is of a class of your own"
-            raise CheckpointError(f"{path}: the model {whose}, and no code is run from a file: brfx.load(path, model=...)")
+            raise CheckpointError(
+                f"{path}: the model {whose}, and no code is run from a file: brfx.load(path, model=...)"
+            )
         model = build_model(source.name, source.num_classes, cifar_stem=source.cifar_stem)
     qmodel = prepare_qat(model, config)
     try:

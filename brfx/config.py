@@ -34,13 +34,13 @@ class QATConfig:
     placement: str = "paper"
 
     def __post_init__(self) -> None:
-        for field in ("weight_bits", "act_bits"):
-            if getattr(self, field) is None:
-                object.__setattr__(self, field, self.bits)
-        for field in ("bits", "weight_bits", "act_bits"):
-            bits = getattr(self, field)
+        for name in ("weight_bits", "act_bits"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self.bits)
+        for name in ("bits", "weight_bits", "act_bits"):
+            bits = getattr(self, name)
             if bits not in (*range(1, 9), 32):
-                raise ConfigError(f"{field}={bits!r}: takes 1 to 8, or 32 to stay in FP32")
+                raise ConfigError(f"{name}={bits!r}: takes 1 to 8, or 32 to stay in FP32")
         if self.clip_value is not None and not self.clip_value > 0:
             raise ConfigError(f"clip_value={self.clip_value!r}: takes a positive number, or None for no ceiling")
         if self.placement not in PLACEMENTS:

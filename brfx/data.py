@@ -224,7 +224,7 @@ def _cut(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
     held = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
+    for label in set(labels.tolist()):
         members = order[labels[order] == label]
         held[members[: max(1, round(len(members) * fraction))]] = True
     return (~held).nonzero().flatten(), held.nonzero().flatten()
@@ -322,7 +322,8 @@ def _square(path: Path, size: int) -> Tensor:
         image = opened.convert("RGB")
     if image.size != (size, size):
         image = transforms.center_crop(transforms.resize(image, [size], antialias=True), [size, size])
-    return transforms.pil_to_tensor(image)
+    pixels: Tensor = transforms.pil_to_tensor(image)
+    return pixels
 
 
 def with_overrides(

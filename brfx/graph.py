@@ -39,7 +39,7 @@ def free_name(gm: GraphModule, name: str) -> str:
 
 
 def set_module(gm: GraphModule, name: str, module: nn.Module) -> None:
-    """Put ``module`` at the dotted ``name``, with the mode of its parent (``add_submodule`` alone leaves it training)."""
+    """Put ``module`` at the dotted ``name``, in the mode of ``gm`` (``add_submodule`` alone leaves it training)."""
     gm.add_submodule(name, module)
     module.train(gm.training)
 

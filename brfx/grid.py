@@ -32,14 +32,14 @@ class Grid:
         """Qn, the smallest code."""
         if self.binary:
             return -1
-        return -(2 ** (self.bits - 1)) if self.signed else 0
+        return -(1 << self.bits - 1) if self.signed else 0
 
     @property
     def high(self) -> int:
         """Qp, the largest code."""
         if self.binary:
             return 1
-        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+        return (1 << self.bits - 1) - 1 if self.signed else (1 << self.bits) - 1
 
     @property
     def codes(self) -> range:

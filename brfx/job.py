@@ -47,7 +47,7 @@ class JobResult:
 
 
 def train_float(job: JobConfig, callbacks: Iterable[Callback] = ()) -> JobResult:
-    """Train an FP32 baseline; leaves ``best.pth``, ``last.pth``, ``config.json`` and ``metrics.jsonl`` in the run folder.
+    """Train an FP32 baseline; leaves ``best.pth``, ``last.pth``, ``config.json`` and ``metrics.jsonl`` in its folder.
 
     Raises:
         BrfxError: a setting, the data or the output folder is not right; nothing has been written then.
@@ -56,10 +56,7 @@ def train_float(job: JobConfig, callbacks: Iterable[Callback] = ()) -> JobResult
     require_model(job.model)
     dataset = read_data(job)
     seed_everything(job.train.seed)
-    model = build_model(job.model, _classes(job, dataset), cifar_stem=job.cifar_stem)
-    _require_classifier(model, job, dataset)
-    if job.ckpt is not None:
-        load_float(model, job.ckpt)
+    model = _float_model(job, dataset, job.ckpt)
     train_data, val_data = _loaders(job, dataset)
     _open_run(job, run_dir)
     result = fit(model, train_data, val_data, job.train, run_dir=run_dir, callbacks=callbacks)
@@ -80,9 +77,7 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = ()) -> JobResult:
     require_model(job.model)
     read_state_dict(job.ckpt)
     dataset = read_data(job)
-    model = build_model(job.model, _classes(job, dataset), cifar_stem=job.cifar_stem)
-    load_float(model, job.ckpt)
-    _require_classifier(model, job, dataset)
+    model = _float_model(job, dataset, job.ckpt)
     qmodel = prepare_qat(model, job.qat)
     card = card_of(qmodel)
     card.preprocessing, card.classes = dataset.preprocessing, dataset.classes
@@ -114,30 +109,27 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = ()) -> JobResult:
 
 
 def evaluate_file(job: JobConfig) -> tuple[str, Evaluation]:
-    """Accuracy on the test images of an FP32 checkpoint, or of a ``model.pt`` of a run; with what it was (``"FP32"``, ``"W2A2"``)."""
-    if job.ckpt is None:
+    """Test accuracy of an FP32 checkpoint or a run's ``model.pt``, behind what it is: ``"FP32"``, ``"W2A2"`` ..."""
+    ckpt = job.ckpt
+    if ckpt is None:
         raise ConfigError("say what to evaluate: --ckpt FILE")
-    if is_brfx_file(job.ckpt):
-        qmodel = load(job.ckpt, _own_model(job))
+    if is_brfx_file(ckpt):
+        qmodel = load(ckpt, _own_model(job))
         card = card_of(qmodel)
         name = card.source.name if card.source else job.model
         job = replace(job, model=name)
         dataset = read_data(job, card.preprocessing)
         if card.classes is not None and card.classes != dataset.classes:
             raise DataError(
-                f"{job.ckpt} knows {len(card.classes)} classes ({', '.join(card.classes[:3])} ...), "
-                f"the data has {len(dataset.classes)} ({', '.join(dataset.classes[:3])} ...): give the data it was trained on"
+                f"{ckpt} knows {len(card.classes)} classes ({', '.join(card.classes[:3])} ...), "
+                f"the data has {len(dataset.classes)} ({', '.join(dataset.classes[:3])} ...): give it its own data"
             )
         kind = f"W{card.config.weight_bits}A{card.config.act_bits}"
         return kind, evaluate(qmodel.to(job.train.device), _test_loader(job, dataset))
-    if not job.model:
-        raise ConfigError(f"{job.ckpt} is an FP32 checkpoint: say of which model with --model NAME")
     require_model(job.model)
-    read_state_dict(job.ckpt)
+    read_state_dict(ckpt)
     dataset = read_data(job)
-    model = build_model(job.model, _classes(job, dataset), cifar_stem=job.cifar_stem)
-    load_float(model, job.ckpt)
-    _require_classifier(model, job, dataset)
+    model = _float_model(job, dataset, ckpt)
     return "FP32", evaluate(model.to(job.train.device), _test_loader(job, dataset))
 
 
@@ -230,7 +222,9 @@ def _require_penalty_epochs(job: JobConfig) -> None:
 def _own_dataset(model: str) -> str:
     if model in CIFAR_RESNETS:
         return "cifar10"
-    raise DataError(f"{model or 'this model'} has no data set of its own: give one with --data DIR (or digits, cifar10, cifar100)")
+    raise DataError(
+        f"{model or 'this model'} has no data set of its own: give one with --data DIR (or digits, cifar10, cifar100)"
+    )
 
 
 def _own_image_size(model: str) -> int:
@@ -247,6 +241,15 @@ def _classes(job: JobConfig, dataset: Dataset) -> int:
     return len(dataset.classes)
 
 
+def _float_model(job: JobConfig, dataset: Dataset, ckpt: Path | None) -> nn.Module:
+    """The FP32 classifier of a job, for the data's classes, with the checkpoint's weights if there is one."""
+    model = build_model(job.model, _classes(job, dataset), cifar_stem=job.cifar_stem)
+    if ckpt is not None:
+        load_float(model, ckpt)
+    _require_classifier(model, job, dataset)
+    return model
+
+
 @torch.no_grad()
 def _require_classifier(model: nn.Module, job: JobConfig, dataset: Dataset) -> None:
     size = dataset.preprocessing.image_size
@@ -255,13 +258,15 @@ def _require_classifier(model: nn.Module, job: JobConfig, dataset: Dataset) -> N
         output: Any = model.eval()(torch.zeros(2, 3, size, size))
     except Exception as error:
         first = (str(error).splitlines() or [repr(error)])[0]
-        raise ConfigError(f"{job.model} does not run on images of 3x{size}x{size} ({first}); see --image-size") from error
+        raise ConfigError(
+            f"{job.model} does not run on images of 3x{size}x{size} ({first}); see --image-size"
+        ) from error
     finally:
         model.train(training)
     if not isinstance(output, torch.Tensor) or output.dim() != 2:
         raise ConfigError(
-            f"{job.model} is no classifier (its output is a {type(output).__name__}): the command line trains classifiers; "
-            "use brfx.prepare_qat with a loop of your own (examples/own_loop.py)"
+            f"{job.model} is no classifier (its output is a {type(output).__name__}): the command line trains "
+            "classifiers; use brfx.prepare_qat with a loop of your own (examples/own_loop.py)"
         )
     if output.shape[1] != len(dataset.classes):
         raise DataError(f"{job.model} has {output.shape[1]} classes, {dataset.name} has {len(dataset.classes)}")

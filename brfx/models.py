@@ -124,6 +124,7 @@ def build_model(name: str, num_classes: int | None = None, *, cifar_stem: bool =
         model = builder(**untrained, **arguments)
     if cifar_stem:
         _use_cifar_stem(model, name)
+    assert isinstance(model, nn.Module)
     model.brfx_source = ModelSource(name, num_classes, cifar_stem)  # type: ignore[assignment]
     return model
 

@@ -60,9 +60,7 @@ class BinPenalty(nn.Module):
         self.freeze_weight_steps, self.freeze_act_steps = freeze_weight_steps, freeze_act_steps
         self._observed_forward = observed_forward(qmodel)
         self._sites = observed_sites(qmodel)
-        self._layers = {
-            name: module for name, module in qmodel.named_modules() if isinstance(module, QuantizedLayer)
-        }
+        self._layers = {name: module for name, module in qmodel.named_modules() if isinstance(module, QuantizedLayer)}
 
     def begin(self) -> None:
         """The warm-up is over: freeze the steps that were to be frozen when regularization starts."""

@@ -71,7 +71,9 @@ def _macs(module: nn.Module, output: Tensor) -> int:
     weight = getattr(module, "weight", None)
     if weight is None:
         return 0
-    per_output = math.prod(weight.shape[1:])  # of a transposed convolution: per input, counted by its output all the same
+    per_output: int = math.prod(
+        weight.shape[1:]
+    )  # of a transposed convolution: per input, counted by its output all the same
     return output.numel() * per_output
 
 

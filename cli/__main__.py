@@ -1,3 +1,3 @@
-from brfx_cli.main import main
+from .main import main
 
 main()

@@ -10,8 +10,9 @@ import click
 
 from brfx.config import FLOAT_TRAINING, TrainConfig
 from brfx.errors import BrfxError
-from brfx_cli import render
-from brfx_cli.options import (
+
+from . import render
+from .options import (
     build_job,
     data_options,
     model_options,
@@ -85,7 +86,9 @@ def export(ckpt: Path, output: Path, model: str) -> None:
     from brfx import job as jobs
 
     report = jobs.export_file(ckpt, output, model)
-    difference = "" if report.max_difference is None else f", largest difference in ONNX Runtime {report.max_difference:.2g}"
+    difference = (
+        "" if report.max_difference is None else f", largest difference in ONNX Runtime {report.max_difference:.2g}"
+    )
     render.console.print(f"{report.path}  {render.size(report.bytes)}{difference}", markup=False)
 
 

@@ -19,7 +19,7 @@ def default_of(settings: type, name: str) -> Any:
     return next(field.default for field in fields(settings) if field.name == name)
 
 
-class OptionalFloat(click.ParamType):
+class OptionalFloat(click.ParamType):  # type: ignore[type-arg]
     """A number, or ``None`` written as a word."""
 
     name = "number|None"
@@ -32,7 +32,7 @@ class OptionalFloat(click.ParamType):
         return float(click.FLOAT.convert(value, param, ctx))
 
 
-class Triple(click.ParamType):
+class Triple(click.ParamType):  # type: ignore[type-arg]
     """Three numbers with commas, one a colour channel."""
 
     name = "R,G,B"
@@ -70,23 +70,33 @@ def combine(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 model_options = combine(
     _job("--model", "model", help="A name that `brfx models` lists, or path/to/file.py:factory."),
-    click.option("--ckpt", "--pretrained-baseline", "ckpt", type=click.Path(path_type=Path), help="Checkpoint to start from."),
+    click.option(
+        "--ckpt", "--pretrained-baseline", "ckpt", type=click.Path(path_type=Path), help="Checkpoint to start from."
+    ),
     _job("--num-classes", "num_classes", type=int, help="Default: as many as the data has."),
     _job("--cifar-stem", "cifar_stem", is_flag=True, help="3x3 stem without pooling, for small images."),
 )
 
 data_options = combine(
-    _job("--data", "data", help="digits, cifar10, cifar100, or a folder with train/ and test/ (or val/).  [default: the model's own data set]"),
+    _job(
+        "--data",
+        "data",
+        help="digits, cifar10, cifar100, or a folder with train/ and test/ (or val/).  [default: the model's own]",
+    ),
     _job("--data-dir", "data_dir", type=click.Path(path_type=Path), help="Where named data sets lie."),
     _job("--download", "download", is_flag=True, help="Let torchvision download a named data set."),
-    _job("--image-size", "image_size", type=int, help="Pixels a side.  [default: 16 digits, 32 CIFAR and its ResNets, 224 else]"),
+    _job(
+        "--image-size",
+        "image_size",
+        type=int,
+        help="Pixels a side.  [default: 16 digits, 32 CIFAR and its ResNets, 224 else]",
+    ),
     _job("--mean", "mean", type=Triple(), help="Of images in 0..1.  [default: ImageNet's; digits 0.5]"),
     _job("--std", "std", type=Triple(), help="Of images in 0..1.  [default: ImageNet's; digits 0.5]"),
     _job("--batch-size", "batch_size", type=int, help="Images a batch."),
     _job("--workers", "workers", type=int, help="Threads that decode images."),
     _train("--device", name="device", help="cpu, cuda, cuda:1 ..."),
 )
-
 
 
 def train_options(preset: TrainConfig) -> Callable[[F], F]:
@@ -103,7 +113,9 @@ def train_options(preset: TrainConfig) -> Callable[[F], F]:
         option("--optimizer", "optimizer", type=click.Choice(OPTIMIZERS), help="What updates the weights."),
         option("--seed", "seed", type=int, help="Of order, augmentation, initialization and the validation split."),
         option("--compile", "compile", type=click.Choice(COMPILE), help="torch.compile the training step."),
-        _job("--val-fraction", "val_fraction", type=float, help="Share of training images to choose the best epoch on."),
+        _job(
+            "--val-fraction", "val_fraction", type=float, help="Share of training images to choose the best epoch on."
+        ),
         click.option(
             "--output-dir",
             "output_dir",
@@ -114,10 +126,20 @@ def train_options(preset: TrainConfig) -> Callable[[F], F]:
 
 
 quantizer_options = combine(
-    click.option("--bits", "--num-bits", "bits", type=int, default=default_of(QATConfig, "bits"), show_default=True, help="1 to 8, for weights and activations."),
+    click.option(
+        "--bits",
+        "--num-bits",
+        "bits",
+        type=int,
+        default=default_of(QATConfig, "bits"),
+        show_default=True,
+        help="1 to 8, for weights and activations.",
+    ),
     click.option("--weight-bits", type=int, help="1 to 8, or 32 for FP32.  [default: --bits]"),
     click.option("--act-bits", type=int, help="1 to 8, or 32 for FP32.  [default: --bits]"),
-    click.option("--clip-value", type=OptionalFloat(), default=None, help="Ceiling of ReLUs: a number, or None.  [default: None]"),
+    click.option(
+        "--clip-value", type=OptionalFloat(), default=None, help="Ceiling of ReLUs: a number, or None.  [default: None]"
+    ),
     click.option("--per-channel", is_flag=True, help="One weight step per output channel."),
 )
 
@@ -125,12 +147,24 @@ penalty_options = combine(
     _job("--lambda-br", "lambda_br", type=float, help="Weight of the weights' bin regularizer; 0: off."),
     _job("--lambda-br-act", "lambda_br_act", type=float, help="Weight of the activations' bin regularizer; 0: off."),
     _train("--qat-epochs", name="epochs", type=int, help="Epochs, warm-up included; 0: calibrate and export only."),
-    _train("--warmup-epochs", name="warmup_epochs", type=int, help="Epochs with LSQ alone.  [default: 30 % of --qat-epochs]"),
-    _job("--start", "start", type=click.Choice(STARTS), help="Steps start by LSQ's formula, or at least squared error."),
+    _train(
+        "--warmup-epochs",
+        name="warmup_epochs",
+        type=int,
+        help="Epochs with LSQ alone.  [default: 30 % of --qat-epochs]",
+    ),
+    _job(
+        "--start", "start", type=click.Choice(STARTS), help="Steps start by LSQ's formula, or at least squared error."
+    ),
     click.option("--freeze-alpha", is_flag=True, help="Freeze all steps when regularization starts."),
     _job("--freeze-weight-alpha", "freeze_weight_alpha", is_flag=True, help="Only the weights' steps."),
     _job("--freeze-act-alpha", "freeze_act_alpha", is_flag=True, help="Only the activations' steps."),
-    _job("--br-backprop-to-alpha-act", "br_backprop_to_alpha_act", is_flag=True, help="Let the activations' regularizer train their steps."),
+    _job(
+        "--br-backprop-to-alpha-act",
+        "br_backprop_to_alpha_act",
+        is_flag=True,
+        help="Let the activations' regularizer train their steps.",
+    ),
 )
 
 
@@ -138,8 +172,9 @@ def build_job(command: str, given: dict[str, Any]) -> JobConfig:
     """Sort the parsed options into the settings they belong to."""
     if given.pop("freeze_alpha", False):
         given["freeze_weight_alpha"] = given["freeze_act_alpha"] = True
-    parts = {}
-    for name, settings in (("qat", QATConfig), ("train", TrainConfig)):
-        own = {field.name for field in fields(settings)} & set(given)
-        parts[name] = settings(**{key: given.pop(key) for key in own})
-    return JobConfig(command=command, **parts, **given)
+
+    def settings_of(kind: type) -> Any:
+        return kind(**{field.name: given.pop(field.name) for field in fields(kind) if field.name in given})
+
+    qat, train = settings_of(QATConfig), settings_of(TrainConfig)
+    return JobConfig(command=command, qat=qat, train=train, **given)

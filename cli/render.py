@@ -99,7 +99,9 @@ def _terms(terms: dict[str, float], separator: str = " ") -> str:
 def job_result(result: JobResult, kind: str) -> None:
     if result.fit is not None:
         how = "compiled" if result.fit.compiled else "eager"
-        console.print(f"Best epoch {result.fit.best_epoch}, {result.fit.best_accuracy:.2%} on validation ({how} training)")
+        console.print(
+            f"Best epoch {result.fit.best_epoch}, {result.fit.best_accuracy:.2%} on validation ({how} training)"
+        )
     if result.test_float is not None:
         console.print(f"Test: FP32 {evaluation(result.test_float)}")
     console.print(f"Test: {kind} {evaluation(result.test)}")

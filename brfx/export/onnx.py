@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
+import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from torch.fx import GraphModule
 from brfx.calibration import require_calibrated
 from brfx.card import card_of
 from brfx.errors import ExportError
+from brfx.nn import QuantizedLayer
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ def export_onnx(qmodel: GraphModule, path: str | Path, example_inputs: Tensor | 
     (divide, clip, round, multiply): the file is exact, and runs in floating point.
 
     Args:
-        qmodel: a calibrated model; it is exported in eval mode and comes back in the mode it had.
+        qmodel: a calibrated model; a copy in eval mode is exported.
         path: of the file to write.
         example_inputs: the model's inputs, a batch of two or more.
 
@@ -56,14 +59,13 @@ def export_onnx(qmodel: GraphModule, path: str | Path, example_inputs: Tensor | 
         import onnxscript  # noqa: F401  (the exporter needs it)
     except ImportError as error:
         raise ExportError("ONNX export needs the extra: pip install 'brfx[onnx]'") from error
-    training = qmodel.training
-    qmodel.eval()
+    frozen = _with_levels_as_weights(qmodel)
     try:
         with _quiet(), torch.no_grad():
             batch = torch.export.Dim("batch")
             shapes = tuple({0: batch} for _ in inputs)
             program = torch.onnx.export(
-                qmodel, inputs, dynamo=True, dynamic_shapes=(shapes,), input_names=["input"], output_names=["output"]
+                frozen, inputs, dynamo=True, dynamic_shapes=shapes, input_names=["input"], output_names=["output"]
             )
         assert program is not None
         proto = program.model_proto
@@ -73,20 +75,36 @@ def export_onnx(qmodel: GraphModule, path: str | Path, example_inputs: Tensor | 
             ("preprocessing", card.preprocessing and asdict(card.preprocessing)),
             ("classes", card.classes),
         ):
-            proto.metadata_props.add(key=key, value=repr(value))
+            proto.metadata_props.add(key=key, value=json.dumps(value))
         onnx.checker.check_model(proto)
         partial = path.with_name(path.name + ".partial")
         onnx.save(proto, partial)
         partial.replace(path)
-        with torch.no_grad():
-            expected = qmodel(*inputs)
-    except ExportError:
-        raise
     except Exception as error:
-        raise ExportError(f"torch's ONNX exporter failed: {(str(error).splitlines() or [repr(error)])[0][:200]}") from error
+        raise ExportError(
+            f"torch's ONNX exporter failed: {(str(error).splitlines() or [repr(error)])[0][:200]}"
+        ) from error
+    return _compare(path, inputs, _eval_output(qmodel, inputs))
+
+
+@torch.no_grad()
+def _with_levels_as_weights(qmodel: GraphModule) -> GraphModule:
+    """A copy in eval mode whose weights are the levels that ``qmodel`` computes with, and are quantized no more."""
+    frozen = copy.deepcopy(qmodel).eval()
+    for module in frozen.modules():
+        if isinstance(module, QuantizedLayer):
+            module.weight.copy_(module.quantized_weight())
+            module.weight_quantizer.mode = "pass"
+    return frozen
+
+
+@torch.no_grad()
+def _eval_output(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    training = model.training
+    try:
+        return model.eval()(*inputs)  # type: ignore[no-any-return]
     finally:
-        qmodel.train(training)
-    return _compare(path, inputs, expected)
+        model.train(training)
 
 
 def _compare(path: Path, inputs: tuple[Tensor, ...], expected: Tensor) -> OnnxReport:

@@ -12,7 +12,7 @@ from brfx.nn.lsq import LSQWeightQuantizer
 class QuantizedLayer(nn.Module):
     """Mixed into a float layer: the layer keeps its parameters and their names, and gains a ``weight_quantizer``."""
 
-    weight: nn.Parameter
+    weight: Any  # the float layer's own Parameter
     weight_quantizer: LSQWeightQuantizer
     channel_dim = 0  # of the output channels in ``weight``
 

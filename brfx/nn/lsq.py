@@ -20,7 +20,9 @@ class _LSQ(torch.autograd.Function):
     """``v -> step * code(v)``; plain aten operations, so that compile and export see through it."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, step: Tensor, grid: Grid, scale: float, floor: float, ceiling: float) -> Tensor:
+    def forward(
+        ctx: Any, values: Tensor, step: Tensor, grid: Grid, scale: float, floor: float, ceiling: float
+    ) -> Tensor:
         ctx.save_for_backward(values, step)
         ctx.settings = (grid, scale, floor, ceiling)
         if floor > -math.inf or ceiling < math.inf:

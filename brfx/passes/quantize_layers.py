@@ -32,9 +32,7 @@ class QuantizeLayers:
         layers = {str(node.target): module for node, module in module_calls(gm)}
         swaps = {name: kind for name, module in layers.items() if (kind := quantized_form(module))}
         for name, kind in swaps.items():
-            quantized = kind.from_float(
-                layers[name], self.config.weight_bits, per_channel=self.config.per_channel
-            )
+            quantized = kind.from_float(layers[name], self.config.weight_bits, per_channel=self.config.per_channel)
             set_module(gm, name, quantized)
         return len(swaps)
 

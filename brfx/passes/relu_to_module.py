@@ -9,14 +9,14 @@ from torch.nn import functional as F
 
 from brfx.graph import free_name, replace_with_module, scope
 
-_FUNCTIONS = {
+_FUNCTIONS: dict[object, type[nn.Module]] = {
     F.relu: nn.ReLU,
     F.relu_: nn.ReLU,
     torch.relu: nn.ReLU,
     torch.relu_: nn.ReLU,
     F.relu6: nn.ReLU6,
 }
-_METHODS = {"relu": nn.ReLU, "relu_": nn.ReLU}
+_METHODS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "relu_": nn.ReLU}
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class ReLUToModule:
         return len(sites)
 
 
-def _relu_type(node: Node) -> type[nn.ReLU] | type[nn.ReLU6] | None:
+def _relu_type(node: Node) -> type[nn.Module] | None:
     if node.op == "call_function":
-        return _FUNCTIONS.get(node.target)  # type: ignore[arg-type]
+        return _FUNCTIONS.get(node.target)
     if node.op == "call_method":
         return _METHODS.get(str(node.target))
     return None

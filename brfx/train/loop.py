@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from brfx.config import TrainConfig
 from brfx.errors import ConfigError, DataError, TrainingError
 from brfx.train.checkpoint import write_atomically
-from brfx.config import TrainConfig
 from brfx.train.evaluate import Evaluation, evaluate
 from brfx.train.optim import build_optimizer, rate_factor
-from brfx.train.step import compile_step, loss_step, use_compile
+from brfx.train.step import LossStep, compile_step, loss_step, use_compile
 
 #: Batches between two looks at the numbers on the device.
 LOG_EVERY = 10
@@ -146,48 +146,84 @@ def fit(
     callbacks = tuple(callbacks)
 
     history: list[EpochMetrics] = []
-    best_weights: dict[str, Tensor] = {}
-    best = EpochMetrics(0, "", 0.0, Means(0, 0), 0.0, -1.0, 0.0, 0.0)
+    best, best_weights = -1.0, {}
     for epoch in range(1, config.epochs + 1):
         stage = "plain" if penalty is None else "penalty" if epoch > warmup else "warm-up"
         if epoch in (1, warmup + 1):
-            step = loss_step(model, penalty if stage == "penalty" else None)
+            active = penalty if stage == "penalty" else None
+            if active is not None:
+                active.begin()
+            step = loss_step(model, active)
             step = compile_step(step) if compiled else step
-            if stage == "penalty":
-                assert penalty is not None
-                penalty.begin()
-        if hasattr(train_data, "set_epoch"):
-            train_data.set_epoch(epoch)
-        model.train()
-        sums = _Sums()
-        started = perf_counter()
-        for batch, (images, labels) in enumerate(train_data, start=1):
-            images = images.to(config.device, non_blocking=True, memory_format=layout)
-            labels = labels.to(config.device, non_blocking=True)
-            lr = scheduler.get_last_lr()[0]
-            loss, numbers = step(images, labels)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            scheduler.step()
-            sums.add(numbers, len(labels))
-            if batch % LOG_EVERY == 0 or batch == batches:
-                means = sums.means(f"epoch {epoch}, batch {batch}")
-                for callback in callbacks:
-                    callback.on_batch(Progress(epoch, config.epochs, batch, batches, stage, lr, means))
-        seconds = perf_counter() - started
-        result = evaluate(model, val_data)
-        metrics = _epoch_metrics(epoch, stage, lr, means, result, seconds, sums.images)
+        where = _Where(epoch, config.epochs, batches, stage, config.device, layout)
+        trained = _train_epoch(model, train_data, step, optimizer, scheduler, where, callbacks)
+        metrics = _epoch_metrics(where, trained, evaluate(model, val_data))
         history.append(metrics)
-        if metrics.val_accuracy > best.val_accuracy:
-            best, best_weights = metrics, {k: v.detach().clone() for k, v in model.state_dict().items()}
+        improved = metrics.val_accuracy > best
+        if improved:
+            best, best_weights = metrics.val_accuracy, {k: v.clone() for k, v in model.state_dict().items()}
         if run_dir is not None:
-            _record(run_dir, model, metrics, is_best=best is metrics)
+            _record(run_dir, model, metrics, is_best=improved)
         for callback in callbacks:
             callback.on_epoch(metrics)
     if history:
         model.load_state_dict(best_weights)
-    return FitResult(tuple(history), best.epoch, best.val_accuracy, compiled)
+    best_epoch = next((metrics.epoch for metrics in history if metrics.val_accuracy == best), 0)
+    return FitResult(tuple(history), best_epoch, best, compiled)
+
+
+@dataclass(frozen=True)
+class _Where:
+    """An epoch's place in the run, and where its batches go."""
+
+    epoch: int
+    epochs: int
+    batches: int
+    stage: str
+    device: str
+    layout: torch.memory_format
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What an epoch's training came to."""
+
+    means: Means
+    lr: float
+    seconds: float
+    images: int
+
+
+def _train_epoch(
+    model: nn.Module,
+    data: Batches,
+    step: LossStep,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    where: _Where,
+    callbacks: tuple[Callback, ...],
+) -> _Trained:
+    if hasattr(data, "set_epoch"):
+        data.set_epoch(where.epoch)
+    model.train()
+    sums, means, lr = _Sums(), Means(0.0, 0.0), 0.0
+    started = perf_counter()
+    for batch, (images, labels) in enumerate(data, start=1):
+        images = images.to(where.device, non_blocking=True, memory_format=where.layout)
+        labels = labels.to(where.device, non_blocking=True)
+        lr = float(scheduler.get_last_lr()[0])
+        loss, numbers = step(images, labels)
+        torch.autograd.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        scheduler.step()
+        sums.add(numbers, len(labels))
+        if batch % LOG_EVERY == 0 or batch == where.batches:
+            means = sums.means(f"epoch {where.epoch}, batch {batch}")
+            progress = Progress(where.epoch, where.epochs, batch, where.batches, where.stage, lr, means)
+            for callback in callbacks:
+                callback.on_batch(progress)
+    return _Trained(means, lr, perf_counter() - started, sums.images)
 
 
 def seed_everything(seed: int) -> None:
@@ -197,10 +233,17 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _epoch_metrics(
-    epoch: int, stage: str, lr: float, means: Means, result: Evaluation, seconds: float, images: int
-) -> EpochMetrics:
-    return EpochMetrics(epoch, stage, lr, means, result.loss, result.accuracy, seconds, images / seconds)
+def _epoch_metrics(where: _Where, trained: _Trained, result: Evaluation) -> EpochMetrics:
+    return EpochMetrics(
+        epoch=where.epoch,
+        stage=where.stage,
+        lr=trained.lr,
+        train=trained.means,
+        val_loss=result.loss,
+        val_accuracy=result.accuracy,
+        seconds=trained.seconds,
+        images_per_second=trained.images / trained.seconds,
+    )
 
 
 def _record(run_dir: Path, model: nn.Module, metrics: EpochMetrics, *, is_best: bool) -> None:

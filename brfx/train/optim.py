@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     common = [parameter for parameter in trained if id(parameter) not in own]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in common if p.dim() > 1], "lr": config.lr, "weight_decay": config.weight_decay},
         {"params": [p for p in common if p.dim() <= 1], "lr": config.lr, "weight_decay": 0.0},
         {"params": [p for p in trained if id(p) in own], "lr": config.step_lr, "weight_decay": 0.0},

@@ -1,0 +1,36 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both make their own environment in .venv.
+PYTHON ?= python3.11
+BIN := .venv/bin
+DEMO := runs/demo
+
+.PHONY: help demo test sweep lint check clean
+
+help:  ## show this
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+.venv/installed: setup.cfg constraints.txt
+	command -v $(PYTHON) >/dev/null && $(PYTHON) -m venv .venv || python3 -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch torchvision
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[onnx,demo,dev]'
+	touch $@
+
+demo: .venv/installed  ## train, quantize to 2 bits, evaluate and export on handwritten digits
+	rm -rf $(DEMO)
+	$(BIN)/brfx train --model resnet20 --data digits --epochs 8 --output-dir $(DEMO)/fp32
+	$(BIN)/brfx quantize --model resnet20 --data digits --ckpt $(DEMO)/fp32/best.pth --bits 2 --qat-epochs 12 \
+		--output-dir $(DEMO)/w2a2
+
+test: .venv/installed  ## the tests, under ten minutes on two cores
+	$(BIN)/python -m pytest
+
+sweep: .venv/installed  ## the slow tests too
+	$(BIN)/python -m pytest -m "slow or not slow" --timeout=3600
+
+lint: .venv/installed  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test  ## what CI runs
+
+clean:  ## remove the environment and the demo's run
+	rm -rf .venv $(DEMO)

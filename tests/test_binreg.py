@@ -1,0 +1,106 @@
+import pytest
+import torch
+from torch import Tensor
+
+from brfx.binreg import BinRegularizer
+from brfx.errors import ConfigError
+
+
+def published(values: Tensor, step: Tensor, codes: list[int], assign: Tensor) -> Tensor:
+    """The formula as it is printed: a loop over bins, means and (biased) variances."""
+    total = torch.zeros((), dtype=values.dtype)
+    for k in codes:
+        members = values[assign == k]
+        if not len(members):
+            continue
+        total = total + (members.mean() - k * step).square()
+        if len(members) > 1:
+            total = total + members.var(correction=0)
+    return total
+
+
+def case(bits: int, signed: bool) -> tuple[BinRegularizer, Tensor, Tensor]:
+    regularizer = BinRegularizer(bits, signed)
+    values = torch.randn(40, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(bits))
+    step = torch.tensor(2.0 / regularizer.grid.high, dtype=torch.float64)
+    return regularizer, values if signed else values.relu(), step
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("signed", [True, False])
+def test_loss_and_gradients_equal_the_loop_over_bins(bits: int, signed: bool) -> None:
+    regularizer, values, step = case(bits, signed)
+    assign = regularizer.grid.encode(values, step)
+    results = []
+    for loss_of in (regularizer, lambda v, s: published(v, s, list(regularizer.grid.codes), assign)):
+        v, s = values.clone().requires_grad_(), step.clone().requires_grad_()
+        loss = loss_of(v, s)
+        loss.backward()
+        results.append((loss.detach(), v.grad, s.grad))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_a_detached_step_gets_no_gradient_and_the_values_the_same_one() -> None:
+    regularizer, values, step = case(2, False)
+    v, w = values.clone().requires_grad_(), values.clone().requires_grad_()
+    s = step.clone().requires_grad_()
+    regularizer(v, s.detach()).backward()
+    assert s.grad is None
+    regularizer(w, s).backward()
+    assert s.grad is not None and s.grad != 0
+    assert torch.equal(v.grad, w.grad)
+
+
+def test_values_on_their_levels_cost_nothing() -> None:
+    levels = torch.tensor([-2.0, -1, 0, 1]).repeat(10) * 0.3
+    assert BinRegularizer(2, True)(levels, torch.tensor(0.3)) == pytest.approx(0, abs=1e-12)
+
+
+def test_bins_count_equally_whatever_they_hold() -> None:
+    """1000 values at distance 0.1 of level 0 weigh as much as one at distance 0.1 of level 1."""
+    step = torch.tensor(1.0)
+    many, one = torch.full((1000,), 0.1), torch.tensor([0.9])
+    loss = BinRegularizer(2, True)
+    torch.testing.assert_close(loss(torch.cat([many, one]), step), torch.tensor(0.02))
+
+
+def test_clamp_lets_outliers_be_and_by_count_is_the_quantization_error() -> None:
+    step = torch.tensor(1.0)
+    values = torch.tensor([0.2, 5.0]).requires_grad_()
+    BinRegularizer(2, True, clamp=True)(values, step).backward()
+    assert values.grad.tolist() == pytest.approx([0.4, 0.0])
+    plain = torch.randn(1000)
+    by_count = BinRegularizer(2, True, by_count=True)
+    assert float(by_count(plain, step)) == pytest.approx(by_count.diagnose(plain, step).mse, rel=1e-5)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_diagnosis_adds_up(bits: int) -> None:
+    regularizer, values, step = case(bits, True)
+    diagnosis = regularizer.diagnose(values, step)
+    assert diagnosis.loss == pytest.approx(float(regularizer(values, step)), rel=1e-9)
+    assert diagnosis.num_bins == 2**bits
+    assert diagnosis.used_bins == len(regularizer.grid.encode(values, step).unique())
+    assert diagnosis.effectiveness < 100
+    on_levels = regularizer.grid.encode(values, step) * step
+    assert regularizer.diagnose(on_levels, step).effectiveness == pytest.approx(100)
+
+
+def test_per_channel_steps() -> None:
+    values = torch.randn(3, 50, dtype=torch.float64)
+    step = torch.tensor([[0.5], [1.0], [2.0]], dtype=torch.float64)
+    code = BinRegularizer(2, True).grid.encode(values, step)
+    expected = sum((values - code * step)[code == k].square().mean() for k in (-2, -1, 0, 1) if (code == k).any())
+    torch.testing.assert_close(BinRegularizer(2, True)(values, step), torch.as_tensor(expected))
+
+
+@pytest.mark.parametrize("bits", [0, 9, 32])
+def test_bits_out_of_range(bits: int) -> None:
+    with pytest.raises(ConfigError, match="1 to 8"):
+        BinRegularizer(bits)
+
+
+def test_name_and_levels_are_said() -> None:
+    text = str(BinRegularizer(num_bits=2, signed=False, name="Activations"))
+    assert text == "BinRegularizer (Activations): 4 levels, unsigned 2-bit [0, s, 2s, 3s], tied to LSQ's step"

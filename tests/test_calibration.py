@@ -1,0 +1,62 @@
+import math
+
+import pytest
+import torch
+
+import brfx
+from brfx.calibration import quantizers
+
+
+def test_steps_are_lsqs_formula_averaged_over_batches(tiny, images):
+    qmodel = brfx.prepare_qat(tiny, brfx.QATConfig(weight_bits=2, act_bits=3))
+    brfx.calibrate(qmodel, [images[:4], images[4:]])
+    weight = qmodel.conv1.weight
+    torch.testing.assert_close(qmodel.conv1.weight_quantizer.step.data, 2 * weight.abs().mean())
+    first, seen = next(iter(brfx.observe(qmodel.eval(), images).items()))
+    expected = (seen[:4].mean() + seen[4:].mean()) / 2 * 2 / math.sqrt(7)
+    torch.testing.assert_close(qmodel.get_submodule(first).step.data, expected.detach())
+
+
+def test_mode_and_buffers_come_back(tiny, images):
+    qmodel = brfx.prepare_qat(tiny.train())
+    before = {name: buffer.clone() for name, buffer in qmodel.named_buffers()}
+    brfx.calibrate(qmodel, [images], batch_statistics=True)
+    assert qmodel.training and all(module.training for module in qmodel.modules())
+    assert all(torch.equal(buffer, before[name]) for name, buffer in qmodel.named_buffers())
+
+
+def test_uncalibrated_refuses_everything_but_a_pass_through(tiny, images, tmp_path):
+    qmodel = brfx.prepare_qat(tiny)
+    loader = [(images, torch.zeros(8, dtype=torch.long))]
+    for attempt in (
+        lambda: qmodel(images),
+        lambda: brfx.evaluate(qmodel, loader),
+        lambda: brfx.fit(qmodel, loader, loader, brfx.TrainConfig(epochs=1)),
+        lambda: brfx.save(qmodel, tmp_path / "model.pt"),
+        lambda: brfx.export_onnx(qmodel, tmp_path / "model.onnx", images),
+    ):
+        with pytest.raises(brfx.BrfxError, match=r"brfx\.calibrate"):
+            attempt()
+    assert not list(tmp_path.iterdir())
+    with brfx.quantization_disabled(qmodel):
+        qmodel(images)
+
+
+def test_errors(tiny, images):
+    qmodel = brfx.prepare_qat(tiny)
+    with pytest.raises(brfx.BrfxError, match="no batch"):
+        brfx.calibrate(qmodel, [])
+    with pytest.raises(brfx.BrfxError, match="NaN"):
+        brfx.calibrate(qmodel, [images * math.nan])
+    with pytest.raises(brfx.BrfxError, match="lsq or mse"):
+        brfx.calibrate(qmodel, [images], start="best")
+
+
+def test_dead_activations_get_a_usable_step(tiny, images):
+    with torch.no_grad():
+        tiny.conv2.weight.zero_()
+        tiny.conv2.bias.fill_(-1)
+    qmodel = brfx.prepare_qat(tiny)
+    brfx.calibrate(qmodel, [images])
+    assert all(quantizer.step > 0 for quantizer in quantizers(qmodel).values())
+    assert qmodel(images).isfinite().all()

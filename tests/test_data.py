@@ -1,0 +1,115 @@
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from brfx.data import DEFAULTS, BatchLoader, Preprocessing, Split, load_dataset, with_overrides
+from brfx.errors import DataError
+
+
+def make_folder(root: Path, parts=("train", "test"), classes=("cat", "dog"), each=10) -> Path:
+    for part in parts:
+        for number, name in enumerate(classes):
+            (root / part / name).mkdir(parents=True)
+            for i in range(each):
+                Image.new("RGB", (40 + i, 30), (number * 100, i, 0)).save(root / part / name / f"{i}.png")
+    return root
+
+
+def test_digits_are_split_without_overlap(digits):
+    assert len(digits.train) + len(digits.val) + len(digits.test) == 1797
+    assert digits.train.images.shape[1:] == (3, 16, 16)
+    assert digits.train.images.dtype == torch.uint8
+    assert set(digits.val.labels.tolist()) == set(range(10))
+    assert not digits.flip
+
+
+def test_a_folder_is_read_resized_and_cut(tmp_path):
+    data = load_dataset(str(make_folder(tmp_path)), data_dir=tmp_path, preprocessing=Preprocessing(16), val_fraction=0.2)
+    assert data.classes == ("cat", "dog")
+    assert (len(data.train), len(data.val), len(data.test)) == (16, 4, 20)
+    assert data.test.images.shape == (20, 3, 16, 16)
+    assert data.test.images[10, 0].float().mean() == 100  # the first dog
+
+
+def test_val_is_taken_where_there_is_no_test(tmp_path):
+    data = load_dataset(str(make_folder(tmp_path, ("train", "val"))), data_dir=tmp_path, preprocessing=Preprocessing(8))
+    assert len(data.test) == 20
+
+
+def test_problems_are_one_clear_line(tmp_path):
+    size = Preprocessing(8)
+    (tmp_path / "empty").mkdir()
+    odd = make_folder(tmp_path / "odd")
+    (odd / "test" / "cow").mkdir()
+    bare = make_folder(tmp_path / "bare", each=0)
+    broken = make_folder(tmp_path / "broken")
+    (broken / "test" / "dog" / "3.png").write_bytes(b"no image")
+    for source, message in [
+        (tmp_path / "absent", "no such folder"),
+        (tmp_path / "empty", "expected .*train/CLASS"),
+        (odd, "differ in their classes.*'cow'"),
+        (bare, "no image in it"),
+        (broken, r"dog/3\.png: cannot read"),
+    ]:
+        with pytest.raises(DataError, match=message) as caught:
+            _ = load_dataset(str(source), data_dir=tmp_path, preprocessing=size).test
+        assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match=r"cifar10 is not in .*--download"):
+        load_dataset("cifar10", data_dir=tmp_path)
+
+
+def test_real_images_come_through_pixel_for_pixel(cifar10_folder, cifar10_test):
+    data = load_dataset(str(cifar10_folder), data_dir=cifar10_folder, preprocessing=Preprocessing(32))
+    assert len(data.test) == 600
+    assert torch.equal(data.test.images[60:120], cifar10_test.images[1000:1060])
+
+
+def test_normalization():
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 4, 4)
+    out = Preprocessing(4, (0.5, 0.0, 0.0), (0.5, 1.0, 2.0)).normalize(images)
+    assert out[:, :, 0, 0].tolist() == [[-1, 0, 0], [1, 1, 0.5]]
+    assert with_overrides(DEFAULTS["cifar10"], mean=(0.1, 0.2, 0.3)).mean == (0.1, 0.2, 0.3)
+    assert with_overrides(DEFAULTS["cifar10"]) == DEFAULTS["cifar10"]
+
+
+def loader(**settings):
+    images = torch.arange(50 * 3 * 8 * 8).remainder(251).to(torch.uint8).view(50, 3, 8, 8)
+    return BatchLoader(Split(images, torch.arange(50)), Preprocessing(8, (0, 0, 0), (1, 1, 1)), 16, **settings)
+
+
+def test_without_augmentation_the_order_is_the_splits():
+    batches = list(loader())
+    assert [len(labels) for _, labels in batches] == [16, 16, 16, 2]
+    assert torch.cat([labels for _, labels in batches]).tolist() == list(range(50))
+    assert len(loader(drop_last=True)) == len(list(loader(drop_last=True))) == 3
+
+
+def test_augmentation_is_a_function_of_seed_and_epoch():
+    def epoch(seed, number):
+        data = loader(augment=True, seed=seed)
+        data.set_epoch(number)
+        batches = list(data)
+        return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
+
+    first, again = epoch(0, 1), epoch(0, 1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert sorted(first[1].tolist()) == list(range(50))
+    for other in (epoch(0, 2), epoch(1, 1)):
+        assert not torch.equal(first[1], other[1])
+
+
+def test_each_augmented_image_is_a_shifted_perhaps_mirrored_original():
+    data = loader(augment=True)
+    plain, shifted, mirrored = data.preprocessing.normalize(data.split.images), 0, 0
+    padded = torch.nn.functional.pad(plain, (1, 1, 1, 1))
+    for images, labels in data:
+        for image, label in zip(images, labels, strict=True):
+            crops = [padded[label, :, y : y + 8, x : x + 8] for y in range(3) for x in range(3)]
+            straight = [i for i, crop in enumerate(crops) if torch.equal(image, crop)]
+            flipped = [i for i, crop in enumerate(crops) if torch.equal(image, crop.flip(-1))]
+            assert len(straight) + len(flipped) == 1
+            shifted += (straight + flipped)[0] != 4
+            mirrored += len(flipped)
+    assert shifted > 25 and 10 < mirrored < 40

@@ -1,0 +1,48 @@
+import pytest
+import torch
+
+from brfx.grid import Grid
+
+
+@pytest.mark.parametrize(
+    ("bits", "signed", "codes"),
+    [
+        (2, True, [-2, -1, 0, 1]),
+        (2, False, [0, 1, 2, 3]),
+        (1, True, [-1, 1]),
+        (1, False, [0, 1]),
+        (3, True, list(range(-4, 4))),
+        (8, True, list(range(-128, 128))),
+        (8, False, list(range(256))),
+    ],
+)
+def test_codes(bits: int, signed: bool, codes: list[int]) -> None:
+    grid = Grid(bits, signed)
+    assert list(grid.codes) == codes
+    assert (grid.low, grid.high) == (codes[0], codes[-1])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("signed", [True, False])
+def test_every_code_is_reached_and_no_other(bits: int, signed: bool) -> None:
+    grid = Grid(bits, signed)
+    values = torch.linspace(-400, 400, 80_001)
+    assert sorted(grid.encode(values, torch.tensor(1.0)).unique().tolist()) == list(grid.codes)
+
+
+def test_binary_start_is_the_mean_magnitude_and_others_use_qp() -> None:
+    assert Grid(1, True).start(torch.tensor(0.3)) == pytest.approx(0.3)
+    assert Grid(2, True).start(torch.tensor(0.3)) == pytest.approx(2 * 0.3 / 1**0.5)  # Qp = 1, not |Qn| = 2
+    assert Grid(2, False).start(torch.tensor(0.3)) == pytest.approx(2 * 0.3 / 3**0.5)
+    assert Grid(8, True).start(torch.tensor(0.3)) == pytest.approx(2 * 0.3 / 127**0.5)
+
+
+def test_a_step_at_or_below_zero_is_taken_as_tiny_and_positive() -> None:
+    codes = Grid(2, True).encode(torch.tensor([-1.0, 1.0]), torch.tensor(-0.5))
+    assert codes.tolist() == [-2, 1]
+
+
+def test_text_names_the_levels() -> None:
+    assert str(Grid(2, True)) == "signed 2-bit [-2s, -s, 0, s]"
+    assert str(Grid(2, False)) == "unsigned 2-bit [0, s, 2s, 3s]"
+    assert str(Grid(8, False)) == "unsigned 8-bit [0, s, ..., 254s, 255s]"

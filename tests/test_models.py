@@ -1,0 +1,52 @@
+import pytest
+import torch
+import torchvision
+
+from brfx.errors import BrfxError
+from brfx.models import build_model, model_names
+
+
+def test_names_are_torchvisions_float_models_and_the_cifar_resnets():
+    names = model_names()
+    assert {"resnet20", "resnet32", "resnet44", "resnet56", "resnet110"} <= set(names)
+    float_names = [n for n in torchvision.models.list_models() if not n.startswith("quantized_")]
+    assert len(names) == len(float_names) + 5
+    assert set(float_names) < set(names)
+
+
+@pytest.mark.parametrize(("depth", "parameters"), [(20, 269_722), (32, 464_154), (44, 658_586), (56, 853_018)])
+def test_cifar_resnets_have_the_published_size(depth, parameters):
+    """He et al., table 6 (0.27, 0.46, 0.66, 0.85 M), exact for option A."""
+    model = build_model(f"resnet{depth}")
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert model.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_num_classes_and_stem():
+    model = build_model("resnet18", 7, cifar_stem=True)
+    assert model.conv1.stride == (1, 1)
+    assert model.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    with pytest.raises(BrfxError, match="no.*stem|has none"):
+        build_model("vgg11", cifar_stem=True)
+
+
+def test_unknown_names_bring_the_nearest():
+    with pytest.raises(BrfxError, match=r"resnet_20.*did you mean .*resnet20"):
+        build_model("resnet_20")
+    with pytest.raises(BrfxError, match="unknown model"):
+        build_model("quantized_resnet18")
+
+
+def test_a_file_of_the_users_own(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from torch import nn\ndef make(num_classes=3): return nn.Linear(2, num_classes)\nnumber = 3\n")
+    assert build_model(f"{file}:make", 5).out_features == 5
+    assert build_model(f"{file}:make").out_features == 3
+    for name, message in [
+        (f"{file}:absent", "no function 'absent'"),
+        (f"{file}:number", "no function 'number'"),
+        (str(file), "say which function"),
+        (f"{tmp_path}/none.py:make", "no such file"),
+    ]:
+        with pytest.raises(BrfxError, match=message):
+            build_model(name)

@@ -1,0 +1,133 @@
+import pytest
+import torch
+
+import brfx
+from brfx.models import build_model
+from brfx.nn import QuantizedLayer
+from brfx.train.optim import build_optimizer
+from brfx.train.step import compile_step, loss_step
+
+
+def calibrated(model, images, **config):
+    qmodel = brfx.prepare_qat(model, brfx.QATConfig(**config))
+    brfx.calibrate(qmodel, [images])
+    return qmodel
+
+
+def test_output_is_the_models_and_terms_are_the_regularizers_sums(tiny, images):
+    qmodel = calibrated(tiny, images).eval()
+    output, br = brfx.BinPenalty(qmodel, weight=0.5, act=0.25)(images)
+    assert torch.equal(output, qmodel(images))
+    weight = sum(
+        brfx.BinRegularizer(2)(m.weight, m.weight_quantizer.step)
+        for m in qmodel.modules()
+        if isinstance(m, QuantizedLayer)
+    )
+    act = sum(
+        brfx.BinRegularizer(2, signed=False)(values, qmodel.get_submodule(site).step)
+        for site, values in brfx.observe(qmodel, images).items()
+    )
+    torch.testing.assert_close(br.weight, weight.detach())
+    torch.testing.assert_close(br.act, act.detach())
+    torch.testing.assert_close(br.total, 0.5 * weight + 0.25 * act)
+
+
+def grads(penalty, images):
+    penalty.zero_grad()
+    penalty(images)[1].total.backward()
+    return {name: None if p.grad is None else p.grad.clone() for name, p in penalty.model.named_parameters()}
+
+
+def test_weight_regularizer_reaches_weights_and_their_steps_only(tiny, images):
+    found = grads(brfx.BinPenalty(calibrated(tiny, images), weight=1, act=0), images)
+    reached = {name for name, grad in found.items() if grad is not None and grad.abs().sum() > 0}
+    assert reached == {
+        f"{layer}.{p}" for layer in ("conv1", "conv2", "fc") for p in ("weight", "weight_quantizer.step")
+    }
+
+
+def test_activation_regularizer_trains_the_layers_above_and_its_steps_only_when_asked(tiny, images):
+    qmodel = calibrated(tiny, images)
+    above = grads(brfx.BinPenalty(qmodel, weight=0, act=1), images)
+    assert above["conv1.weight"].abs().sum() > 0
+    last = list(brfx.observe(qmodel, images))[-1]  # no other site is behind the last: its step is reached by L_BR alone
+    assert above[f"{last}.step"] is None
+    asked = grads(brfx.BinPenalty(qmodel, weight=0, act=1, act_gradient_to_step=True), images)
+    assert asked[f"{last}.step"].abs().sum() > 0
+
+
+def test_a_step_with_the_activation_regularizer_alone_changes_the_first_convolution(tiny, images):
+    qmodel = calibrated(tiny, images)
+    before = qmodel.conv1.weight.detach().clone()
+    optimizer = torch.optim.SGD(qmodel.parameters(), 0.1)
+    brfx.BinPenalty(qmodel, weight=0, act=1)(images)[1].total.backward()
+    optimizer.step()
+    assert not torch.equal(qmodel.conv1.weight, before)
+
+
+@pytest.mark.parametrize(("weights", "acts"), [(True, False), (False, True), (True, True), (False, False)])
+def test_begin_freezes_the_steps_that_were_asked_for(tiny, images, weights, acts):
+    qmodel = calibrated(tiny, images)
+    penalty = brfx.BinPenalty(qmodel, freeze_weight_steps=weights, freeze_act_steps=acts)
+    steps = {n: p for n, p in qmodel.named_parameters() if n.endswith("step")}
+    assert all(step.requires_grad for step in steps.values())
+    penalty.begin()
+    for name, step in steps.items():
+        assert step.requires_grad != (weights if "weight_quantizer" in name else acts)
+
+
+def test_fp32_weights_or_activations_have_no_regularizer(tiny, images):
+    for config, zero in (({"weight_bits": 32, "act_bits": 2}, "weight"), ({"weight_bits": 2, "act_bits": 32}, "act")):
+        _, br = brfx.BinPenalty(calibrated(tiny, images, **config))(images)
+        assert getattr(br, zero) == 0
+        assert br.total > 0
+
+
+def test_negative_lambda(tiny, images):
+    with pytest.raises(brfx.BrfxError, match="0 or more"):
+        brfx.BinPenalty(calibrated(tiny, images), weight=-1)
+
+
+@pytest.mark.parametrize("penalized", [False, True])
+def test_compiled_gradients_equal_eager_ones_parameter_by_parameter(tiny, images, penalized):
+    """In float64, where no rounding moves a value across the border of its bin."""
+    torch._dynamo.reset()
+    images, labels = images.double(), torch.arange(8) % 4
+    qmodel = calibrated(tiny.double(), images)
+    step = loss_step(qmodel, brfx.BinPenalty(qmodel, 1.0, 1.0) if penalized else None)
+    results = []
+    for function in (step, compile_step(step)):
+        qmodel.zero_grad()
+        loss, numbers = function(images, labels)
+        loss.backward()
+        results.append((loss.detach(), numbers, {name: p.grad.clone() for name, p in qmodel.named_parameters()}))
+    (eager, _, expected), (compiled, _, found) = results
+    torch.testing.assert_close(compiled, eager, rtol=1e-10, atol=1e-12)
+    assert all(grad.abs().sum() > 0 for grad in expected.values())
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-8, atol=1e-12, msg=name)
+
+
+def test_on_the_real_checkpoint_lambda_1_lowers_both_by_thirty_per_cent_in_100_steps(real_checkpoint, cifar10_test):
+    from brfx.checkpoint import load_float
+    from brfx.data import BatchLoader, Preprocessing
+
+    model = build_model("resnet20", 10)
+    load_float(model, real_checkpoint)
+    loader = BatchLoader(cifar10_test, Preprocessing(32), 16, augment=True)
+    batches = [batch for batch, _ in zip(loader, range(100), strict=False)]
+    ends = {}
+    for regularized in (False, True):
+        qmodel = brfx.prepare_qat(model)
+        brfx.calibrate(qmodel, [images for images, _ in batches[:8]], start="mse", batch_statistics=True)
+        penalty = brfx.BinPenalty(qmodel.train(), weight=1.0, act=1.0)
+        step = loss_step(qmodel, penalty if regularized else None)
+        optimizer = build_optimizer(qmodel, brfx.TrainConfig())
+        for images, labels in batches:
+            step(images, labels)[0].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            ends[regularized] = penalty(torch.cat([images for images, _ in batches[:8]]))[1]
+    assert ends[True].weight < 0.7 * ends[False].weight
+    assert ends[True].act < 0.7 * ends[False].act

@@ -1,0 +1,133 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import brfx
+from brfx.calibration import quantizers
+from brfx.graph import dump
+from brfx.models import build_model
+from brfx.nn import ActivationObserver, QuantizedClippedReLU, QuantizedLayer
+
+
+def prepared(model, images, **config):
+    qmodel = brfx.prepare_qat(model, brfx.QATConfig(**config))
+    brfx.calibrate(qmodel, [images])
+    return qmodel
+
+
+def test_the_whole_rewrite_of_a_small_net(tiny):
+    assert dump(brfx.prepare_qat(tiny)) == "\n".join(
+        [
+            "x = input",
+            "conv1 = QuantizedConv2d(x)",
+            "bn1 = BatchNorm2d(conv1)",
+            "relu_1_observer = ActivationObserver(bn1)",
+            "relu_4 = QuantizedClippedReLU(relu_1_observer)",
+            "conv2 = QuantizedConv2d(relu_4)",
+            "relu_observer = ActivationObserver(conv2)",
+            "relu_1 = QuantizedClippedReLU(relu_observer)",
+            "add = add(relu_4, relu_1)",
+            "relu_3_observer = ActivationObserver(add)",
+            "relu_2 = QuantizedClippedReLU(relu_3_observer)",
+            "relu_2_observer = ActivationObserver(relu_2)",
+            "relu_5 = QuantizedClippedReLU(relu_2_observer)",
+            "relu6_observer = ActivationObserver(relu_5)",
+            "relu6 = QuantizedClippedReLU(relu6_observer)",
+            "mean = mean(relu6)",
+            "fc = QuantizedLinear(mean)",
+            "return fc",
+        ]
+    )
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet18", "mobilenet_v2", "squeezenet1_1"])
+@pytest.mark.parametrize("training", [False, True])
+def test_with_quantizers_disabled_the_graph_equals_the_model_bit_for_bit(name, training):
+    torch.manual_seed(0)
+    model = build_model(name).train(training)
+    x = torch.randn(2, 3, 64, 64)
+    qmodel = brfx.prepare_qat(model)
+    outputs = []
+    with brfx.quantization_disabled(qmodel):
+        for module in (model, qmodel):
+            torch.manual_seed(1)  # dropout
+            outputs.append(module(x))
+    assert qmodel.training == training
+    assert torch.equal(*outputs)
+
+
+def test_every_site_of_resnet20_has_its_own_step():
+    qmodel = brfx.prepare_qat(build_model("resnet20"))
+    kinds = [type(module) for module in qmodel.modules()]
+    assert sum(issubclass(kind, QuantizedLayer) for kind in kinds) == 20
+    assert kinds.count(QuantizedClippedReLU) == kinds.count(ActivationObserver) == 19
+    assert len({id(quantizer.step) for quantizer in quantizers(qmodel).values()}) == 39
+
+
+def test_the_float_model_is_left_alone_and_shares_nothing(tiny, images):
+    before = copy.deepcopy(tiny.state_dict())
+    qmodel = prepared(tiny, images)
+    qmodel(images).sum().backward()
+    torch.optim.SGD(qmodel.parameters(), 1.0).step()
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), tiny.state_dict().values(), strict=True))
+    assert not {id(p) for p in tiny.parameters()} & {id(p) for p in qmodel.parameters()}
+
+
+def test_a_changed_step_changes_the_output(tiny, images):
+    qmodel = prepared(tiny, images).eval()
+    reference = qmodel(images)
+    for name, quantizer in quantizers(qmodel).items():
+        kept = quantizer.step.data.clone()
+        quantizer.step.data *= 1.9
+        assert not torch.equal(qmodel(images), reference), name
+        quantizer.step.data.copy_(kept)
+    assert torch.equal(qmodel(images), reference)
+
+
+def test_fp32_state_dict_round_trip(tiny, images):
+    state = copy.deepcopy(tiny.state_dict())
+    qmodel = prepared(tiny, images)
+    out = brfx.float_state_dict(qmodel)
+    assert list(out) == list(state)
+    assert all(torch.equal(out[key], state[key]) for key in state)
+    qmodel.load_state_dict(state)  # strict, though the steps are not in it
+    with pytest.raises(brfx.BrfxError, match="calibrate"):
+        qmodel(images)
+    tiny.load_state_dict(out)
+
+
+@pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 8), (2, 4), (1, 2), (32, 2), (2, 32), (8, 8), (1, 1)])
+def test_mixed_bits(tiny, images, weight_bits, act_bits):
+    qmodel = prepared(tiny, images, weight_bits=weight_bits, act_bits=act_bits)
+    qmodel(images).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in qmodel.parameters())
+    for module in qmodel.modules():
+        if isinstance(module, QuantizedLayer):
+            assert len(module.quantized_weight().unique()) <= 2**weight_bits
+        if isinstance(module, QuantizedClippedReLU):
+            assert len(module(torch.randn(50, 50)).unique()) <= 2**act_bits
+
+
+def test_nothing_to_quantize_is_an_error():
+    with pytest.raises(brfx.BrfxError, match="nothing to quantize"):
+        brfx.prepare_qat(nn.Sequential(nn.Flatten(), nn.GELU()))
+
+
+def test_a_model_that_cannot_be_traced_names_the_line():
+    class Branchy(nn.Module):
+        def forward(self, x):
+            if x.sum() > 0:
+                return x
+            return -x
+
+    with pytest.raises(brfx.BrfxError, match=r"test_pipeline\.py:\d+"):
+        brfx.prepare_qat(Branchy())
+
+
+@pytest.mark.parametrize("field", ["bits", "weight_bits", "act_bits"])
+@pytest.mark.parametrize("value", [0, 9, 16, -1])
+def test_bits_out_of_range(field, value):
+    with pytest.raises(brfx.BrfxError, match=rf"{field}=.*1 to 8, or 32"):
+        brfx.QATConfig(**{field: value})

@@ -1,0 +1,170 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import brfx
+from brfx.data import BatchLoader
+from brfx.models import build_model
+from brfx.train import Callback, fit
+from brfx.train.optim import build_optimizer, rate_factor
+from brfx.train.step import use_compile
+
+
+def loaders(digits, batch=64):
+    train = BatchLoader(digits.train, digits.preprocessing, batch, augment=True, flip=False, drop_last=True)
+    return train, BatchLoader(digits.val, digits.preprocessing, 256)
+
+
+def small_net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+    )  # fmt: skip
+
+
+def quantized(digits, **config):
+    qmodel = brfx.prepare_qat(small_net(), brfx.QATConfig(**config))
+    train, _ = loaders(digits)
+    brfx.calibrate(qmodel, [next(iter(train))], start="mse", batch_statistics=True)
+    return qmodel
+
+
+class Recorder(Callback):
+    def __init__(self):
+        self.progress, self.epochs = [], []
+
+    def on_batch(self, progress):
+        self.progress.append(progress)
+
+    def on_epoch(self, metrics):
+        self.epochs.append(metrics)
+
+
+def test_warm_up_has_no_regularizer_and_steps_freeze_after_it(digits, tmp_path):
+    qmodel = quantized(digits)
+    penalty = brfx.BinPenalty(qmodel, freeze_weight_steps=True, freeze_act_steps=True)
+
+    class Steps(Recorder):
+        def __init__(self):
+            super().__init__()
+            self.steps = []
+
+        def on_epoch(self, metrics):
+            super().on_epoch(metrics)
+            self.steps.append([p.detach().clone() for n, p in qmodel.named_parameters() if n.endswith("step")])
+
+    seen = Steps()
+    config = brfx.TrainConfig(epochs=4, warmup_epochs=2, compile="off")
+    result = fit(qmodel, *loaders(digits), config, penalty=penalty, run_dir=tmp_path, callbacks=[seen])
+    assert [m.stage for m in seen.epochs] == ["warm-up", "warm-up", "penalty", "penalty"]
+    assert [set(m.train.terms) for m in seen.epochs] == [set(), set(), {"weight", "act"}, {"weight", "act"}]
+    assert all(not torch.equal(a, b) for a, b in zip(seen.steps[0], seen.steps[1], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(seen.steps[1], seen.steps[3], strict=True))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert lines[2]["train"]["terms"]["act"] > 0
+    best = torch.load(tmp_path / "best.pth", weights_only=True)
+    assert best["metrics"]["val_accuracy"] == result.best_accuracy == max(m.val_accuracy for m in result.history)
+    for key, value in qmodel.state_dict().items():
+        torch.testing.assert_close(value, best["state_dict"][key])
+    assert (tmp_path / "last.pth").is_file()
+
+
+def test_a_short_run_reaches_what_chance_cannot(digits):
+    """2 bits everywhere on real digits; chance is 10 %, and the floor is eleven standard deviations above it."""
+    qmodel = quantized(digits)
+    config = brfx.TrainConfig(epochs=8, compile="off")
+    fit(qmodel, *loaders(digits, 32), config, penalty=brfx.BinPenalty(qmodel, act=0.01))
+    test = brfx.evaluate(qmodel, BatchLoader(digits.test, digits.preprocessing, 256))
+    assert test.count == 360
+    assert test.accuracy > 0.75
+
+
+def test_same_seed_same_weights(digits):
+    runs = []
+    for _ in range(2):
+        qmodel = quantized(digits)
+        fit(qmodel, *loaders(digits), brfx.TrainConfig(epochs=1, compile="off"), penalty=None)
+        runs.append(qmodel.state_dict())
+    assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
+
+
+def test_a_warm_up_as_long_as_the_run_is_refused(digits):
+    qmodel = quantized(digits)
+    with pytest.raises(brfx.BrfxError, match="warm-up of 3 epochs leaves none of 3"):
+        config = brfx.TrainConfig(epochs=3, warmup_epochs=3)
+        fit(qmodel, *loaders(digits), config, penalty=brfx.BinPenalty(qmodel))
+
+
+def test_a_loss_that_is_not_finite_is_named(digits):
+    model = small_net()
+    nn.init.constant_(model[0].weight, float("nan"))
+    with pytest.raises(brfx.BrfxError, match="epoch 1, batch 10.*not finite"):
+        fit(model, *loaders(digits), brfx.TrainConfig(epochs=1, compile="off"))
+
+
+def test_no_batches(digits):
+    with pytest.raises(brfx.BrfxError, match="no training batch"):
+        fit(small_net(), [], [], brfx.TrainConfig(epochs=1))
+    with pytest.raises(brfx.BrfxError, match="nothing to evaluate"):
+        brfx.evaluate(small_net(), [])
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_steps_have_their_own_rate_and_no_decay(digits, kind):
+    qmodel = quantized(digits)
+    groups = build_optimizer(qmodel, brfx.TrainConfig(optimizer=kind, lr=0.1, step_lr=0.003, weight_decay=0.5)).param_groups
+    rates = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    for name, parameter in qmodel.named_parameters():
+        expected = (0.003, 0) if name.endswith("step") else (0.1, 0.5 if parameter.dim() > 1 else 0)
+        assert rates[id(parameter)] == expected, name
+
+
+def test_the_rate_rises_and_falls():
+    factors = [rate_factor(i, 100, 0.1) for i in range(100)]
+    assert factors[0] == 0.1 and max(factors) == factors[9] == 1
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert factors[-1] < 0.001
+    assert rate_factor(0, 10, 0) == 1
+
+
+def test_compile_is_decided_by_the_length_of_the_run():
+    assert use_compile("on", 1) and not use_compile("off", 10**6) and not use_compile("auto", 50)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": 0}, "lr=0"),
+        ({"epochs": -1}, "epochs=-1"),
+        ({"optimizer": "adam"}, "sgd or adamw"),
+        ({"compile": "maybe"}, "auto, on, off"),
+        ({"lr_warmup": 1.0}, "share below 1"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(brfx.BrfxError, match=message):
+        brfx.TrainConfig(**settings)
+
+
+def test_reestimation_gives_the_mean_and_variance_of_the_batches():
+    from brfx.train import reestimate_batch_norm
+
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout()).train()
+    batches = [torch.randn(50, 3) * 2 + 5 for _ in range(4)]
+    reestimate_batch_norm(model, batches)
+    torch.testing.assert_close(model[0].running_mean, torch.stack([b.mean(0) for b in batches]).mean(0))
+    torch.testing.assert_close(model[0].running_var, torch.stack([b.var(0) for b in batches]).mean(0))
+    assert model[0].momentum == 0.1 and model[0].training and model.training
+
+
+def test_a_resnet_step_has_finite_gradients_everywhere():
+    qmodel = brfx.prepare_qat(build_model("resnet20"))
+    x = torch.randn(4, 3, 32, 32)
+    brfx.calibrate(qmodel, [x])
+    output, br = brfx.BinPenalty(qmodel.train())(x)
+    (output.square().mean() + br.total).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in qmodel.parameters())
