@@ -1,0 +1,196 @@
+"""The command line as a person uses it: real processes, what they print, and their exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from brfx.models import build_model
+
+
+def brfx(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "brfx_cli", *map(str, arguments)]
+    env = os.environ | {"COLUMNS": "200"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
+
+
+@pytest.fixture(scope="module")
+def float_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    root = tmp_path_factory.mktemp("runs") / "fp32"
+    done = brfx("train", "--model", "resnet20", "--data", "digits", "--epochs", 8, "--output-dir", root)
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+@pytest.fixture(scope="module")
+def quantized_run(float_run: Path) -> tuple[Path, str]:
+    root = float_run.parent / "w2a2"
+    done = brfx(
+        *("quantize", "--model", "resnet20", "--data", "digits", "--ckpt", float_run / "best.pth", "--num-bits", 2),
+        *("--qat-epochs", 3, "--warmup-epochs", 1, "--clip-value", "None", "--freeze-alpha", "--output-dir", root),
+    )
+    assert done.returncode == 0, done.stderr
+    return root, done.stdout
+
+
+def test_quantize_prints_levels_epochs_and_files(quantized_run):
+    root, text = quantized_run
+    assert "Weights: 4 levels, signed 2-bit [-2s, -s, 0, s]" in text
+    assert "Activations: 4 levels, unsigned 2-bit [0, s, 2s, 3s]" in text
+    epochs = [line for line in text.splitlines() if line.startswith("Epoch")]
+    assert len(epochs) == 3
+    assert "[LSQ]" in epochs[0] and "BR_W" not in epochs[0]
+    assert "[BR]" in epochs[1] and "BR_W=" in epochs[1] and "BR_A=" in epochs[1]
+    assert "Test: FP32" in text and "Test: W2A2" in text and text.count("Test:") == 2
+    assert str(root / "model.pt") in text
+
+
+def test_the_run_folder_is_complete(quantized_run):
+    root, _ = quantized_run
+    names = {path.name for path in root.iterdir()}
+    assert names == {"model.pt", "model.onnx", "best.pth", "last.pth", "metrics.jsonl", "config.json"}
+    config = json.loads((root / "config.json").read_text())
+    assert config["qat"]["weight_bits"] == 2 and config["train"]["epochs"] == 3 and config["lambda_br"] == 1.0
+    assert config["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert len((root / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_evaluate_the_model_gives_the_accuracy_that_quantize_printed(quantized_run):
+    root, text = quantized_run
+    done = brfx("evaluate", "--ckpt", root / "model.pt", "--data", "digits")
+    printed = next(line for line in text.splitlines() if "Test: W2A2" in line).removeprefix("Test: W2A2 ")
+    assert done.stdout.strip() == f"W2A2 top-1 accuracy: {printed}"
+
+
+def test_export_and_inspect_a_run(quantized_run, tmp_path):
+    root, _ = quantized_run
+    done = brfx("export", "--ckpt", root / "model.pt", "--output", tmp_path / "out.onnx")
+    assert done.returncode == 0 and (tmp_path / "out.onnx").stat().st_size > 10_000
+    again = brfx("export", "--ckpt", root / "model.pt", "--output", tmp_path / "out.onnx")
+    assert again.returncode == 2 and "exists already" in again.stderr
+    table = brfx("inspect", "--ckpt", root / "model.pt").stdout
+    assert "layer3.2.conv2" in table and "QuantizedConv2d" in table and "not set" not in table
+
+
+def test_zero_epochs_calibrate_and_export(float_run, tmp_path):
+    done = brfx(
+        *("quantize", "--model", "resnet20", "--data", "digits", "--ckpt", float_run / "best.pth", "--bits", 8),
+        *("--qat-epochs", 0, "--output-dir", tmp_path / "ptq"),
+    )
+    assert done.returncode == 0, done.stderr
+    accuracy = {
+        kind: float(line.split()[2])
+        for line in done.stdout.splitlines()
+        for kind in ("FP32", "W8A8")
+        if line.startswith(f"Test: {kind}")
+    }
+    assert abs(accuracy["FP32"] - accuracy["W8A8"]) < 1.5
+    assert (tmp_path / "ptq" / "model.onnx").is_file()
+    assert not (tmp_path / "ptq" / "metrics.jsonl").exists()
+
+
+def test_the_real_checkpoint_is_91_73_before_anything_is_quantized(real_checkpoint, cifar10_batches):
+    """`brfx evaluate` on all 10,000 images is the same call; unpacking them for the command takes longer."""
+    from brfx.checkpoint import load_float
+    from brfx.train import evaluate
+
+    model = build_model("resnet20", 10)
+    load_float(model, real_checkpoint)
+    result = evaluate(model, cifar10_batches)
+    assert (result.correct, result.count) == (9173, 10_000)
+
+
+def test_the_real_checkpoint_through_the_command(real_checkpoint, cifar10_folder):
+    done = brfx("evaluate", "--model", "resnet20", "--ckpt", real_checkpoint, "--data", cifar10_folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("FP32 top-1 accuracy: 9") and "of 600)" in done.stdout
+
+
+def test_models_lists_and_filters():
+    assert brfx("models", "resnet2*").stdout.split() == ["resnet20"]
+    assert len(brfx("models").stdout.split()) > 100
+
+
+def test_inspect_a_model_by_name():
+    done = brfx("inspect", "--model", "resnet20", "--weight-bits", 2, "--act-bits", 4)
+    lines = done.stdout.splitlines()
+    assert sum("QuantizedConv2d" in line for line in lines) == 19
+    assert sum("QuantizedClippedReLU" in line for line in lines) == 19
+    assert "40.6 M MACs" in lines[-1]
+
+
+def test_a_segmentation_model_is_inspected_and_refused_by_quantize(tmp_path, digits):
+    ckpt = tmp_path / "seg.pth"
+    torch.save(build_model("lraspp_mobilenet_v3_large", 10).state_dict(), ckpt)
+    arguments = ("--model", "lraspp_mobilenet_v3_large")
+    done = brfx("quantize", *arguments, "--ckpt", ckpt, "--data", "digits", "--image-size", 32, cwd=tmp_path)
+    assert_one_line(done, "no classifier")
+    assert "QuantizedConv2d" in brfx("inspect", *arguments).stdout
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], message: str) -> None:
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_mistakes_are_one_line_with_exit_code_2_and_touch_nothing(float_run, tmp_path):
+    ckpt = float_run / "best.pth"
+    other = tmp_path / "other.pth"
+    torch.save(build_model("resnet32").state_dict(), other)
+    half = tmp_path / "half.pth"
+    half.write_bytes(ckpt.read_bytes()[:5000])
+    (tmp_path / "empty").mkdir()
+    base = ("quantize", "--model", "resnet20", "--data", "digits")
+    cases = [
+        ((*base,), "--ckpt FILE"),
+        ((*base, "--ckpt", tmp_path / "absent.pth"), "no such file"),
+        ((*base, "--ckpt", half), "truncated"),
+        ((*base, "--ckpt", other), "layer1.3.conv1.weight"),
+        (("quantize", "--model", "resnet21", "--ckpt", ckpt, "--data", "digits"), "did you mean resnet32, resnet20"),
+        ((*base, "--ckpt", ckpt, "--bits", 9), "bits=9"),
+        ((*base, "--ckpt", ckpt, "--bits", "two"), "--bits"),
+        ((*base, "--ckpt", ckpt, "--num-classes", 7), "has 10 classes"),
+        ((*base, "--ckpt", ckpt, "--qat-epochs", 3, "--warmup-epochs", 3), "leaves none of 3"),
+        ((*base, "--ckpt", ckpt, "--output-dir", float_run), "is not empty"),
+        (("quantize", "--model", "resnet20", "--ckpt", ckpt, "--data", tmp_path / "empty"), "expected"),
+        (("quantize", "--model", "resnet20", "--ckpt", ckpt, "--data-dir", tmp_path / "none"), "--download"),
+        (("evaluate", "--ckpt", ckpt, "--data", "digits"), "--model NAME"),
+        (("quantise",), "quantise"),
+    ]
+    before = {path: path.stat().st_mtime_ns for path in [*tmp_path.rglob("*"), *float_run.rglob("*")]}
+    for arguments, message in cases:
+        assert_one_line(brfx(*arguments, cwd=tmp_path), message)
+    after = {path: path.stat().st_mtime_ns for path in [*tmp_path.rglob("*"), *float_run.rglob("*")]}
+    assert after == before
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    done = brfx("--debug", "evaluate", "--model", "resnet20", "--ckpt", tmp_path / "absent.pth")
+    assert done.returncode != 0 and "Traceback" in done.stderr
+
+
+def test_a_model_of_the_users_own(tmp_path, digits):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def make(num_classes=10):\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), "
+        "nn.Linear(8 * 49, num_classes))\n"
+    )
+    model = "mine.py:make"
+    done = brfx("train", "--model", model, "--data", "digits", "--epochs", 2, "--output-dir", "a", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    quantize = ("quantize", "--model", model, "--data", "digits", "--ckpt", "a/best.pth", "--qat-epochs", 2)
+    done = brfx(*quantize, "--output-dir", "b", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_one_line(brfx("evaluate", "--ckpt", "b/model.pt", "--data", "digits", cwd=tmp_path), "no code is run")
+    done = brfx("evaluate", "--ckpt", "b/model.pt", "--data", "digits", "--model", model, cwd=tmp_path)
+    assert done.stdout.startswith("W2A2 top-1")
