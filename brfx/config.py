@@ -79,7 +79,7 @@ class TrainConfig:
     epochs: int = 100
     warmup_epochs: int | None = None
     optimizer: str = "sgd"
-    lr: float = 0.04
+    lr: float = 0.03
     lr_warmup: float = 0.1
     step_lr: float | None = None
     momentum: float = 0.9
@@ -154,7 +154,7 @@ class JobConfig:
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     val_fraction: float = 0.1
-    batch_size: int = 128
+    batch_size: int = 64
     workers: int = 2
     qat: QATConfig = field(default_factory=QATConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
