@@ -158,8 +158,8 @@ class JobConfig:
     workers: int = 2
     qat: QATConfig = field(default_factory=QATConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    lambda_br: float = 1.0
-    lambda_br_act: float = 1.0
+    lambda_br: float = 0.1
+    lambda_br_act: float = 0.01
     br_backprop_to_alpha_act: bool = False
     freeze_weight_alpha: bool = False
     freeze_act_alpha: bool = False

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from brfx.train import Progress as Where
 
 console = Console(highlight=False, soft_wrap=True)
+if not console.is_terminal:
+    console.width = 140  # a table in a file or a pipe is not cut to an imagined screen
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -33,6 +35,7 @@ def show_log(*, passes: bool = False) -> None:
     logger = logging.getLogger("brfx")
     logger.handlers = [_LogLines()]
     logger.setLevel(logging.INFO)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of no CUDA at every compile
     logging.getLogger("brfx.pipeline").setLevel(logging.INFO if passes else logging.WARNING)
 
 

@@ -21,7 +21,7 @@ def main(epochs: int = 8) -> float:
     qmodel = brfx.prepare_qat(net, brfx.QATConfig(bits=2))
     brfx.calibrate(qmodel, [images for images, _ in train][:8], start="mse", batch_statistics=True)
 
-    model = brfx.BinPenalty(qmodel, weight=1.0, act=0.01)  # wrap this, not qmodel, in DDP or torch.compile
+    model = brfx.BinPenalty(qmodel, weight=0.1, act=0.01)  # wrap this, not qmodel, in DDP or torch.compile
     steps = [p for name, p in qmodel.named_parameters() if name.endswith(".step")]
     others = [p for name, p in qmodel.named_parameters() if not name.endswith(".step")]
     optimizer = torch.optim.SGD([{"params": others}, {"params": steps, "lr": 0.004}], lr=0.04, momentum=0.9)

@@ -57,7 +57,7 @@ def test_the_run_folder_is_complete(quantized_run):
     names = {path.name for path in root.iterdir()}
     assert names == {"model.pt", "model.onnx", "best.pth", "last.pth", "metrics.jsonl", "config.json"}
     config = json.loads((root / "config.json").read_text())
-    assert config["qat"]["weight_bits"] == 2 and config["train"]["epochs"] == 3 and config["lambda_br"] == 1.0
+    assert config["qat"]["weight_bits"] == 2 and config["train"]["epochs"] == 3 and config["lambda_br"] == 0.1
     assert config["versions"]["torch"] == torch.__version__.split("+")[0]
     assert len((root / "metrics.jsonl").read_text().splitlines()) == 3
 
