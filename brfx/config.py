@@ -179,5 +179,7 @@ class JobConfig:
             raise ConfigError(f"start={self.start!r}: takes {' or '.join(STARTS)}")
         if not 0 < self.val_fraction < 1:
             raise ConfigError(f"val_fraction={self.val_fraction!r}: takes a share between 0 and 1")
+        if self.std is not None and not all(value > 0 for value in self.std):
+            raise ConfigError(f"std={self.std!r}: takes three numbers above 0")
         if self.image_size is not None and self.image_size < 1:
             raise ConfigError(f"image_size={self.image_size!r}: takes 1 or more pixels")

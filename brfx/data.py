@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -53,18 +54,50 @@ DEFAULTS = {
 }
 
 
+class ImageFiles:
+    """Images that are decoded each time they are indexed, for a folder that does not fit in memory.
+
+    ``files[indices]`` gives uint8 ``(len(indices), 3, size, size)``, as a tensor of all images would.
+
+    Raises:
+        DataError: a file cannot be read; names it.
+    """
+
+    def __init__(self, paths: Sequence[Path], size: int, workers: int) -> None:
+        self.paths, self.size, self.workers = paths, size, workers
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        images = torch.empty(len(indices), 3, self.size, self.size, dtype=torch.uint8)
+
+        def read(place: int) -> None:
+            path = self.paths[int(indices[place])]
+            try:
+                images[place] = _square(path, self.size)
+            except Exception as error:  # PIL has many for damaged files
+                raise DataError(f"{path}: cannot read this image ({error})") from error
+
+        with ThreadPoolExecutor(max(1, self.workers)) as pool:
+            for _ in pool.map(read, range(len(indices))):
+                pass
+        return images
+
+    def take(self, indices: Tensor) -> ImageFiles:
+        return ImageFiles([self.paths[i] for i in indices.tolist()], self.size, self.workers)
+
+
 @dataclass(frozen=True)
 class Split:
-    """Images in memory: uint8 ``(N, 3, S, S)``, labels int64 ``(N,)``."""
+    """Images, uint8 ``(N, 3, S, S)`` or decoded on demand, and labels, int64 ``(N,)``."""
 
-    images: Tensor
+    images: Tensor | ImageFiles
     labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, indices: Tensor) -> Split:
-        return Split(self.images[indices], self.labels[indices])
+        images = self.images.take(indices) if isinstance(self.images, ImageFiles) else self.images[indices]
+        return Split(images, self.labels[indices])
 
 
 class Dataset:
@@ -299,18 +332,11 @@ def _folder(root: Path, size: int, workers: int) -> _Source:
 
 
 def _decode(files: Sequence[tuple[Path, int]], size: int, workers: int) -> Split:
-    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-
-    def read(index: int) -> None:
-        try:
-            images[index] = _square(files[index][0], size)
-        except Exception as error:
-            raise DataError(f"{files[index][0]}: cannot read this image ({error})") from error
-
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        for _ in pool.map(read, range(len(files)), chunksize=64):
-            pass
-    return Split(images, torch.tensor([label for _, label in files]))
+    """All images in memory where they take less than a third of it, else decoded batch by batch."""
+    images = ImageFiles([path for path, _ in files], size, workers)
+    labels = torch.tensor([label for _, label in files])
+    fits = len(files) * 3 * size * size < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 3
+    return Split(images[torch.arange(len(files))] if fits else images, labels)
 
 
 def _square(path: Path, size: int) -> Tensor:

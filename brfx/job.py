@@ -52,6 +52,7 @@ def train_float(job: JobConfig, callbacks: Iterable[Callback] = ()) -> JobResult
     Raises:
         BrfxError: a setting, the data or the output folder is not right; nothing has been written then.
     """
+    _require_device(job.train.device)
     run_dir = _free_run_dir(job)
     require_model(job.model)
     dataset = read_data(job)
@@ -73,6 +74,7 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = ()) -> JobResult:
     if job.ckpt is None:
         raise ConfigError("quantize starts from an FP32 checkpoint: --ckpt FILE (`brfx train` makes one)")
     _require_penalty_epochs(job)
+    _require_device(job.train.device)
     run_dir = _free_run_dir(job)
     require_model(job.model)
     read_state_dict(job.ckpt)
@@ -113,6 +115,7 @@ def evaluate_file(job: JobConfig) -> tuple[str, Evaluation]:
     ckpt = job.ckpt
     if ckpt is None:
         raise ConfigError("say what to evaluate: --ckpt FILE")
+    _require_device(job.train.device)
     if is_brfx_file(ckpt):
         qmodel = load(ckpt, _own_model(job))
         card = card_of(qmodel)
@@ -217,6 +220,13 @@ def _require_penalty_epochs(job: JobConfig) -> None:
             f"a warm-up of {warmup} epochs leaves none of {job.train.epochs} for bin regularization: "
             "lower --warmup-epochs, raise --qat-epochs, or set --lambda-br 0 --lambda-br-act 0"
         )
+
+
+def _require_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {device}: not usable here ({str(error).splitlines()[0]})") from error
 
 
 def _own_dataset(model: str) -> str:

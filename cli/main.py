@@ -133,7 +133,7 @@ def main() -> None:
         sys.exit(2)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
-    except BrfxError as error:
+    except (BrfxError, OSError) as error:
         if debug:
             raise
         render.error(str(error))

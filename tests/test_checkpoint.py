@@ -138,7 +138,7 @@ def test_a_users_own_model_is_loaded_into_the_model_given(tiny, images, tmp_path
     qmodel = brfx.prepare_qat(tiny)
     brfx.calibrate(qmodel, [images])
     brfx.save(qmodel, tmp_path / "model.pt")
-    with pytest.raises(CheckpointError, match="no code is run from a file.*model="):
+    with pytest.raises(CheckpointError, match=r"no code is run from a file.*model="):
         brfx.load(tmp_path / "model.pt")
     loaded = brfx.load(tmp_path / "model.pt", model=type(tiny)())
     assert torch.equal(loaded(images), qmodel.eval()(images))

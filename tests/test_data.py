@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from brfx.data import DEFAULTS, BatchLoader, Preprocessing, Split, load_dataset, with_overrides
+from brfx.data import DEFAULTS, BatchLoader, ImageFiles, Preprocessing, Split, load_dataset, with_overrides
 from brfx.errors import DataError
 
 
@@ -26,11 +26,29 @@ def test_digits_are_split_without_overlap(digits):
 
 
 def test_a_folder_is_read_resized_and_cut(tmp_path):
-    data = load_dataset(str(make_folder(tmp_path)), data_dir=tmp_path, preprocessing=Preprocessing(16), val_fraction=0.2)
+    data = load_dataset(
+        str(make_folder(tmp_path)), data_dir=tmp_path, preprocessing=Preprocessing(16), val_fraction=0.2
+    )
     assert data.classes == ("cat", "dog")
     assert (len(data.train), len(data.val), len(data.test)) == (16, 4, 20)
     assert data.test.images.shape == (20, 3, 16, 16)
     assert data.test.images[10, 0].float().mean() == 100  # the first dog
+
+
+def test_a_folder_too_large_for_memory_is_decoded_batch_by_batch(tmp_path, monkeypatch):
+    folder = str(make_folder(tmp_path))
+    whole = load_dataset(folder, data_dir=tmp_path, preprocessing=Preprocessing(16))
+    assert isinstance(whole.train.images, torch.Tensor) and isinstance(whole.test.images, torch.Tensor)
+    monkeypatch.setattr("os.sysconf", lambda name: 100)
+    lazy = load_dataset(folder, data_dir=tmp_path, preprocessing=Preprocessing(16))
+    assert isinstance(lazy.train.images, ImageFiles)
+    for part in ("train", "val", "test"):
+        batches = [
+            list(BatchLoader(getattr(data, part), data.preprocessing, 4, augment=part == "train"))
+            for data in (whole, lazy)
+        ]
+        for (a, labels_a), (b, labels_b) in zip(*batches, strict=True):
+            assert torch.equal(a, b) and torch.equal(labels_a, labels_b)
 
 
 def test_val_is_taken_where_there_is_no_test(tmp_path):

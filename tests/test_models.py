@@ -26,7 +26,7 @@ def test_num_classes_and_stem():
     model = build_model("resnet18", 7, cifar_stem=True)
     assert model.conv1.stride == (1, 1)
     assert model.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 7)
-    with pytest.raises(BrfxError, match="no.*stem|has none"):
+    with pytest.raises(BrfxError, match="has none"):
         build_model("vgg11", cifar_stem=True)
 
 

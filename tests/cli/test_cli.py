@@ -164,6 +164,9 @@ def test_mistakes_are_one_line_with_exit_code_2_and_touch_nothing(float_run, tmp
         (("quantize", "--model", "resnet20", "--ckpt", ckpt, "--data", tmp_path / "empty"), "expected"),
         (("quantize", "--model", "resnet20", "--ckpt", ckpt, "--data-dir", tmp_path / "none"), "--download"),
         (("evaluate", "--ckpt", ckpt, "--data", "digits"), "--model NAME"),
+        ((*base, "--ckpt", ckpt, "--device", "cuda:77"), "--device cuda:77"),
+        ((*base, "--ckpt", ckpt, "--std", "1,0,1"), "above 0"),
+        ((*base, "--ckpt", ckpt, "--output-dir", half / "run"), "half.pth"),
         (("quantise",), "quantise"),
     ]
     before = {path: path.stat().st_mtime_ns for path in [*tmp_path.rglob("*"), *float_run.rglob("*")]}

@@ -42,7 +42,7 @@ def test_any_batch_size_runs(exported):
 
 
 def test_weights_are_levels_and_the_file_says_how_to_feed_it(exported):
-    qmodel, path, _ = exported
+    _, path, _ = exported
     proto = onnx.load(path)
     kernels = [onnx.numpy_helper.to_array(t) for t in proto.graph.initializer if len(t.dims) == 4]
     assert len(kernels) == 19

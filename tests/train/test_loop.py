@@ -102,7 +102,7 @@ def test_a_warm_up_as_long_as_the_run_is_refused(digits):
 def test_a_loss_that_is_not_finite_is_named(digits):
     model = small_net()
     nn.init.constant_(model[0].weight, float("nan"))
-    with pytest.raises(brfx.BrfxError, match="epoch 1, batch 10.*not finite"):
+    with pytest.raises(brfx.BrfxError, match=r"epoch 1, batch 10.*not finite"):
         fit(model, *loaders(digits), brfx.TrainConfig(epochs=1, compile="off"))
 
 
@@ -116,7 +116,9 @@ def test_no_batches(digits):
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_steps_have_their_own_rate_and_no_decay(digits, kind):
     qmodel = quantized(digits)
-    groups = build_optimizer(qmodel, brfx.TrainConfig(optimizer=kind, lr=0.1, step_lr=0.003, weight_decay=0.5)).param_groups
+    groups = build_optimizer(
+        qmodel, brfx.TrainConfig(optimizer=kind, lr=0.1, step_lr=0.003, weight_decay=0.5)
+    ).param_groups
     rates = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     for name, parameter in qmodel.named_parameters():
         expected = (0.003, 0) if name.endswith("step") else (0.1, 0.5 if parameter.dim() > 1 else 0)
