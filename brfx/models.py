@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -121,7 +122,9 @@ def build_model(name: str, num_classes: int | None = None, *, cifar_stem: bool =
     else:
         builder = torchvision.models.get_model_builder(name)
         untrained = {key: None for key in ("weights", "weights_backbone") if key in signature(builder).parameters}
-        model = builder(**untrained, **arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # GoogLeNet and Inception on their future initialization
+            model = builder(**untrained, **arguments)
     if cifar_stem:
         _use_cifar_stem(model, name)
     assert isinstance(model, nn.Module)
