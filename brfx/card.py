@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch.fx import GraphModule
+from torch import nn
 
 from brfx.config import QATConfig
 from brfx.data import Preprocessing
 from brfx.errors import BrfxError
 from brfx.models import ModelSource
 
-_KEY = "brfx"  # in GraphModule.meta, which a deepcopy keeps; plain attributes are lost
+_KEY = "brfx"  # in ``meta``, which a GraphModule has and its deepcopy keeps; plain attributes are lost there
 
 
 @dataclass
@@ -31,12 +31,12 @@ class ModelCard:
     classes: tuple[str, ...] | None = None
 
 
-def attach(qmodel: GraphModule, card: ModelCard) -> None:
+def attach(qmodel: nn.Module, card: ModelCard) -> None:
     """Give ``qmodel`` its card."""
-    qmodel.meta[_KEY] = card
+    vars(qmodel).setdefault("meta", {})[_KEY] = card
 
 
-def card_of(qmodel: GraphModule) -> ModelCard:
+def card_of(qmodel: nn.Module) -> ModelCard:
     """The card of a model that :func:`brfx.prepare_qat` made.
 
     Raises:

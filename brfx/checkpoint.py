@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 from brfx.calibration import require_calibrated
 from brfx.card import ModelCard, card_of
@@ -119,7 +118,7 @@ def float_state_dict(qmodel: nn.Module) -> dict[str, Tensor]:
     return {key: value for key, value in qmodel.state_dict().items() if key not in own}
 
 
-def save(qmodel: GraphModule, path: str | Path) -> None:
+def save(qmodel: nn.Module, path: str | Path) -> None:
     """Write a calibrated model so that :func:`load` can rebuild it: plain data, no code, written atomically.
 
     Raises:
@@ -148,7 +147,7 @@ def is_brfx_file(path: Path) -> bool:
     return isinstance(content, Mapping) and content.get("format") == "brfx"
 
 
-def load(path: str | Path, model: nn.Module | None = None) -> GraphModule:
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Read what :func:`save` wrote, on the CPU and in eval mode.
 
     Args:

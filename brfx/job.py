@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
 
 from brfx.calibration import calibrate
 from brfx.card import card_of
@@ -199,7 +198,7 @@ def banner(job: JobConfig) -> list[str]:
     return lines
 
 
-def _penalty(job: JobConfig, qmodel: GraphModule) -> BinPenalty | None:
+def _penalty(job: JobConfig, qmodel: nn.Module) -> BinPenalty | None:
     if not job.lambda_br and not job.lambda_br_act:
         return None
     return BinPenalty(

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 from brfx.binreg import BinRegularizer
 from brfx.errors import ConfigError
@@ -42,7 +41,7 @@ class BinPenalty(nn.Module):
 
     def __init__(
         self,
-        qmodel: GraphModule,
+        qmodel: nn.Module,
         weight: float = 1.0,
         act: float = 1.0,
         *,

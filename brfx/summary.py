@@ -63,7 +63,7 @@ def summarize(qmodel: nn.Module, *example_inputs: Any) -> list[LayerSummary]:
         qmodel.train(training)
         for handle in hooks:
             handle.remove()
-    observed = observed_sites(qmodel)  # type: ignore[arg-type]
+    observed = observed_sites(qmodel)
     return [_describe(name, qmodel.get_submodule(name), count, name in observed) for name, count in macs.items()]
 
 

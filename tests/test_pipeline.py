@@ -115,17 +115,6 @@ def test_nothing_to_quantize_is_an_error():
         brfx.prepare_qat(nn.Sequential(nn.Flatten(), nn.GELU()))
 
 
-def test_a_model_that_cannot_be_traced_names_the_line():
-    class Branchy(nn.Module):
-        def forward(self, x):
-            if x.sum() > 0:
-                return x
-            return -x
-
-    with pytest.raises(brfx.BrfxError, match=r"test_pipeline\.py:\d+"):
-        brfx.prepare_qat(Branchy())
-
-
 @pytest.mark.parametrize("field", ["bits", "weight_bits", "act_bits"])
 @pytest.mark.parametrize("value", [0, 9, 16, -1])
 def test_bits_out_of_range(field, value):

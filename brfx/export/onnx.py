@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 from brfx.calibration import require_calibrated
 from brfx.card import card_of
@@ -36,7 +35,7 @@ class OnnxReport:
     same_top1: float | None = None
 
 
-def export_onnx(qmodel: GraphModule, path: str | Path, example_inputs: Tensor | tuple[Tensor, ...]) -> OnnxReport:
+def export_onnx(qmodel: nn.Module, path: str | Path, example_inputs: Tensor | tuple[Tensor, ...]) -> OnnxReport:
     """Write the quantized model as ONNX with a free batch size.
 
     Weights are stored as the levels the network computes with, and each activation quantizer is its arithmetic
@@ -88,7 +87,7 @@ def export_onnx(qmodel: GraphModule, path: str | Path, example_inputs: Tensor | 
 
 
 @torch.no_grad()
-def _with_levels_as_weights(qmodel: GraphModule) -> GraphModule:
+def _with_levels_as_weights(qmodel: nn.Module) -> nn.Module:
     """A copy in eval mode whose weights are the levels that ``qmodel`` computes with, and are quantized no more."""
     frozen = copy.deepcopy(qmodel).eval()
     for module in frozen.modules():

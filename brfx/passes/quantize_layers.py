@@ -26,22 +26,19 @@ class QuantizeLayers:
     config: QATConfig
 
     def __call__(self, gm: GraphModule) -> int:
-        assert self.config.weight_bits is not None
-        if self.config.weight_bits == 32:
-            return 0
         layers = {str(node.target): module for node, module in module_calls(gm)}
-        swaps = {name: kind for name, module in layers.items() if (kind := quantized_form(module))}
-        for name, kind in swaps.items():
-            quantized = kind.from_float(layers[name], self.config.weight_bits, per_channel=self.config.per_channel)
+        swaps = {name: new for name, layer in layers.items() if (new := quantized_layer(layer, self.config))}
+        for name, quantized in swaps.items():
             set_module(gm, name, quantized)
         return len(swaps)
 
 
-def quantized_form(module: nn.Module) -> type[QuantizedLayer] | None:
-    """The quantized class of a float layer whose arithmetic is torch's own, else ``None``."""
-    if isinstance(module, QuantizedLayer):
+def quantized_layer(layer: nn.Module, config: QATConfig) -> QuantizedLayer | None:
+    """The quantized form of a float layer whose arithmetic is torch's own, else ``None``."""
+    assert config.weight_bits is not None
+    if config.weight_bits == 32 or isinstance(layer, QuantizedLayer):
         return None
     for float_type, quantized_type in QUANTIZED_LAYERS.items():
-        if isinstance(module, float_type) and type(module).forward is float_type.forward:
-            return quantized_type
+        if isinstance(layer, float_type) and type(layer).forward is float_type.forward:
+            return quantized_type.from_float(layer, config.weight_bits, per_channel=config.per_channel)
     return None

@@ -23,12 +23,17 @@ class QuantizeReLUs:
     config: QATConfig
 
     def __call__(self, gm: GraphModule) -> int:
-        assert self.config.act_bits is not None
-        if self.config.act_bits == 32:
-            return 0
-        sites = [(node, module) for node, module in module_calls(gm) if type(module) in (nn.ReLU, nn.ReLU6)]
-        for node, module in sites:
-            ceilings = [c for c in (self.config.clip_value, 6.0 if type(module) is nn.ReLU6 else None) if c is not None]
-            quantized = QuantizedClippedReLU(self.config.act_bits, clip_value=min(ceilings, default=None))
-            set_module(gm, str(node.target), quantized)
-        return len(sites)
+        relus = {str(node.target): module for node, module in module_calls(gm)}
+        swaps = {name: new for name, relu in relus.items() if (new := quantized_relu(relu, self.config))}
+        for name, quantized in swaps.items():
+            set_module(gm, name, quantized)
+        return len(swaps)
+
+
+def quantized_relu(module: nn.Module, config: QATConfig) -> QuantizedClippedReLU | None:
+    """The quantized form of a ReLU or ReLU6, under the lower of its own ceiling and ``config``'s; else ``None``."""
+    assert config.act_bits is not None
+    if config.act_bits == 32 or type(module) not in (nn.ReLU, nn.ReLU6):
+        return None
+    ceilings = [c for c in (config.clip_value, 6.0 if type(module) is nn.ReLU6 else None) if c is not None]
+    return QuantizedClippedReLU(config.act_bits, clip_value=min(ceilings, default=None))
