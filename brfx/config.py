@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import tomllib
+from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from brfx.errors import ConfigError
 
 PLACEMENTS = ("paper",)
+
+#: A pattern, and what it sets (``None``: nothing is quantized there).
+Override = tuple[str, dict[str, Any] | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +27,11 @@ class QATConfig:
             A ReLU6 of the model keeps its 6 unless the value given is lower.
         per_channel: one weight step per output channel instead of one per layer.
         placement: ``"paper"`` quantizes weights and ReLUs, as the papers do.
+        first_last_8bit: 8 bits for the first and the last convolution or linear, as many papers have it; overrides
+            come after it.
+        overrides: ``(pattern, settings)`` pairs for single layers, the last that matches wins, setting by setting. A
+            pattern is a glob on dotted names (``"layer1.*"``) or ``"type:Linear"``; settings are those above but
+            ``placement``; ``None`` instead of settings leaves the layer in FP32.
 
     Raises:
         ConfigError: a value is out of range; the message names the field and what it takes.
@@ -32,6 +43,8 @@ class QATConfig:
     clip_value: float | None = None
     per_channel: bool = False
     placement: str = "paper"
+    first_last_8bit: bool = False
+    overrides: tuple[Override, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "act_bits"):
@@ -45,6 +58,68 @@ class QATConfig:
             raise ConfigError(f"clip_value={self.clip_value!r}: takes a positive number, or None for no ceiling")
         if self.placement not in PLACEMENTS:
             raise ConfigError(f"placement={self.placement!r}: takes {' or '.join(map(repr, PLACEMENTS))}")
+        pairs = tuple(
+            (pattern, settings if settings is None else dict(settings)) for pattern, settings in self.overrides
+        )
+        object.__setattr__(self, "overrides", pairs)
+        for pattern, settings in pairs:
+            self._overridden(pattern, settings)
+
+    def at(self, name: str, kind: str) -> QATConfig | None:
+        """The settings for one layer; ``None``: leave it in FP32.
+
+        Args:
+            name: its dotted name.
+            kind: its type's name, such as ``"Conv2d"``.
+        """
+        found: QATConfig | None = replace(self, overrides=())
+        for pattern, settings in self.overrides:
+            if matches(pattern, name, kind):
+                found = (found or replace(self, overrides=()))._overridden(pattern, settings)
+        return found
+
+    def _overridden(self, pattern: str, settings: dict[str, Any] | None) -> QATConfig | None:
+        if settings is None:
+            return None
+        known = {"bits", "weight_bits", "act_bits", "clip_value", "per_channel"}
+        strange = sorted(set(settings) - known)
+        if strange:
+            raise ConfigError(f"overrides: {pattern!r} sets {strange[0]!r}; it can set {', '.join(sorted(known))}")
+        if "bits" in settings:
+            settings = {"weight_bits": settings["bits"], "act_bits": settings["bits"]} | settings
+        try:
+            return replace(self, overrides=(), **settings)
+        except ConfigError as error:
+            raise ConfigError(f"overrides: {pattern!r}: {error}") from error
+
+
+def read_qat_config(path: Path) -> dict[str, Any]:
+    """The fields of a :class:`QATConfig` from TOML; ``[[overrides]]`` have a ``match`` and settings, or ``fp32 = true``.
+
+    Raises:
+        ConfigError: no such file, no TOML, or a name that is no field.
+    """
+    try:
+        content = tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot read it as TOML ({error})") from error
+    known = {field.name for field in fields(QATConfig)}
+    strange = sorted(set(content) - known)
+    if strange:
+        raise ConfigError(f"{path}: no setting is called {strange[0]!r}; there are {', '.join(sorted(known))}")
+    overrides = content.get("overrides", [])
+    if not isinstance(overrides, list) or not all(isinstance(table, dict) and "match" in table for table in overrides):
+        raise ConfigError(f'{path}: overrides are tables with a match: [[overrides]], match = "conv1", bits = 8')
+    if overrides:
+        pairs = [(str(table.pop("match")), None if table.pop("fp32", False) else table) for table in overrides]
+        content["overrides"] = tuple(pairs)
+    return content
+
+
+def matches(pattern: str, name: str, kind: str) -> bool:
+    """Whether an override's pattern means the layer ``name`` of type ``kind``."""
+    wanted_kind = pattern.removeprefix("type:")
+    return fnmatchcase(kind, wanted_kind) if wanted_kind != pattern else fnmatchcase(name, pattern)
 
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -79,7 +154,7 @@ class TrainConfig:
     epochs: int = 100
     warmup_epochs: int | None = None
     optimizer: str = "sgd"
-    lr: float = 0.03
+    lr: float = 0.015
     lr_warmup: float = 0.1
     step_lr: float | None = None
     momentum: float = 0.9

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from brfx.config import COMPILE, OPTIMIZERS, STARTS, JobConfig, QATConfig, TrainConfig
+from brfx.config import COMPILE, OPTIMIZERS, STARTS, JobConfig, QATConfig, TrainConfig, read_qat_config
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -125,22 +125,20 @@ def train_options(preset: TrainConfig) -> Callable[[F], F]:
     )
 
 
+_BITS = default_of(QATConfig, "bits")
+
 quantizer_options = combine(
     click.option(
-        "--bits",
-        "--num-bits",
-        "bits",
-        type=int,
-        default=default_of(QATConfig, "bits"),
-        show_default=True,
-        help="1 to 8, for weights and activations.",
+        "--bits", "--num-bits", "bits", type=int, help=f"1 to 8, weights and activations.  [default: {_BITS}]"
     ),
     click.option("--weight-bits", type=int, help="1 to 8, or 32 for FP32.  [default: --bits]"),
     click.option("--act-bits", type=int, help="1 to 8, or 32 for FP32.  [default: --bits]"),
+    click.option("--clip-value", type=OptionalFloat(), help="Ceiling of ReLUs: a number, or None.  [default: None]"),
+    click.option("--per-channel", is_flag=True, default=None, help="One weight step per output channel."),
+    click.option("--first-last-8bit", is_flag=True, default=None, help="8 bits for the first and the last layer."),
     click.option(
-        "--clip-value", type=OptionalFloat(), default=None, help="Ceiling of ReLUs: a number, or None.  [default: None]"
+        "--config", type=click.Path(path_type=Path), help="TOML with these settings and [[overrides]] by layer."
     ),
-    click.option("--per-channel", is_flag=True, help="One weight step per output channel."),
 )
 
 penalty_options = combine(
@@ -173,8 +171,10 @@ def build_job(command: str, given: dict[str, Any]) -> JobConfig:
     if given.pop("freeze_alpha", False):
         given["freeze_weight_alpha"] = given["freeze_act_alpha"] = True
 
-    def settings_of(kind: type) -> Any:
-        return kind(**{field.name: given.pop(field.name) for field in fields(kind) if field.name in given})
-
-    qat, train = settings_of(QATConfig), settings_of(TrainConfig)
-    return JobConfig(command=command, qat=qat, train=train, **given)
+    config = given.pop("config", None)
+    settings = read_qat_config(config) if config is not None else {}
+    names = {field.name for field in fields(QATConfig)} & set(given)
+    settings |= {name: value for name in names if (value := given.pop(name)) is not None}
+    names = {field.name for field in fields(TrainConfig)} & set(given)
+    train = TrainConfig(**{name: given.pop(name) for name in names})
+    return JobConfig(command=command, qat=QATConfig(**settings), train=train, **given)

@@ -24,21 +24,26 @@ class QuantizeLayers:
     """
 
     config: QATConfig
+    scope: str = ""  #: dotted name of the graph in its model, with a dot at the end; "" for the model itself
 
     def __call__(self, gm: GraphModule) -> int:
         layers = {str(node.target): module for node, module in module_calls(gm)}
-        swaps = {name: new for name, layer in layers.items() if (new := quantized_layer(layer, self.config))}
+        swaps = {
+            name: new
+            for name, layer in layers.items()
+            if (new := quantized_layer(layer, self.config, self.scope + name))
+        }
         for name, quantized in swaps.items():
             set_module(gm, name, quantized)
         return len(swaps)
 
 
-def quantized_layer(layer: nn.Module, config: QATConfig) -> QuantizedLayer | None:
+def quantized_layer(layer: nn.Module, config: QATConfig, name: str) -> QuantizedLayer | None:
     """The quantized form of a float layer whose arithmetic is torch's own, else ``None``."""
-    assert config.weight_bits is not None
-    if config.weight_bits == 32 or isinstance(layer, QuantizedLayer):
+    own = config.at(name, type(layer).__name__)
+    if own is None or own.weight_bits in (None, 32) or isinstance(layer, QuantizedLayer):
         return None
     for float_type, quantized_type in QUANTIZED_LAYERS.items():
         if isinstance(layer, float_type) and type(layer).forward is float_type.forward:
-            return quantized_type.from_float(layer, config.weight_bits, per_channel=config.per_channel)
+            return quantized_type.from_float(layer, own.weight_bits, per_channel=own.per_channel)
     return None

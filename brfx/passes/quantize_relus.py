@@ -21,19 +21,22 @@ class QuantizeReLUs:
     """
 
     config: QATConfig
+    scope: str = ""  #: dotted name of the graph in its model, with a dot at the end; "" for the model itself
 
     def __call__(self, gm: GraphModule) -> int:
         relus = {str(node.target): module for node, module in module_calls(gm)}
-        swaps = {name: new for name, relu in relus.items() if (new := quantized_relu(relu, self.config))}
+        swaps = {
+            name: new for name, relu in relus.items() if (new := quantized_relu(relu, self.config, self.scope + name))
+        }
         for name, quantized in swaps.items():
             set_module(gm, name, quantized)
         return len(swaps)
 
 
-def quantized_relu(module: nn.Module, config: QATConfig) -> QuantizedClippedReLU | None:
+def quantized_relu(module: nn.Module, config: QATConfig, name: str) -> QuantizedClippedReLU | None:
     """The quantized form of a ReLU or ReLU6, under the lower of its own ceiling and ``config``'s; else ``None``."""
-    assert config.act_bits is not None
-    if config.act_bits == 32 or type(module) not in (nn.ReLU, nn.ReLU6):
+    own = config.at(name, type(module).__name__)
+    if own is None or own.act_bits in (None, 32) or type(module) not in (nn.ReLU, nn.ReLU6):
         return None
-    ceilings = [c for c in (config.clip_value, 6.0 if type(module) is nn.ReLU6 else None) if c is not None]
-    return QuantizedClippedReLU(config.act_bits, clip_value=min(ceilings, default=None))
+    ceilings = [c for c in (own.clip_value, 6.0 if type(module) is nn.ReLU6 else None) if c is not None]
+    return QuantizedClippedReLU(own.act_bits, clip_value=min(ceilings, default=None))
