@@ -94,7 +94,7 @@ class QATConfig:
 
 
 def read_qat_config(path: Path) -> dict[str, Any]:
-    """The fields of a :class:`QATConfig` from TOML; ``[[overrides]]`` have a ``match`` and settings, or ``fp32 = true``.
+    """Fields of a :class:`QATConfig` from TOML; ``[[overrides]]`` have a ``match`` and settings, or ``fp32 = true``.
 
     Raises:
         ConfigError: no such file, no TOML, or a name that is no field.

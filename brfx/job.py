@@ -60,12 +60,12 @@ def train_float(job: JobConfig, callbacks: Iterable[Callback] = ()) -> JobResult
     train_data, val_data = _loaders(job, dataset)
     _open_run(job, run_dir)
     result = fit(model, train_data, val_data, job.train, run_dir=run_dir, callbacks=callbacks)
-    return JobResult(run_dir, result, evaluate(model, _test_loader(job, dataset)))
+    return _close_run(JobResult(run_dir, result, evaluate(model, _test_loader(job, dataset))))
 
 
 def quantize(job: JobConfig, callbacks: Iterable[Callback] = ()) -> JobResult:
-    """The main job; leaves ``model.pt``, ``model.onnx``, ``best.pth``, ``last.pth``, ``config.json`` and
-    ``metrics.jsonl`` in the run folder.
+    """The main job; leaves ``model.pt``, ``model.onnx``, ``best.pth``, ``last.pth``, ``config.json``,
+    ``metrics.jsonl`` and ``result.json`` in the run folder.
 
     Raises:
         BrfxError: a setting, the checkpoint, the data or the output folder is not right; nothing has been written then.
@@ -106,7 +106,8 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = ()) -> JobResult:
     except ExportError as error:
         problem = str(error)
     test_data = _test_loader(job, dataset)
-    return JobResult(run_dir, result, evaluate(qmodel, test_data), evaluate(model, test_data), onnx_report, problem)
+    test, test_float = evaluate(qmodel, test_data), evaluate(model, test_data)
+    return _close_run(JobResult(run_dir, result, test, test_float, onnx_report, problem))
 
 
 def evaluate_file(job: JobConfig) -> tuple[str, Evaluation]:
@@ -323,3 +324,18 @@ def _open_run(job: JobConfig, run_dir: Path) -> None:
         "command_line": sys.argv,
     }
     (run_dir / "config.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")
+
+
+def _close_run(result: JobResult) -> JobResult:
+    """Write ``result.json``: accuracies on the test images, the best epoch, and what each file weighs."""
+    run_dir = result.run_dir
+    content = {
+        "test": asdict(result.test),
+        "test_float": result.test_float and asdict(result.test_float),
+        "best_epoch": result.fit and result.fit.best_epoch,
+        "compiled": result.fit and result.fit.compiled,
+        "onnx": result.onnx and asdict(result.onnx),
+        "bytes": {path.name: path.stat().st_size for path in sorted(run_dir.iterdir())},
+    }
+    (run_dir / "result.json").write_text(json.dumps(content, indent=2, default=str) + "\n")
+    return result

@@ -55,10 +55,13 @@ def test_quantize_prints_levels_epochs_and_files(quantized_run):
 def test_the_run_folder_is_complete(quantized_run):
     root, _ = quantized_run
     names = {path.name for path in root.iterdir()}
-    assert names == {"model.pt", "model.onnx", "best.pth", "last.pth", "metrics.jsonl", "config.json"}
+    assert names == {"model.pt", "model.onnx", "best.pth", "last.pth", "metrics.jsonl", "config.json", "result.json"}
     config = json.loads((root / "config.json").read_text())
     assert config["qat"]["weight_bits"] == 2 and config["train"]["epochs"] == 3 and config["lambda_br"] == 0.1
     assert config["versions"]["torch"] == torch.__version__.split("+")[0]
+    result = json.loads((root / "result.json").read_text())
+    assert result["test"]["count"] == result["test_float"]["count"] == 360
+    assert result["bytes"]["model.pt"] == (root / "model.pt").stat().st_size
     assert len((root / "metrics.jsonl").read_text().splitlines()) == 3
 
 
