@@ -58,7 +58,8 @@ def tables(runs: dict[str, Path]) -> str:
     for name, (_, config, _) in content.items():
         train = config["train"]
         lines.append(
-            f"- {name}: seed {train['seed']}, batch {config['batch_size']}, rate {train['lr']:g} (steps {train['step_lr']:g}), "
+            f"- {name}: seed {train['seed']}, "
+            f"batch {config['batch_size']}, rate {train['lr']:g} (steps {train['step_lr']:g}), "
             f"decay {train['weight_decay']:g}, warm-up {train['warmup_epochs']} of {train['epochs']} epochs, "
             f"lambda {config['lambda_br']:g} / {config['lambda_br_act']:g}; torch {config['versions']['torch']}"
         )
