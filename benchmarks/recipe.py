@@ -52,9 +52,9 @@ def start(model, data: Dataset, val: BatchLoader, _: Path | None) -> None:
         qmodel = prepared(model, train, activations, weights, statistics)
         before = brfx.evaluate(qmodel, val).accuracy
         epoch = fit(qmodel, train, val, replace(CONFIG, lr=0.01, step_lr=0.01)).history[0]
-        how = "batch" if statistics else "running"
+        cells = [f"{activations} / {weights}", "batch" if statistics else "running", f"{before:.1%}"]
         print(
-            f"| {activations} / {weights} | {how} | {before:.1%} | {epoch.train.accuracy:.1%} | {epoch.val_accuracy:.1%} |"
+            "| " + " | ".join([*cells, f"{epoch.train.accuracy:.1%}", f"{epoch.val_accuracy:.1%}"]) + " |", flush=True
         )
 
 
