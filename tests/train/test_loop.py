@@ -76,8 +76,8 @@ def test_warm_up_has_no_regularizer_and_steps_freeze_after_it(digits, tmp_path):
 def test_a_short_run_reaches_what_chance_cannot(digits):
     """2 bits everywhere on real digits; chance is 10 %, and the floor is eleven standard deviations above it."""
     qmodel = quantized(digits)
-    config = brfx.TrainConfig(epochs=8, compile="off")
-    fit(qmodel, *loaders(digits, 32), config, penalty=brfx.BinPenalty(qmodel, act=0.01))
+    config = brfx.TrainConfig(epochs=8, lr=0.05, compile="off")
+    fit(qmodel, *loaders(digits, 32), config, penalty=brfx.BinPenalty(qmodel, weight=0.1, act=0.01))
     test = brfx.evaluate(qmodel, BatchLoader(digits.test, digits.preprocessing, 256))
     assert test.count == 360
     assert test.accuracy > 0.75
