@@ -138,7 +138,7 @@ class TrainConfig:
         lr: peak learning rate; cosine decay to zero at the last batch.
         lr_warmup: share of all batches over which the rate first rises from zero to its peak.
         step_lr: learning rate of parameters that a module names in ``own_rate`` (the quantizers' steps), which
-            get no weight decay; default a tenth of ``lr``.
+            get no weight decay; default ``lr``.
         momentum: of SGD.
         weight_decay: of weights with two or more dimensions; biases and norms get none.
         seed: of everything random in the run.
@@ -154,7 +154,7 @@ class TrainConfig:
     epochs: int = 100
     warmup_epochs: int | None = None
     optimizer: str = "sgd"
-    lr: float = 0.015
+    lr: float = 0.02
     lr_warmup: float = 0.1
     step_lr: float | None = None
     momentum: float = 0.9
@@ -168,7 +168,7 @@ class TrainConfig:
         if self.warmup_epochs is None:
             object.__setattr__(self, "warmup_epochs", int(0.3 * self.epochs))
         if self.step_lr is None:
-            object.__setattr__(self, "step_lr", self.lr / 10)
+            object.__setattr__(self, "step_lr", self.lr)
         for name in ("epochs", "warmup_epochs", "weight_decay", "momentum", "lr_warmup"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: takes 0 or more")

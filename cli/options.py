@@ -107,7 +107,7 @@ def train_options(preset: TrainConfig) -> Callable[[F], F]:
 
     return combine(
         option("--lr", "lr", type=float, help="Peak learning rate."),
-        click.option("--step-lr", "step_lr", type=float, help="Of the quantizers' steps.  [default: a tenth of --lr]"),
+        click.option("--step-lr", "step_lr", type=float, help="Of the quantizers' steps.  [default: --lr]"),
         option("--weight-decay", "weight_decay", type=float, help="Of weights; steps, biases and norms get none."),
         option("--momentum", "momentum", type=float, help="Of SGD."),
         option("--optimizer", "optimizer", type=click.Choice(OPTIMIZERS), help="What updates the weights."),
