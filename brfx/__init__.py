@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from brfx.auditing import audit
     from brfx.binreg import BinRegularizer
     from brfx.calibration import calibrate, quantization_disabled
     from brfx.checkpoint import float_state_dict, load, save
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from brfx.observing import observe
     from brfx.penalty import BinPenalty
     from brfx.pipeline import prepare_qat
-    from brfx.summary import summarize
     from brfx.train import evaluate, fit
 
 _HOMES = {
@@ -26,6 +26,7 @@ _HOMES = {
     "BrfxError": "brfx.errors",
     "QATConfig": "brfx.config",
     "TrainConfig": "brfx.config",
+    "audit": "brfx.auditing",
     "build_model": "brfx.models",
     "calibrate": "brfx.calibration",
     "evaluate": "brfx.train",
@@ -37,14 +38,13 @@ _HOMES = {
     "prepare_qat": "brfx.pipeline",
     "quantization_disabled": "brfx.calibration",
     "save": "brfx.checkpoint",
-    "summarize": "brfx.summary",
 }
 
 __all__ = [  # noqa: RUF022  (in the order of use)
     "QATConfig",
     "prepare_qat",
     "calibrate",
-    "summarize",
+    "audit",
     "observe",
     "quantization_disabled",
     "build_model",

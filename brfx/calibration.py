@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from brfx.errors import ConfigError, DataError, NotCalibratedError
-from brfx.nn import LSQQuantizer
+from brfx.nn import AlignedAdd, LSQQuantizer
 from brfx.start import START_RULES
 
 
@@ -20,7 +20,14 @@ def quantizers(model: nn.Module) -> dict[str, LSQQuantizer]:
 
 
 @torch.no_grad()
-def calibrate(qmodel: nn.Module, batches: Iterable[Any], *, start: str = "lsq", batch_statistics: bool = False) -> None:
+def calibrate(
+    qmodel: nn.Module,
+    batches: Iterable[Any],
+    *,
+    start: str = "lsq",
+    batch_statistics: bool = False,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> None:
     """Set every step from the weights and from what ``batches`` show of the activations.
 
     Weights are read from the model. Each activation is seen as the layers before it, already quantized, give it.
@@ -33,11 +40,13 @@ def calibrate(qmodel: nn.Module, batches: Iterable[Any], *, start: str = "lsq", 
         batch_statistics: let batch norms normalize with each batch's own mean and variance, as they will in training:
             below 4 bits the running ones, which come from the FP32 network, no longer fit what reaches them.
         batches: model inputs; of a tuple or list the first element is taken as the input (``(images, labels)``).
+        forward: for models that want more than that: ``forward(qmodel, batch)`` runs a batch, instead.
 
     Raises:
         ConfigError: no such rule.
         DataError: there was no batch.
-        NotCalibratedError: a batch or a weight holds NaN or infinity, or a quantizer was never reached.
+        NotCalibratedError: a batch or a weight holds NaN or infinity, or a quantizer was never reached that does not
+            depend on what Python code decides; one that does stays without a step until it is calibrated.
     """
     if start not in START_RULES:
         raise ConfigError(f"start={start!r}: takes {' or '.join(START_RULES)}")
@@ -45,25 +54,39 @@ def calibrate(qmodel: nn.Module, batches: Iterable[Any], *, start: str = "lsq", 
     modes = {module: module.training for module in qmodel.modules()}
     for quantizer in found.values():
         quantizer.begin_calibration(start)
-    device = next(qmodel.parameters()).device
+    sums = [module for module in qmodel.modules() if isinstance(module, AlignedAdd)]
+    for aligned in sums:
+        aligned.mode = "calibrate"
+    twins = [module for module in qmodel.modules() if getattr(module, "twin", False)]
+    forward = forward or _first_as_input
     try:
         qmodel.eval()
         with _batch_norms_in_training(qmodel) if batch_statistics else nullcontext():
             reached = False
             for batch in batches:
                 reached = True
-                inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-                qmodel(inputs.to(device) if isinstance(inputs, torch.Tensor) else inputs)
+                for training in (False, True) if twins else (False,):
+                    for twin in twins:
+                        twin.training = training  # of the graph alone: what only training computes has steps too
+                    forward(qmodel, batch)
         if not reached:
             raise DataError("calibrate was given no batch: pass an iterable of model inputs")
     finally:
-        for quantizer in found.values():
-            quantizer.mode = "quantize"
+        for module in (*found.values(), *sums):
+            module.mode = "quantize"
         for module, training in modes.items():
             module.training = training
-    missed = [name for name, quantizer in found.items() if not quantizer.calibrated]
+    for quantizer in found.values():
+        quantizer.step.requires_grad_(quantizer.calibrated)
+    missed = [name for name, quantizer in found.items() if not quantizer.calibrated and not quantizer.optional]
     if missed:
         raise NotCalibratedError(f"the batches never reached {len(missed)} quantizers, the first is {missed[0]}")
+
+
+def _first_as_input(qmodel: nn.Module, batch: Any) -> Any:
+    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+    device = next(qmodel.parameters()).device
+    return qmodel(inputs.to(device) if isinstance(inputs, torch.Tensor) else inputs)
 
 
 @contextmanager
@@ -83,8 +106,10 @@ def _batch_norms_in_training(model: nn.Module) -> Iterator[None]:
 
 def require_calibrated(qmodel: nn.Module) -> None:
     """Raise NotCalibratedError if any quantizer of ``qmodel`` has no step."""
-    missing = [name for name, quantizer in quantizers(qmodel).items() if not quantizer.calibrated]
-    if missing:
+    found = quantizers(qmodel)
+    missing = [name for name, quantizer in found.items() if not quantizer.calibrated and not quantizer.optional]
+    if missing or not any(quantizer.calibrated for quantizer in found.values()):
+        missing = missing or list(found)
         raise NotCalibratedError(
             f"{len(missing)} quantizers have no step yet, the first is {missing[0]}: "
             "run brfx.calibrate(qmodel, batches) first"
@@ -94,7 +119,7 @@ def require_calibrated(qmodel: nn.Module) -> None:
 @contextmanager
 def quantization_disabled(qmodel: nn.Module) -> Iterator[None]:
     """Within the block every quantizer lets its values through (ReLUs stay): the rewritten graph in FP32."""
-    found = list(quantizers(qmodel).values())
+    found = [module for module in qmodel.modules() if isinstance(module, (LSQQuantizer, AlignedAdd))]
     modes = [quantizer.mode for quantizer in found]
     for quantizer in found:
         quantizer.mode = "pass"

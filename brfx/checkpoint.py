@@ -114,7 +114,12 @@ def load_float(model: nn.Module, path: Path) -> None:
 
 def float_state_dict(qmodel: nn.Module) -> dict[str, Tensor]:
     """The FP32 weights and buffers of a rewritten model under the original model's keys."""
-    own = {f"{name}.step" for name, module in qmodel.named_modules() if isinstance(module, LSQQuantizer)}
+    own = {
+        f"{name}.{key}"
+        for name, module in qmodel.named_modules()
+        if isinstance(module, LSQQuantizer)
+        for key in module.state_dict()
+    }
     return {key: value for key, value in qmodel.state_dict().items() if key not in own}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from brfx.errors import ConfigError
 
-PLACEMENTS = ("paper",)
+PLACEMENTS = ("deploy", "paper")
 
 #: A pattern, and what it sets (``None``: nothing is quantized there).
 Override = tuple[str, dict[str, Any] | None]
@@ -26,12 +26,16 @@ class QATConfig:
         clip_value: ceiling of a plain ReLU before it is quantized (6.0 makes it a ReLU6); ``None`` leaves it open.
             A ReLU6 of the model keeps its 6 unless the value given is lower.
         per_channel: one weight step per output channel instead of one per layer.
-        placement: ``"paper"`` quantizes weights and ReLUs, as the papers do.
+        input_bits: bits of what enters the model, such as the image (``"deploy"``).
+        residual_bits: bits of a branch into a residual add, and of averages (``"deploy"``); 32 leaves branches in FP32.
+        placement: ``"deploy"`` puts every input of a convolution, linear or matrix product on a grid, so that what is
+            trained is what integer kernels execute; ``"paper"`` quantizes weights and ReLUs alone, as the papers do.
         first_last_8bit: 8 bits for the first and the last convolution or linear, as many papers have it; overrides
             come after it.
         overrides: ``(pattern, settings)`` pairs for single layers, the last that matches wins, setting by setting. A
             pattern is a glob on dotted names (``"layer1.*"``) or ``"type:Linear"``; settings are those above but
             ``placement``; ``None`` instead of settings leaves the layer in FP32.
+        skip: patterns of what stays in FP32, short for overrides with ``None``.
 
     Raises:
         ConfigError: a value is out of range; the message names the field and what it takes.
@@ -42,15 +46,18 @@ class QATConfig:
     act_bits: int | None = None
     clip_value: float | None = None
     per_channel: bool = False
-    placement: str = "paper"
+    input_bits: int = 8
+    residual_bits: int = 8
+    placement: str = "deploy"
     first_last_8bit: bool = False
     overrides: tuple[Override, ...] = ()
+    skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "act_bits"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, self.bits)
-        for name in ("bits", "weight_bits", "act_bits"):
+        for name in ("bits", "weight_bits", "act_bits", "input_bits", "residual_bits"):
             bits = getattr(self, name)
             if bits not in (*range(1, 9), 32):
                 raise ConfigError(f"{name}={bits!r}: takes 1 to 8, or 32 to stay in FP32")
@@ -61,9 +68,26 @@ class QATConfig:
         pairs = tuple(
             (pattern, settings if settings is None else dict(settings)) for pattern, settings in self.overrides
         )
+        pairs += tuple((pattern, None) for pattern in self.skip)
         object.__setattr__(self, "overrides", pairs)
+        object.__setattr__(self, "skip", ())
         for pattern, settings in pairs:
             self._overridden(pattern, settings)
+
+    @property
+    def weight_bits_or_none(self) -> int | None:
+        """Bits of weights, ``None`` where they stay in FP32."""
+        return None if self.weight_bits == 32 else self.weight_bits
+
+    @property
+    def acts_quantized(self) -> bool:
+        """Whether inputs of layers are to be put on a grid: ``"deploy"``, at fewer than 32 bits."""
+        return self.placement == "deploy" and self.act_bits != 32
+
+    @property
+    def inner_act_bits(self) -> int | None:
+        """Bits of the operands inside what quantizes its own, such as attention."""
+        return self.act_bits if self.acts_quantized else None
 
     def at(self, name: str, kind: str) -> QATConfig | None:
         """The settings for one layer; ``None``: leave it in FP32.
@@ -81,7 +105,7 @@ class QATConfig:
     def _overridden(self, pattern: str, settings: dict[str, Any] | None) -> QATConfig | None:
         if settings is None:
             return None
-        known = {"bits", "weight_bits", "act_bits", "clip_value", "per_channel"}
+        known = {"bits", "weight_bits", "act_bits", "clip_value", "per_channel", "input_bits", "residual_bits"}
         strange = sorted(set(settings) - known)
         if strange:
             raise ConfigError(f"overrides: {pattern!r} sets {strange[0]!r}; it can set {', '.join(sorted(known))}")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from brfx.auditing import Audit, audit
 from brfx.calibration import calibrate
 from brfx.card import card_of
 from brfx.checkpoint import is_brfx_file, load, load_float, read_state_dict, save
@@ -23,10 +24,9 @@ from brfx.data import DEFAULTS, BatchLoader, Dataset, Preprocessing, load_datase
 from brfx.errors import ConfigError, DataError, ExportError
 from brfx.export import OnnxReport, export_onnx
 from brfx.grid import Grid
-from brfx.models import CIFAR_RESNETS, build_model, require_model
+from brfx.models import CIFAR_RESNETS, build_model, example_inputs, require_model
 from brfx.penalty import BinPenalty
 from brfx.pipeline import prepare_qat
-from brfx.summary import LayerSummary, summarize
 from brfx.train import Callback, Evaluation, FitResult, evaluate, fit, reestimate_batch_norm
 from brfx.train.loop import seed_everything
 
@@ -110,6 +110,15 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = ()) -> JobResult:
     return _close_run(JobResult(run_dir, result, test, test_float, onnx_report, problem))
 
 
+def dry_run(job: JobConfig) -> Audit:
+    """What ``quantize`` would train, layer by layer; nothing is written."""
+    if job.ckpt is None:
+        raise ConfigError("quantize starts from an FP32 checkpoint: --ckpt FILE (`brfx train` makes one)")
+    dataset = read_data(job)
+    qmodel = prepare_qat(_float_model(job, dataset, job.ckpt), job.qat)
+    return audit(qmodel, next(iter(BatchLoader(dataset.val, dataset.preprocessing, 1)))[0])
+
+
 def evaluate_file(job: JobConfig) -> tuple[str, Evaluation]:
     """Test accuracy of an FP32 checkpoint or a run's ``model.pt``, behind what it is: ``"FP32"``, ``"W2A2"`` ..."""
     ckpt = job.ckpt
@@ -136,8 +145,8 @@ def evaluate_file(job: JobConfig) -> tuple[str, Evaluation]:
     return "FP32", evaluate(model.to(job.train.device), _test_loader(job, dataset))
 
 
-def inspect(job: JobConfig) -> list[LayerSummary]:
-    """The layers of a run's ``model.pt``, or of ``--model`` as ``job.qat`` would rewrite it."""
+def inspect(job: JobConfig) -> Audit:
+    """What runs quantized, and what not, of a run's ``model.pt``, or of ``--model`` as ``job.qat`` would rewrite it."""
     if job.ckpt is not None and is_brfx_file(job.ckpt):
         qmodel = load(job.ckpt, _own_model(job))
         preprocessing = card_of(qmodel).preprocessing
@@ -149,7 +158,7 @@ def inspect(job: JobConfig) -> list[LayerSummary]:
         if job.ckpt is not None:
             load_float(model, job.ckpt)
         qmodel, size = prepare_qat(model, job.qat), job.image_size or _own_image_size(job.model)
-    return summarize(qmodel, torch.zeros(1, 3, size, size))
+    return audit(qmodel, *example_inputs(job.model, size))
 
 
 def export_file(ckpt: Path, output: Path, model: str = "") -> OnnxReport:

@@ -174,7 +174,17 @@ def _use_cifar_stem(model: nn.Module, name: str) -> None:
     model.maxpool = nn.Identity()
 
 
-def example_input(model: nn.Module, image_size: int, batch: int = 1) -> Tensor:
-    """A batch of random images ``(batch, 3, image_size, image_size)`` on the model's device."""
-    device = next(model.parameters()).device
-    return torch.rand(batch, 3, image_size, image_size, device=device)
+def example_inputs(name: str, image_size: int, batch: int = 1) -> tuple[Any, ...]:
+    """Random inputs for a model that :func:`build_model` makes: images ``(batch, 3, S, S)`` in 0..1; clips of 16 frames
+    for torchvision's video models, two images for its optical flow, a list of images for its detectors."""
+    home = "" if _is_file(name) or name not in model_names() or name in CIFAR_RESNETS else (
+        torchvision.models.get_model_builder(name).__module__
+    )
+    generator = torch.Generator().manual_seed(0)
+    shape: tuple[int, ...] = (batch, 3, image_size, image_size)
+    if ".video." in home:
+        return (torch.rand(batch, 3, 16, image_size, image_size, generator=generator),)
+    if ".optical_flow." in home:
+        return tuple(torch.rand(shape, generator=generator) for _ in range(2))
+    images = torch.rand(shape, generator=generator)
+    return (list(images),) if ".detection." in home else (images,)

@@ -8,15 +8,16 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx import GraphModule
 
-from brfx.graph import module_calls
-from brfx.nn import ActivationObserver, LSQActivationQuantizer
+from brfx.nn import ActivationObserver, LSQActivationQuantizer, LSQQuantizer, LSQWeightQuantizer
+from brfx.trace import generated, pruned
 
 #: ``(gm, *inputs) -> (output, {site: activation})``
 ObservedForward = Callable[..., tuple[Any, dict[str, Tensor]]]
 
 
-def observed_sites(qmodel: nn.Module) -> dict[str, LSQActivationQuantizer]:
-    """Each observed activation quantizer by its dotted name, in order of execution within each graph."""
+def observed_sites(qmodel: nn.Module) -> dict[str, LSQQuantizer]:
+    """Each observed quantizer by its dotted name, in order of execution within each graph: the activations', and those
+    of weights that are read by functions."""
     sites = {}
     for prefix, gm in graphs(qmodel).items():
         for _, user in _observations(gm):
@@ -77,33 +78,47 @@ def observe(qmodel: nn.Module, *inputs: Any) -> dict[str, Tensor]:
     Returns:
         ``{site: activation}``, after ReLU and clip and before quantization, shape ``(batch, ...)``, not detached.
     """
-    return observed_forward(qmodel)(qmodel, *inputs)[1]
+    sites = observed_sites(qmodel)
+    seen = observed_forward(qmodel)(qmodel, *inputs)[1]
+    return {site: values for site, values in seen.items() if isinstance(sites[site], LSQActivationQuantizer)}
 
 
 def _observed_graph(gm: GraphModule) -> ObservedForward:
-    graph = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(gm.graph, mapping)
+    if not getattr(gm, "twin", False):
+        return _observed_mode(gm, True)
+    modes = {training: _observed_mode(gm, training) for training in (True, False)}
+    return lambda self, *args, **kwargs: modes[self.training](self, *args, **kwargs)
+
+
+def _observed_mode(gm: GraphModule, training: bool) -> ObservedForward:
+    graph = pruned(gm, training)
+    output = next(node for node in graph.nodes if node.op == "output")
     seen = {}
-    for observer, quantizer in _observations(gm):
-        with graph.inserting_after(mapping[observer]):
-            module = graph.get_attr(str(quantizer.target))
-        with graph.inserting_after(module):
-            seen[str(quantizer.target)] = graph.call_method("prepare", (module, mapping[observer]))
-    graph.output((output, seen))
-    return type(GraphModule(gm, graph)).forward  # the generated function; ``gm`` itself will be its ``self``
+    for observed, quantizer in _observations(gm, graph):
+        name = str(quantizer.target)
+        if isinstance(gm.get_submodule(name), LSQActivationQuantizer):
+            with graph.inserting_before(quantizer):
+                module = graph.get_attr(name)
+                seen[name] = graph.call_method("prepare", (module, observed))
+        else:
+            seen[name] = observed
+    output.args = ((output.args[0], seen),)
+    return generated(gm, graph)  # type: ignore[no-any-return]
 
 
 def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-def _observations(gm: GraphModule) -> list[tuple[fx.Node, fx.Node]]:
-    """Pairs of an observer's node and its quantizer's."""
-    return [
-        (node, user)
-        for node, module in module_calls(gm)
-        if isinstance(module, ActivationObserver)
-        for user in node.users
-        if user.op == "call_module" and isinstance(gm.get_submodule(str(user.target)), LSQActivationQuantizer)
-    ]
+def _observations(gm: GraphModule, graph: fx.Graph | None = None) -> list[tuple[fx.Node, fx.Node]]:
+    """Pairs of an observed value's node and its quantizer's: behind an observer, and the weights of functions."""
+    calls = [node for node in (graph or gm.graph).nodes if node.op == "call_module"]
+    modules = {node: gm.get_submodule(str(node.target)) for node in calls}
+    found = []
+    for node, module in modules.items():
+        value = node.args[0] if node.args else None
+        behind = isinstance(value, fx.Node) and isinstance(modules.get(value), ActivationObserver)
+        if isinstance(module, LSQWeightQuantizer) or (isinstance(module, LSQActivationQuantizer) and behind):
+            assert isinstance(value, fx.Node)
+            found.append((value, node))
+    return found

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from brfx.binreg import BinRegularizer
+from brfx.calibration import quantizers
 from brfx.errors import ConfigError
-from brfx.nn import QuantizedLayer
+from brfx.nn import LSQWeightQuantizer, QuantizedLayer, QuantizedMultiheadAttention
 from brfx.observing import observed_forward, observed_sites
 
 
@@ -59,31 +60,33 @@ class BinPenalty(nn.Module):
         self.freeze_weight_steps, self.freeze_act_steps = freeze_weight_steps, freeze_act_steps
         self._observed_forward = observed_forward(qmodel)
         self._sites = observed_sites(qmodel)
-        self._layers = {name: module for name, module in qmodel.named_modules() if isinstance(module, QuantizedLayer)}
+        self._layers = [
+            module for module in qmodel.modules() if isinstance(module, (QuantizedLayer, QuantizedMultiheadAttention))
+        ]
 
     def begin(self) -> None:
         """The warm-up is over: freeze the steps that were to be frozen when regularization starts."""
-        for layer in self._layers.values():
-            if self.freeze_weight_steps:
-                layer.weight_quantizer.step.requires_grad_(False)
-        for quantizer in self._sites.values():
-            if self.freeze_act_steps:
+        for quantizer in quantizers(self.model).values():
+            weight = isinstance(quantizer, LSQWeightQuantizer)
+            if self.freeze_weight_steps if weight else self.freeze_act_steps:
                 quantizer.step.requires_grad_(False)
 
     def forward(self, *inputs: Any) -> tuple[Any, BinLoss]:
         output, seen = self._observed_forward(self.model, *inputs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.weight > 0):
-            weight = self.weight_loss()
+            weight = self.weight_loss(seen)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.act > 0):
             act = self.act_loss(seen)
         return output, BinLoss(self.weight * weight + self.act * act, weight.detach(), act.detach())
 
-    def weight_loss(self) -> Tensor:
-        """L_BR summed over the quantized weights; 0 if there are none."""
-        losses = []
-        for layer in self._layers.values():
-            quantizer = layer.weight_quantizer
-            losses.append(BinRegularizer(quantizer.bits, signed=True)(layer.weight, quantizer.step))
+    def weight_loss(self, seen: dict[str, Tensor]) -> Tensor:
+        """L_BR summed over the quantized weights, those of layers and those that functions read; 0 without any."""
+        pairs = [pair for layer in self._layers for pair in layer.regularized()]
+        for site, values in seen.items():
+            quantizer = self._sites[site]
+            if isinstance(quantizer, LSQWeightQuantizer):
+                pairs.append((values, quantizer))
+        losses = [BinRegularizer(quantizer.bits, signed=True)(weight, quantizer.step) for weight, quantizer in pairs]
         return _total(losses, self.model)
 
     def act_loss(self, seen: dict[str, Tensor]) -> Tensor:
@@ -91,6 +94,8 @@ class BinPenalty(nn.Module):
         losses = []
         for site, values in seen.items():
             quantizer = self._sites[site]
+            if isinstance(quantizer, LSQWeightQuantizer):
+                continue
             step = quantizer.step if self.act_gradient_to_step else quantizer.step.detach()
             losses.append(BinRegularizer(quantizer.bits, signed=quantizer.signed)(values, step))
         return _total(losses, self.model)

@@ -4,21 +4,41 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 
 from brfx.card import ModelCard, attach
 from brfx.config import QATConfig, matches
 from brfx.errors import ConfigError
+from brfx.flow import operands
 from brfx.graph import check, module_calls
-from brfx.nn import QUANTIZED_LAYERS, LSQQuantizer, QuantizedLayer
-from brfx.passes import InsertObservers, QuantizeLayers, QuantizeReLUs, ReLUToModule, SplitShared
+from brfx.nn import (
+    QUANTIZED_LAYERS,
+    LSQActivationQuantizer,
+    LSQQuantizer,
+    QuantizedAttention,
+    QuantizedLayer,
+    QuantizedMultiheadAttention,
+)
+from brfx.passes import (
+    AlignResiduals,
+    InsertObservers,
+    QuantizeFunctions,
+    QuantizeInputs,
+    QuantizeLayers,
+    QuantizeReLUs,
+    ReLUToModule,
+    SplitShared,
+)
 from brfx.passes.quantize_layers import quantized_layer
 from brfx.passes.quantize_relus import quantized_relu
-from brfx.trace import trace_islands
+from brfx.python_calls import QuantizedFunction, rewrite_methods
+from brfx.trace import Tracing, trace_islands
 
 log = logging.getLogger(__name__)
 
@@ -27,17 +47,19 @@ Pass = Callable[[GraphModule], int]
 
 def passes(config: QATConfig, scope: str = "") -> list[Pass]:
     """The rewrites that ``config`` asks for, in order, for the graph at ``scope`` (``""``, or a name and a dot)."""
-    return [
+    layers: list[Pass] = [
         ReLUToModule(),
         SplitShared(),
         QuantizeLayers(config, scope),
+        QuantizeFunctions(config, scope),
         QuantizeReLUs(config, scope),
-        InsertObservers(),
     ]
+    inputs: list[Pass] = [QuantizeInputs(config, scope), AlignResiduals(config, scope)]
+    return [*layers, *(inputs if config.placement == "deploy" else []), InsertObservers()]
 
 
 def apply(gm: GraphModule, rewrites: Sequence[Pass]) -> GraphModule:
-    """Run each pass on ``gm`` in place; after each, drop what is unused, check the invariants and log the count."""
+    """Run each pass on ``gm`` in place; after each, check the invariants and log the count."""
     for rewrite in rewrites:
         sites = rewrite(gm)
         check(gm)
@@ -46,12 +68,22 @@ def apply(gm: GraphModule, rewrites: Sequence[Pass]) -> GraphModule:
     return gm
 
 
-def prepare_qat(model: nn.Module, config: QATConfig | None = None) -> nn.Module:
+def prepare_qat(
+    model: nn.Module,
+    config: QATConfig | None = None,
+    example_inputs: Any = None,
+    *,
+    concrete_args: Mapping[str, Any] | None = None,
+    leaf_modules: Sequence[type[nn.Module]] = (),
+) -> nn.Module:
     """Rewrite a float model into one that is quantized wherever ``config`` says.
 
     Args:
-        model: any FP32 module. It is left as it was.
+        model: any FP32 module. It is left as it was. DataParallel, DDP and compiled wrappers are taken off.
         config: what to quantize; by default 2 bits everywhere.
+        example_inputs: a tensor or a tuple of inputs; if given, the model must run on it.
+        concrete_args: inputs of ``forward`` to hold fixed while tracing, by name.
+        leaf_modules: types that are not to be traced into; nothing in them is quantized.
 
     Returns:
         A ``GraphModule`` with the model's inputs, outputs and state-dict keys (plus those of the steps). It takes the
@@ -59,16 +91,31 @@ def prepare_qat(model: nn.Module, config: QATConfig | None = None) -> nn.Module:
         back as a module of its own class with ``GraphModule`` islands in it; the log says which line stopped the trace.
 
     Raises:
-        ConfigError: there is nothing in the model that ``config`` would quantize.
+        ConfigError: there is nothing in the model that ``config`` would quantize, a lazy module has not been run, an
+            override matches nothing, or the model does not run on ``example_inputs``.
     """
     config = config or QATConfig()
-    traced = trace_islands(model)
+    model = unwrapped(model)
+    _require_initialized(model)
+    if example_inputs is not None:
+        _require_runs(model, example_inputs)
+    traced = trace_islands(model, Tracing(concrete_args, tuple(leaf_modules)))
     config = _with_first_and_last(traced.model, config)
     for name, reason in traced.stopped.items():
         log.info("%s: %s; its traceable submodules are rewritten instead", name or "the model", reason)
     for name, island in traced.islands.items():
-        apply(island, passes(config, name and f"{name}."))
-    swapped = swap_outside_islands(traced.model, config)
+        scope = name and f"{name}."
+        for node, module in module_calls(island):
+            called = not isinstance(module, (nn.Sequential, nn.MultiheadAttention, *leaf_modules))
+            if called and any(True for _ in module.children()):
+                swap_called_by_python(module, config, f"{scope}{node.target}.")
+        apply(island, passes(config, scope))
+    swapped = 0
+    if not isinstance(traced.model, GraphModule):
+        swapped = swap_called_by_python(traced.model, config, leaf_modules=tuple(leaf_modules))
+        for module in traced.model.modules():
+            if isinstance(module, LSQQuantizer):
+                module.optional = True
     _require_matches(traced.model, config)
     if swapped:
         log.info("outside the islands: %d", swapped)
@@ -77,8 +124,49 @@ def prepare_qat(model: nn.Module, config: QATConfig | None = None) -> nn.Module:
             f"nothing to quantize in {type(model).__name__} at W{config.weight_bits}A{config.act_bits}: "
             "it has no convolution, linear or ReLU that these bits would change"
         )
+    _follow_devices(traced.model, model)
     attach(traced.model, ModelCard(config, source=getattr(model, "brfx_source", None)))
     return traced.model
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DataParallel, DDP and ``torch.compile``, however many lie around it."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def _require_initialized(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise ConfigError(f"{name} belongs to a lazy module that has no shape yet: run the model once before")
+
+
+@torch.no_grad()
+def _require_runs(model: nn.Module, example_inputs: Any) -> None:
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()(*inputs)
+    except Exception as error:
+        first = (str(error).splitlines() or [repr(error)])[0]
+        raise ConfigError(f"{type(model).__name__} does not run on example_inputs: {first}") from error
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _follow_devices(qmodel: nn.Module, model: nn.Module) -> None:
+    """Steps lie where the model's parameters do."""
+    device = next((parameter.device for parameter in model.parameters()), None)
+    if device is not None and device.type != "cpu":
+        for module in qmodel.modules():
+            if isinstance(module, LSQQuantizer):
+                module.to(device)
 
 
 def _with_first_and_last(model: nn.Module, config: QATConfig) -> QATConfig:
@@ -99,6 +187,8 @@ def _require_matches(qmodel: nn.Module, config: QATConfig) -> None:
     """Raise ConfigError for an override that means no layer; types are given by their names in the float model."""
     places = [(name, type(module).__name__.removeprefix("Quantized")) for name, module in qmodel.named_modules()]
     places += [(name, name_) for name, kind in places for name_ in ("ReLU", "ReLU6") if kind == "ClippedReLU"]
+    for graph in (module for module in qmodel.modules() if isinstance(module, GraphModule)):
+        places += [(node.name, "function") for node in graph.graph.nodes if operands(graph, node)]
     for pattern, _ in config.overrides:
         if not any(matches(pattern, name, kind) for name, kind in places):
             nearest = difflib.get_close_matches(pattern, [name for name, _ in places], n=3)
@@ -109,20 +199,35 @@ def _require_matches(qmodel: nn.Module, config: QATConfig) -> None:
             )
 
 
-def swap_outside_islands(model: nn.Module, config: QATConfig, scope: str = "") -> int:
-    """Swap convolutions, linears and ReLUs in place where no graph was traced; returns how many.
+def swap_called_by_python(
+    model: nn.Module, config: QATConfig, scope: str = "", leaf_modules: tuple[type[nn.Module], ...] = ()
+) -> int:
+    """Swap layers in place where no graph was traced, and rewrite methods that multiply matrices; returns how many.
 
-    Python code calls these, so that call sites are not known: a ReLU that is called at two sites has one step.
+    Python code calls these, so that call sites are not known: a layer quantizes its own input, by a sign that
+    calibration finds, and a ReLU that is called at two sites has one step.
     """
+    own = config.at(scope.rstrip("."), type(model).__name__)
     swapped = 0
+    if own is not None and not isinstance(model, (GraphModule, nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+        swapped += rewrite_methods(model, own.weight_bits_or_none, own.inner_act_bits)
     for name, child in list(model.named_children()):
-        if isinstance(child, (GraphModule, LSQQuantizer, QuantizedLayer)):
+        if isinstance(child, (GraphModule, LSQQuantizer, *_OURS, *leaf_modules)) or name.endswith("_sites"):
             continue
         path = scope + name
         quantized = quantized_layer(child, config, path) or quantized_relu(child, config, path)
         if quantized is None:
-            swapped += swap_outside_islands(child, config, f"{path}.")
-        else:
-            setattr(model, name, quantized)
-            swapped += 1
+            swapped += swap_called_by_python(child, config, f"{path}.", leaf_modules)
+            continue
+        if isinstance(quantized, QuantizedLayer):
+            layer = config.at(path, type(child).__name__)
+            if layer is not None and layer.inner_act_bits is not None:
+                quantized.input_quantizer = LSQActivationQuantizer(
+                    layer.inner_act_bits, signed=None, reason="called by Python code; sign from calibration"
+                )
+        setattr(model, name, quantized)
+        swapped += 1
     return swapped
+
+
+_OURS = (QuantizedLayer, QuantizedMultiheadAttention, QuantizedAttention, QuantizedFunction)

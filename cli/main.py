@@ -38,11 +38,15 @@ def cli(debug: bool) -> None:
 @penalty_options
 @train_options(TrainConfig())
 @data_options
-def quantize(**given: Any) -> None:
+@click.option("--dry-run", is_flag=True, help="Show what would be quantized, train nothing, write nothing.")
+def quantize(dry_run: bool, **given: Any) -> None:
     """Train a low-bit network from an FP32 checkpoint and export it."""
     job = build_job("quantize", given)
     from brfx import job as jobs
 
+    if dry_run:
+        render.audit(jobs.dry_run(job))
+        return
     render.show_log()
     with render.progress("QAT") as callback:
         result = jobs.quantize(job, [callback])
@@ -113,7 +117,7 @@ def inspect(**given: Any) -> None:
     """Show each layer of a rewritten model, or of a run's model.pt: bits, signs, steps, MACs."""
     from brfx import job as jobs
 
-    render.layers(jobs.inspect(build_job("inspect", given)))
+    render.audit(jobs.inspect(build_job("inspect", given)))
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from brfx.config import COMPILE, OPTIMIZERS, STARTS, JobConfig, QATConfig, TrainConfig, read_qat_config
+from brfx.config import COMPILE, OPTIMIZERS, PLACEMENTS, STARTS, JobConfig, QATConfig, TrainConfig, read_qat_config
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -135,6 +135,14 @@ quantizer_options = combine(
     click.option("--act-bits", type=int, help="1 to 8, or 32 for FP32.  [default: --bits]"),
     click.option("--clip-value", type=OptionalFloat(), help="Ceiling of ReLUs: a number, or None.  [default: None]"),
     click.option("--per-channel", is_flag=True, default=None, help="One weight step per output channel."),
+    click.option("--input-bits", type=int, help="Of the image.  [default: 8]"),
+    click.option("--residual-bits", type=int, help="Of branches into residual adds; 32 for FP32.  [default: 8]"),
+    click.option(
+        "--placement",
+        type=click.Choice(PLACEMENTS),
+        help="Quantize every input of a layer, or weights and ReLUs alone.  [default: deploy]",
+    ),
+    click.option("--skip", multiple=True, help="Leave layers of this name (or pattern, type:Linear) in FP32."),
     click.option("--first-last-8bit", is_flag=True, default=None, help="8 bits for the first and the last layer."),
     click.option(
         "--config", type=click.Path(path_type=Path), help="TOML with these settings and [[overrides]] by layer."
@@ -174,7 +182,7 @@ def build_job(command: str, given: dict[str, Any]) -> JobConfig:
     config = given.pop("config", None)
     settings = read_qat_config(config) if config is not None else {}
     names = {field.name for field in fields(QATConfig)} & set(given)
-    settings |= {name: value for name in names if (value := given.pop(name)) is not None}
+    settings |= {name: value for name in names if (value := given.pop(name)) not in (None, ())}
     names = {field.name for field in fields(TrainConfig)} & set(given)
     train = TrainConfig(**{name: given.pop(name) for name in names})
     return JobConfig(command=command, qat=QATConfig(**settings), train=train, **given)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from brfx.auditing import Audit
     from brfx.job import JobResult
-    from brfx.summary import LayerSummary
     from brfx.train import EpochMetrics, Evaluation
     from brfx.train import Progress as Where
 
@@ -128,24 +128,29 @@ def size(count: int) -> str:
     return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
-def layers(rows: Sequence[LayerSummary]) -> None:
+def audit(report: Audit) -> None:
+    """Each layer and quantizer, and in the last lines what share of the arithmetic is quantized and what is not."""
     table = Table(box=None, pad_edge=False)
-    for name in ("layer", "type", "W", "A", "sign", "step", "parameters", "MACs", "BR"):
-        table.add_column(name, justify="right" if name in ("W", "A", "step", "parameters", "MACs") else "left")
-    for row in rows:
+    for name in ("layer", "type", "W", "A", "sign", "step", "parameters", "MACs", "quantized", "BR", "why"):
+        right = name in ("W", "A", "step", "parameters", "MACs", "quantized")
+        table.add_column(name, justify="right" if right else "left")
+    for row in report.layers:
         step = "" if row.step is None else "not set" if math.isnan(row.step) else f"{row.step:.5f}"
+        fp32 = "32" if row.macs else ""
         table.add_row(
             row.name,
             row.type,
-            str(row.weight_bits or ("32" if row.parameters else "")),
-            str(row.act_bits or ""),
+            str(row.weight_bits or fp32),
+            str(row.act_bits or fp32),
             {None: "", True: "signed", False: "unsigned"}[row.signed],
             step,
             f"{row.parameters:,}" if row.parameters else "",
             f"{row.macs:,}" if row.macs else "",
+            f"{row.quantized_macs / row.macs:.0%}" if row.macs else "",
             "on" if row.regularized else "off",
+            row.reason,
         )
     console.print(table)
-    macs, quantized = sum(row.macs for row in rows), sum(row.macs for row in rows if row.weight_bits)
-    share = quantized / macs if macs else 0.0
-    console.print(f"{share:.1%} of {macs / 1e6:,.1f} M MACs have quantized weights; {len(rows)} rows")
+    for name in report.never_hit:
+        console.print(f"never reached by the example: {name}", markup=False)
+    console.print(report.footer, markup=False)

@@ -1,5 +1,6 @@
 """The modules that a rewritten graph is made of."""
 
+from brfx.nn.attention import QuantizedAttention, QuantizedMultiheadAttention
 from brfx.nn.layers import (
     QUANTIZED_LAYERS,
     QuantizedConv1d,
@@ -19,13 +20,16 @@ from brfx.nn.lsq import (
     lsq_quantize,
 )
 from brfx.nn.observer import ActivationObserver
+from brfx.nn.residual import AlignedAdd
 
 __all__ = [
     "QUANTIZED_LAYERS",
     "ActivationObserver",
+    "AlignedAdd",
     "LSQActivationQuantizer",
     "LSQQuantizer",
     "LSQWeightQuantizer",
+    "QuantizedAttention",
     "QuantizedClippedReLU",
     "QuantizedConv1d",
     "QuantizedConv2d",
@@ -35,5 +39,6 @@ __all__ = [
     "QuantizedConvTranspose3d",
     "QuantizedLayer",
     "QuantizedLinear",
+    "QuantizedMultiheadAttention",
     "lsq_quantize",
 ]

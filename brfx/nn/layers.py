@@ -6,35 +6,58 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from brfx.nn.lsq import LSQWeightQuantizer
+from brfx.nn.lsq import LSQActivationQuantizer, LSQWeightQuantizer
 
 
 class QuantizedLayer(nn.Module):
-    """Mixed into a float layer: the layer keeps its parameters and their names, and gains a ``weight_quantizer``."""
+    """Mixed into a float layer: the layer keeps its parameters and their names, and gains a ``weight_quantizer``.
+
+    Its input is quantized before it arrives, by a node of the graph; outside every graph, where Python code calls the
+    layer, by an ``input_quantizer`` of its own.
+    """
 
     weight: Any  # the float layer's own Parameter
-    weight_quantizer: LSQWeightQuantizer
+    weight_quantizer: LSQWeightQuantizer | None
+    input_quantizer: LSQActivationQuantizer | None = None
     channel_dim = 0  # of the output channels in ``weight``
 
     @classmethod
-    def from_float(cls, layer: nn.Module, bits: int, *, per_channel: bool = False) -> Self:
-        """A quantized layer that adopts the very parameters, settings and hooks of ``layer``."""
-        new = cls.__new__(cls)
+    def adopt(cls, layer: nn.Module) -> Self:
+        """A layer of this class, and of ``layer``'s own, with the very parameters, settings and hooks of ``layer``."""
+        kind = cls
+        if type(layer) not in cls.__mro__:  # a subclass may have what the parameters depend on, as weight norm's has
+            kind = type(f"Quantized{type(layer).__name__}", (cls, type(layer)), {"__module__": __name__})
+        new = kind.__new__(kind)
         new.__dict__ = {k: v.copy() if isinstance(v, dict) else v for k, v in vars(layer).items()}
-        shape = [1] * new.weight.dim()
-        shape[cls.channel_dim] = new.weight.shape[cls.channel_dim]
-        new.weight_quantizer = LSQWeightQuantizer(bits, step_shape=tuple(shape) if per_channel else ())
-        new.weight_quantizer.to(new.weight.device).train(layer.training)
+        return new
+
+    @classmethod
+    def from_float(cls, layer: nn.Module, bits: int | None, *, per_channel: bool = False) -> Self:
+        """The quantized form of ``layer``; ``bits=None`` leaves its weight in FP32."""
+        new = cls.adopt(layer)
+        new.weight_quantizer = None
+        if bits is not None:
+            shape = [1] * new.weight.dim()
+            shape[cls.channel_dim] = new.weight.shape[cls.channel_dim]
+            new.weight_quantizer = LSQWeightQuantizer(bits, step_shape=tuple(shape) if per_channel else ())
+            new.weight_quantizer.to(new.weight.device).train(layer.training)
         return new
 
     def quantized_weight(self) -> Tensor:
         """The weight as the operation sees it: a code times the step."""
-        return self.weight_quantizer(self.weight)  # type: ignore[no-any-return]
+        return self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)  # type: ignore[no-any-return]
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        return x if self.input_quantizer is None else self.input_quantizer(x)  # type: ignore[no-any-return]
+
+    def regularized(self) -> list[tuple[Tensor, LSQWeightQuantizer]]:
+        """Each latent weight with its quantizer, for the bin regularizer."""
+        return [] if self.weight_quantizer is None else [(self.weight, self.weight_quantizer)]
 
 
 class _QuantizedConv(QuantizedLayer):
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.quantized_weight(), self.bias)  # type: ignore[operator, no-any-return]
+        return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)  # type: ignore[operator, no-any-return]
 
 
 class QuantizedConv1d(_QuantizedConv, nn.Conv1d):
@@ -54,6 +77,7 @@ class _QuantizedConvTranspose(QuantizedLayer):
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         dims: int = self.weight.dim() - 2
+        x = self.quantized_input(x)
         layer: Any = self
         padding = layer._output_padding(
             x, output_size, layer.stride, layer.padding, layer.kernel_size, dims, layer.dilation
@@ -80,7 +104,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
     """``nn.Linear`` with an LSQ-quantized weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.quantized_weight(), self.bias)
+        return nn.functional.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
 
 
 #: Float layer -> its quantized form.

@@ -85,6 +85,8 @@ class LSQQuantizer(nn.Module):
 
     #: Parameters that the trainer gives the steps' own learning rate and no weight decay.
     own_rate: ClassVar[tuple[str, ...]] = ("step",)
+    #: Whether Python code decides if it is reached at all: calibration may then leave it without a step.
+    optional: bool = False
 
     def __init__(self, bits: int, *, signed: bool, step_shape: tuple[int, ...] = ()) -> None:
         super().__init__()
@@ -163,13 +165,52 @@ class LSQActivationQuantizer(LSQQuantizer):
     """Quantizer of an activation ``(batch, ...)``; ``g = 1 / sqrt(N * Qp)`` with N the features of one sample.
 
     N leaves the batch out, so that the batch size does not change the training.
+
+    Args:
+        bits: 1 to 8.
+        signed: whether values may be negative; ``None`` where no graph tells: calibration then decides by what it
+            sees, and the answer is kept in the state dict as ``negative``.
+        regularized: whether the bin regularizer is to see what it quantizes.
+        reason: why it is there, and signed or not; for ``brfx inspect``.
     """
 
+    negative: Tensor
     floor: float = -math.inf
     ceiling: float = math.inf
 
-    def __init__(self, bits: int, *, signed: bool = False) -> None:
-        super().__init__(bits, signed=signed)
+    def __init__(
+        self, bits: int, *, signed: bool | None = False, regularized: bool = True, reason: str = ""
+    ) -> None:
+        super().__init__(bits, signed=bool(signed))
+        self.regularized, self.reason = regularized, reason
+        if signed is None:
+            self.register_buffer("negative", torch.tensor(False))
+
+    @property
+    def sign_from_data(self) -> bool:
+        return "negative" in self._buffers
+
+    def begin_calibration(self, start: str = "lsq") -> None:
+        super().begin_calibration(start)
+        if self.sign_from_data:
+            self._set_sign(False)
+
+    def _calibrate(self, values: Tensor) -> None:
+        if self.sign_from_data and not self.signed and bool((values < 0).any()):
+            self._set_sign(True)
+            self._estimates, self._batches = torch.zeros(()), 0
+        super()._calibrate(values)
+
+    def _set_sign(self, signed: bool) -> None:
+        self.grid = Grid(self.bits, signed)
+        self.negative.fill_(signed)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.sign_from_data:
+            state_dict.setdefault(f"{prefix}negative", torch.tensor(False))  # an FP32 model's has none
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.sign_from_data:
+            self._set_sign(bool(self.negative))
 
     def quantize(self, values: Tensor) -> Tensor:
         features = math.prod(values.shape[1:])

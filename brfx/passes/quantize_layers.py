@@ -7,14 +7,15 @@ from torch.fx import GraphModule
 
 from brfx.config import QATConfig
 from brfx.graph import module_calls, set_module
-from brfx.nn import QUANTIZED_LAYERS, QuantizedLayer
+from brfx.nn import QUANTIZED_LAYERS, QuantizedLayer, QuantizedMultiheadAttention
 
 
 @dataclass(frozen=True)
 class QuantizeLayers:
     """Swap each convolution and linear, first and last included, for its LSQ-quantized form.
 
-        y = Conv2d(x)    ->    y = QuantizedConv2d(x)
+        y = Conv2d(x)                      ->    y = QuantizedConv2d(x)
+        y, p = MultiheadAttention(q, k, v) ->    y, p = QuantizedMultiheadAttention(q, k, v)
 
     The quantized layer adopts the float one's parameters, so FP32 keys stay. A subclass with a ``forward`` of its
     own is declined: its arithmetic is not the parent's.
@@ -38,12 +39,17 @@ class QuantizeLayers:
         return len(swaps)
 
 
-def quantized_layer(layer: nn.Module, config: QATConfig, name: str) -> QuantizedLayer | None:
+def quantized_layer(layer: nn.Module, config: QATConfig, name: str) -> nn.Module | None:
     """The quantized form of a float layer whose arithmetic is torch's own, else ``None``."""
     own = config.at(name, type(layer).__name__)
-    if own is None or own.weight_bits in (None, 32) or isinstance(layer, QuantizedLayer):
+    if own is None or isinstance(layer, (QuantizedLayer, QuantizedMultiheadAttention)):
         return None
+    bits = own.weight_bits_or_none
+    if isinstance(layer, nn.MultiheadAttention) and type(layer).forward is nn.MultiheadAttention.forward:
+        if bits is None and own.inner_act_bits is None:
+            return None
+        return QuantizedMultiheadAttention.from_float(layer, bits, own.inner_act_bits, per_channel=own.per_channel)
     for float_type, quantized_type in QUANTIZED_LAYERS.items():
-        if isinstance(layer, float_type) and type(layer).forward is float_type.forward:
-            return quantized_type.from_float(layer, own.weight_bits, per_channel=own.per_channel)
+        if bits is not None and isinstance(layer, float_type) and type(layer).forward is float_type.forward:
+            return quantized_type.from_float(layer, bits, per_channel=own.per_channel)
     return None

@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from brfx.config import QATConfig
+from brfx.flow import operation
 from brfx.graph import module_calls, set_module
 from brfx.nn import QuantizedClippedReLU
+from brfx.operators import JOINS, passes
 
 
 @dataclass(frozen=True)
@@ -16,21 +18,34 @@ class QuantizeReLUs:
 
         y = ReLU(x)    ->    y = QuantizedClippedReLU(x)
 
+    With placement ``"deploy"`` a ReLU that does nothing but enter a concatenation is left: what comes out of it is
+    quantized as one, on one grid (``QuantizeInputs``), instead of each part on its own and the whole again.
+
     Requires: one call site per ReLU (``SplitShared``).
-    Ensures: no ReLU module remains in FP32; a second run changes 0 sites.
+    Ensures: no other ReLU module remains in FP32; a second run changes 0 sites.
     """
 
     config: QATConfig
     scope: str = ""  #: dotted name of the graph in its model, with a dot at the end; "" for the model itself
 
     def __call__(self, gm: GraphModule) -> int:
-        relus = {str(node.target): module for node, module in module_calls(gm)}
+        joined = self.config.placement == "deploy"
+        relus = {str(node.target): module for node, module in module_calls(gm) if not (joined and _only_joined(gm, node))}
         swaps = {
             name: new for name, relu in relus.items() if (new := quantized_relu(relu, self.config, self.scope + name))
         }
         for name, quantized in swaps.items():
             set_module(gm, name, quantized)
         return len(swaps)
+
+
+def _only_joined(gm: GraphModule, node: Node) -> bool:
+    """Whether every use of a value, through max-pooling and the like, is a concatenation."""
+    uses = []
+    for user in node.users:
+        name, args, kwargs = operation(gm, user)
+        uses.append(name in JOINS or (passes(name, args, kwargs) and _only_joined(gm, user)))
+    return bool(uses) and all(uses)
 
 
 def quantized_relu(module: nn.Module, config: QATConfig, name: str) -> QuantizedClippedReLU | None:

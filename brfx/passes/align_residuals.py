@@ -1,0 +1,125 @@
+"""Branches into residual adds are put on 8-bit grids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from brfx.config import QATConfig
+from brfx.flow import Flow, analyse, operation
+from brfx.graph import free_name, scope, set_module
+from brfx.nn import AlignedAdd, LSQActivationQuantizer, QuantizedClippedReLU, QuantizedLayer
+from brfx.operators import LINEAR, passes
+
+_ADDS = ("add", "iadd")
+_NORMS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "local_response_norm")
+
+
+@dataclass(frozen=True)
+class AlignResiduals:
+    """Quantize what a layer sends into an add.
+
+        y = QuantizedClippedReLU(branch + shortcut)  ->  y = QuantizedClippedReLU(AlignedAdd(branch, shortcut, S, s))
+        y = branch + stream                          ->  y = LSQActivationQuantizer(branch) + stream
+
+    The first form, exact on integer kernels (:class:`brfx.nn.AlignedAdd`), where a quantized ReLU of at most 4 bits
+    takes the sum and the shortcut is on a grid of at most 4 bits or comes from a layer itself; S and s are the steps.
+
+    Requires: ``QuantizeReLUs``; before ``InsertObservers``.
+    Ensures: every addend that comes from a layer is on a grid; a second run changes 0 sites.
+    """
+
+    config: QATConfig
+    scope: str = ""  #: dotted name of the graph in its model, with a dot at the end; "" for the model itself
+
+    def __call__(self, gm: GraphModule) -> int:
+        flows = analyse(gm)
+        changed = 0
+        for node in list(gm.graph.nodes):
+            if node.op not in ("call_function", "call_method") or operation(gm, node)[0] not in _ADDS:
+                continue
+            addends = [argument for argument in node.args[:2] if isinstance(argument, Node)]
+            if len(addends) == 2 and set(node.kwargs) <= {"other"} and addends[0] is not addends[1]:
+                changed += self._add(gm, node, addends, flows)
+        return changed
+
+    def _add(self, gm: GraphModule, node: Node, addends: list[Node], flows: dict[Node, Flow]) -> int:
+        own = self.config.at(f"{self.scope}{scope(node)}.{node.name}".replace("..", "."), "add")
+        branches = [addend for addend in addends if flows[addend].grid is None and _from_layer(gm, addend)]
+        constant = any(addend.op == "get_attr" for addend in addends)
+        if own is None or not own.acts_quantized or own.residual_bits == 32 or not branches or constant:
+            return 0
+        behind = self._relu_behind(gm, node)
+        if behind is not None and own.residual_bits == 8:
+            others = [addend for addend in addends if addend not in branches]
+            shortcut = self._code(gm, others[0], flows) if others else None
+            high_in = shortcut.grid.high if shortcut else None
+            if (shortcut or len(branches) == 2) and AlignedAdd.fits(behind.grid.high, high_in):
+                self._align(gm, node, branches, others, flows)
+                return 1
+        for branch in branches:
+            name = free_name(gm, f"{scope(node)}.{node.name}_branch".lstrip("."))
+            negative = flows[branch].negative
+            reason = f"{flows[branch].source} into a residual add"
+            set_module(gm, name, LSQActivationQuantizer(own.residual_bits, signed=negative, regularized=False, reason=reason))
+            with gm.graph.inserting_before(node):
+                quantized = gm.graph.call_module(name, (branch,))
+            node.replace_input_with(branch, quantized)
+        return 1
+
+    @staticmethod
+    def _relu_behind(gm: GraphModule, node: Node) -> QuantizedClippedReLU | None:
+        users = list(node.users)
+        if len(users) == 1 and users[0].op == "call_module":
+            module = gm.get_submodule(str(users[0].target))
+            return module if isinstance(module, QuantizedClippedReLU) else None
+        return None
+
+    @staticmethod
+    def _code(gm: GraphModule, node: Node, flows: dict[Node, Flow]) -> LSQActivationQuantizer | None:
+        """The unsigned quantizer whose very levels ``node`` holds, not scaled by a dropout or a factor."""
+        while node is not flows[node].grid:
+            name, args, kwargs = operation(gm, node)
+            if not passes(name, args, kwargs) or "drop" in str(name) or "stochastic" in str(name):
+                return None
+            node = node.all_input_nodes[0]
+        module = gm.get_submodule(str(node.target))
+        return module if isinstance(module, LSQActivationQuantizer) and not module.signed else None
+
+    @staticmethod
+    def _align(
+        gm: GraphModule, node: Node, branches: list[Node], others: list[Node], flows: dict[Node, Flow]
+    ) -> None:
+        behind = str(next(iter(node.users)).target)
+        high_out = gm.get_submodule(behind).grid.high  # type: ignore[union-attr]
+        source = flows[others[0]].grid if others else None
+        high_in = gm.get_submodule(str(source.target)).grid.high if source else None  # type: ignore[union-attr]
+        name = free_name(gm, f"{scope(node)}.{node.name}".lstrip("."))
+        set_module(gm, name, AlignedAdd(high_out, high_in))
+        with gm.graph.inserting_before(node):
+            steps = [gm.graph.get_attr(f"{behind}.step")]
+            if source is not None:
+                steps.append(gm.graph.get_attr(f"{source.target}.step"))
+            new = gm.graph.call_module(name, (*branches, *others, *steps))
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+
+
+def _from_layer(gm: GraphModule, node: Node) -> bool:
+    """Whether a value is a layer's output, normalized or scaled perhaps, with no other add in between."""
+    name, args, kwargs = operation(gm, node)
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        if isinstance(module, QuantizedLayer) or isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+            return True
+        if getattr(module, "multiplies", False):
+            return True
+    if name is None or name in _ADDS:
+        return False
+    if name in LINEAR:
+        return True
+    on_the_way = passes(name, args, kwargs) or name in ("mul", "imul") or name.rstrip("123d") in _NORMS
+    return on_the_way and any(_from_layer(gm, argument) for argument in node.all_input_nodes)

@@ -1,0 +1,86 @@
+"""What enters a convolution, linear or matrix product is put on a grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from brfx.config import QATConfig
+from brfx.flow import AVERAGES, Flow, Operand, analyse, operands
+from brfx.graph import free_name, module_calls, scope, set_module
+from brfx.nn import QUANTIZED_LAYERS, LSQActivationQuantizer, QuantizedLayer
+
+
+@dataclass(frozen=True)
+class QuantizeInputs:
+    """Put a quantizer in front of each operand that is not on a grid already.
+
+        y = QuantizedConv2d(x)    ->    q = LSQActivationQuantizer(x); y = QuantizedConv2d(q)
+        y = matmul(a, b)          ->    qa = LSQActivationQuantizer(a); qb = ...; y = matmul(qa, qb)
+
+    A value on a grid stays on it through max-pooling, reshapes, dropout, the concatenation of one grid and the like
+    (:mod:`brfx.flow`). The quantizer is unsigned where the value cannot be negative. What comes from the graph's
+    inputs alone gets ``input_bits``, an average ``residual_bits``, all else the layer's ``act_bits``. Operands of one
+    value share a quantizer if they have the same bits.
+
+    Requires: ``QuantizeLayers``, ``QuantizeFunctions``, ``QuantizeReLUs``.
+    Ensures: every operand of a layer that is to be quantized is on a grid; a second run changes 0 sites.
+    """
+
+    config: QATConfig
+    scope: str = ""  #: dotted name of the graph in its model, with a dot at the end; "" for the model itself
+
+    def __call__(self, gm: GraphModule) -> int:
+        flows = analyse(gm)
+        made: dict[tuple[Node, int], Node] = {}
+        for operand, own, name in self._sites(gm):
+            flow = flows[operand.node]
+            if operand.weight or flow.grid is not None or own.act_bits in (None, 32):
+                continue
+            bits = self._bits(flow, own)
+            key = (operand.node, bits)
+            if key not in made:
+                made[key] = _insert(gm, operand.node, free_name(gm, f"{name}_input"), flow, bits, own)
+            operand.user.replace_input_with(operand.node, made[key])
+        return len(made)
+
+    def _sites(self, gm: GraphModule) -> list[tuple[Operand, QATConfig, str]]:
+        found: list[tuple[Operand, QATConfig, str]] = []
+        for node, module in module_calls(gm):
+            kind = type(module).__name__.removeprefix("Quantized")
+            own = self.config.at(f"{self.scope}{node.target}", kind)
+            if own is not None and isinstance(module, (QuantizedLayer, *QUANTIZED_LAYERS)) and not inner(module):
+                value = node.args[0] if node.args else node.kwargs.get("input")
+                if isinstance(value, Node):
+                    found.append((Operand(value, node, False), own, str(node.target)))
+        for node in gm.graph.nodes:
+            name = f"{scope(node)}.{node.name}".lstrip(".")
+            own = self.config.at(f"{self.scope}{name}", "function")
+            if own is not None:
+                found += [(operand, own, name) for operand in operands(gm, node)]
+        return found
+
+    def _bits(self, flow: Flow, own: QATConfig) -> int:
+        assert own.act_bits is not None
+        if flow.from_input:
+            return max(own.input_bits, own.act_bits)
+        return max(own.residual_bits, own.act_bits) if flow.source in AVERAGES else own.act_bits
+
+
+def inner(module: nn.Module) -> bool:
+    """Whether a layer quantizes its inputs itself."""
+    return getattr(module, "quantizes_inputs", False)
+
+
+def _insert(gm: GraphModule, value: Node, name: str, flow: Flow, bits: int, own: QATConfig) -> Node:
+    sign = "may be negative" if flow.negative else "is never negative"
+    regularized = not flow.from_input and bits == own.act_bits and flow.source not in AVERAGES
+    reason = f"{flow.source} {sign}"
+    quantizer = LSQActivationQuantizer(bits, signed=flow.negative, regularized=regularized, reason=reason)
+    set_module(gm, name, quantizer)
+    with gm.graph.inserting_after(value):
+        node = gm.graph.call_module(name, (value,))
+    node.meta = dict(value.meta)
+    return node
