@@ -57,23 +57,15 @@ def calibrate(
     sums = [module for module in qmodel.modules() if isinstance(module, AlignedAdd)]
     for aligned in sums:
         aligned.mode = "calibrate"
-    twins = [module for module in qmodel.modules() if getattr(module, "twin", False)]
-    forward = forward or _first_as_input
     try:
         qmodel.eval()
         with _batch_norms_in_training(qmodel) if batch_statistics else nullcontext():
-            reached = False
-            for batch in batches:
-                reached = True
-                for training in (False, True) if twins else (False,):
-                    for twin in twins:
-                        twin.training = training  # of the graph alone: what only training computes has steps too
-                    forward(qmodel, batch)
-        if not reached:
-            raise DataError("calibrate was given no batch: pass an iterable of model inputs")
+            _run(qmodel, batches, forward or _first_as_input)
     finally:
-        for module in (*found.values(), *sums):
-            module.mode = "quantize"
+        for quantizer in found.values():
+            quantizer.mode = "quantize"
+        for aligned in sums:
+            aligned.mode = "quantize"
         for module, training in modes.items():
             module.training = training
     for quantizer in found.values():
@@ -81,6 +73,20 @@ def calibrate(
     missed = [name for name, quantizer in found.items() if not quantizer.calibrated and not quantizer.optional]
     if missed:
         raise NotCalibratedError(f"the batches never reached {len(missed)} quantizers, the first is {missed[0]}")
+
+
+def _run(qmodel: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> None:
+    """Run each batch; through a graph that has two outputs twice, so that what only training computes gets steps too."""
+    twins = [module for module in qmodel.modules() if getattr(module, "twin", False)]
+    reached = False
+    for batch in batches:
+        reached = True
+        for training in (False, True) if twins else (False,):
+            for twin in twins:
+                twin.training = training  # of the graph alone, not of the modules that it calls
+            forward(qmodel, batch)
+    if not reached:
+        raise DataError("calibrate was given no batch: pass an iterable of model inputs")
 
 
 def _first_as_input(qmodel: nn.Module, batch: Any) -> Any:

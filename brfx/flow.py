@@ -11,12 +11,10 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from brfx.nn import ActivationObserver, LSQQuantizer
-from brfx.operators import JOINS, KEEPS_SIGN, LINEAR, NONNEGATIVE, linear_op, name_of, passes
+from brfx.operators import JOINS, KEEPS_SIGN, LINEAR, NONNEGATIVE, linear_op, name_of, passes, words
 
 #: Averages of codes over n positions are codes of an n times finer grid.
-AVERAGES = frozenset(
-    "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d mean".split()
-)
+AVERAGES = words("avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d mean")
 
 
 @dataclass(frozen=True)
@@ -68,14 +66,25 @@ def module_name(module: nn.Module) -> str | None:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
-_WORDS = {"SiLU": "silu", "PReLU": "prelu", "LeakyReLU": "leaky_relu", "UpsamplingNearest2d": "clone",
-          "Upsample": "interpolate"}  # fmt: skip
+_WORDS = {
+    "ReLU": "relu",
+    "ReLU6": "relu6",
+    "SiLU": "silu",
+    "PReLU": "prelu",
+    "LeakyReLU": "leaky_relu",
+    "UpsamplingNearest2d": "clone",
+    "Upsample": "interpolate",
+}
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
     """What a module holds that its function takes as an argument, and that matters here."""
     names = {"value": "value", "mode": "mode", "min_val": "min_val"}
-    return {name: getattr(module, own) for name, own in names.items() if isinstance(getattr(module, own, None), (str, float, int))}
+    return {
+        name: getattr(module, own)
+        for name, own in names.items()
+        if isinstance(getattr(module, own, None), (str, float, int))
+    }
 
 
 def _flow(gm: GraphModule, node: Node, flows: dict[Node, Flow]) -> Flow:
@@ -107,7 +116,7 @@ def _negative(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: 
     if name in ("clamp", "clip", "clamp_min", "hardtanh"):
         low = args[1] if len(args) > 1 else kwargs.get("min", kwargs.get("min_val"))
         return not (isinstance(low, (int, float)) and low >= 0)
-    scalars = [value for value in args if isinstance(value, (int, float))]
+    scalars = [value for value in (*args, kwargs.get("value")) if isinstance(value, (int, float))]
     return not (name in KEEPS_SIGN and not _any_negative(inputs) and all(value >= 0 for value in scalars))
 
 

@@ -74,6 +74,11 @@ LINEAR: dict[str, LinearOp] = {
 }
 
 
+def words(text: str) -> frozenset[str]:
+    """The set of the words of a text."""
+    return frozenset(text.split())
+
+
 def einsum_macs(equation: str, left: Tensor, right: Tensor) -> int:
     """Multiply-accumulates of a two-operand einsum: the product of the sizes of all its letters."""
     terms = equation.replace(" ", "").split("->")[0].split(",")
@@ -92,14 +97,16 @@ def einsum_macs(equation: str, left: Tensor, right: Tensor) -> int:
 
 
 #: The values that come out went in (or are 0, or all scaled by one factor): on a grid before, on a grid after.
-PASSES = frozenset(
-    """flatten reshape view permute transpose swapaxes swapdims movedim moveaxis squeeze unsqueeze expand expand_as
-    repeat tile clone contiguous detach to type_as getitem chunk split split_with_sizes tensor_split unbind narrow
-    select index_select roll flip pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle unfold unflatten
-    max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
-    dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout stochastic_depth
+PASSES = words(
+    """
+    flatten reshape view permute transpose swapaxes swapdims movedim moveaxis squeeze unsqueeze expand expand_as
+    repeat tile clone contiguous detach to type_as getitem chunk split split_with_sizes tensor_split unbind
+    narrow select index_select roll flip pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle
+    unfold unflatten max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d
+    adaptive_max_pool3d dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout stochastic_depth
     amax amin t adjoint take_along_dim gather view_as reshape_as broadcast_to repeat_interleave
-    max_pool2d_with_indices""".split()
+    max_pool2d_with_indices
+    """
 )
 #: These pass values on only in one of their forms: the padding is 0, the interpolation copies.
 PASSES_IF: dict[str, Callable[[Sequence[Any], Mapping[str, Any]], bool]] = {
@@ -111,14 +118,18 @@ PASSES_IF: dict[str, Callable[[Sequence[Any], Mapping[str, Any]], bool]] = {
 #: Several inputs become one: on a grid if all of them are on the same.
 JOINS = frozenset({"cat", "concat", "concatenate", "stack", "hstack", "vstack"})
 #: Never negative, whatever goes in.
-NONNEGATIVE = frozenset(
-    "relu relu6 sigmoid softmax hardsigmoid softplus exp square abs norm softmin var std".split()
+NONNEGATIVE = words(
+    """
+    relu relu6 sigmoid softmax hardsigmoid softplus exp square abs norm softmin var std
+    """
 )
 #: Not negative if nothing that goes in is.
-KEEPS_SIGN = frozenset(
-    """avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d mean sum
-    add iadd mul imul div truediv sqrt interpolate upsample silu gelu hardswish leaky_relu elu prelu mish maximum minimum
-    pow max min amax amin lp_pool2d""".split()
+KEEPS_SIGN = words(
+    """
+    avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d mean sum add
+    iadd mul imul div truediv sqrt interpolate upsample silu gelu hardswish leaky_relu elu prelu mish maximum
+    minimum pow max min amax amin lp_pool2d pad
+    """
 ) | PASSES | JOINS  # fmt: skip
 
 

@@ -66,8 +66,8 @@ class TrainingFlag(nn.Module):
 class TracedModule(fx.GraphModule):
     """A ``GraphModule`` that stands for the whole of the module it was traced from.
 
-    ``fx.GraphModule`` keeps only what its graph calls. This one keeps every submodule, parameter, buffer, hook and plain
-    attribute under its name (RAFT asks its update block for ``hidden_state_size``; MaxViT has buffers that its
+    ``fx.GraphModule`` keeps only what its graph calls. This one keeps every submodule, parameter, buffer, hook and
+    plain attribute under its name (RAFT asks its update block for ``hidden_state_size``; MaxViT has buffers that its
     ``forward`` never reads), so that state dicts have the float model's keys in their order.
 
     Where ``forward`` does one thing in training and another in eval (auxiliary heads), the graph holds both: ``twin``
@@ -234,8 +234,8 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
 def _merge(root: nn.Module, train: fx.Graph, evaluation: fx.Graph) -> bool:
     """Add to ``train`` what only ``evaluation`` does; whether there was anything: then the output is the pair of both.
 
-        y = dropout(x, 0.5, True) / y = dropout(x, 0.5, False)  ->  t = TrainingFlag(); y = dropout(x, 0.5, t)
-        return pair(y, aux)       / return y                    ->  return (pair(y, aux), y)
+    y = dropout(x, 0.5, True) / y = dropout(x, 0.5, False)  ->  t = TrainingFlag(); y = dropout(x, 0.5, t)
+    return pair(y, aux)       / return y                    ->  return (pair(y, aux), y)
     """
     merge = _Merge(train)
     for node in list(evaluation.nodes):

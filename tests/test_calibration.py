@@ -8,7 +8,7 @@ from brfx.calibration import quantizers
 
 
 def test_steps_are_lsqs_formula_averaged_over_batches(tiny, images):
-    qmodel = brfx.prepare_qat(tiny, brfx.QATConfig(weight_bits=2, act_bits=3))
+    qmodel = brfx.prepare_qat(tiny, brfx.QATConfig(weight_bits=2, act_bits=3, placement="paper"))
     brfx.calibrate(qmodel, [images[:4], images[4:]])
     weight = qmodel.conv1.weight
     torch.testing.assert_close(qmodel.conv1.weight_quantizer.step.data, 2 * weight.abs().mean())

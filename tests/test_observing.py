@@ -23,7 +23,7 @@ def test_each_site_is_seen_after_relu_and_clip_and_before_the_grid(tiny, images)
 
 def test_the_first_site_is_what_the_layers_above_computed(tiny, images):
     qmodel = calibrated(tiny, images).eval()
-    expected = qmodel.bn1(qmodel.conv1(images)).relu()
+    expected = qmodel.bn1(qmodel.conv1(qmodel.conv1_input(images))).relu()
     assert torch.equal(brfx.observe(qmodel, images)["relu_1"], expected)
 
 

@@ -91,7 +91,7 @@ def _with_levels_as_weights(qmodel: nn.Module) -> nn.Module:
     """A copy in eval mode whose weights are the levels that ``qmodel`` computes with, and are quantized no more."""
     frozen = copy.deepcopy(qmodel).eval()
     for module in frozen.modules():
-        if isinstance(module, QuantizedLayer):
+        if isinstance(module, QuantizedLayer) and module.weight_quantizer is not None:
             module.weight.copy_(module.quantized_weight())
             module.weight_quantizer.mode = "pass"
     return frozen

@@ -178,9 +178,7 @@ class LSQActivationQuantizer(LSQQuantizer):
     floor: float = -math.inf
     ceiling: float = math.inf
 
-    def __init__(
-        self, bits: int, *, signed: bool | None = False, regularized: bool = True, reason: str = ""
-    ) -> None:
+    def __init__(self, bits: int, *, signed: bool | None = False, regularized: bool = True, reason: str = "") -> None:
         super().__init__(bits, signed=bool(signed))
         self.regularized, self.reason = regularized, reason
         if signed is None:

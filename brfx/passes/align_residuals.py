@@ -10,10 +10,19 @@ from torch.fx import GraphModule, Node
 from brfx.config import QATConfig
 from brfx.flow import Flow, analyse, operation
 from brfx.graph import free_name, scope, set_module
-from brfx.nn import AlignedAdd, LSQActivationQuantizer, QuantizedClippedReLU, QuantizedLayer
+from brfx.nn import (
+    AlignedAdd,
+    LSQActivationQuantizer,
+    QuantizedAttention,
+    QuantizedClippedReLU,
+    QuantizedLayer,
+    QuantizedMultiheadAttention,
+)
 from brfx.operators import LINEAR, passes
+from brfx.python_calls import QuantizedFunction
 
 _ADDS = ("add", "iadd")
+_MULTIPLY = (QuantizedLayer, QuantizedMultiheadAttention, QuantizedAttention, QuantizedFunction)
 _NORMS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "local_response_norm")
 
 
@@ -57,13 +66,16 @@ class AlignResiduals:
             shortcut = self._code(gm, others[0], flows) if others else None
             high_in = shortcut.grid.high if shortcut else None
             if (shortcut or len(branches) == 2) and AlignedAdd.fits(behind.grid.high, high_in):
-                self._align(gm, node, branches, others, flows)
+                source = flows[others[0]].grid if others else None
+                self._align(gm, node, (*branches, *others), source, AlignedAdd(behind.grid.high, high_in))
                 return 1
         for branch in branches:
             name = free_name(gm, f"{scope(node)}.{node.name}_branch".lstrip("."))
             negative = flows[branch].negative
             reason = f"{flows[branch].source} into a residual add"
-            set_module(gm, name, LSQActivationQuantizer(own.residual_bits, signed=negative, regularized=False, reason=reason))
+            set_module(
+                gm, name, LSQActivationQuantizer(own.residual_bits, signed=negative, regularized=False, reason=reason)
+            )
             with gm.graph.inserting_before(node):
                 quantized = gm.graph.call_module(name, (branch,))
             node.replace_input_with(branch, quantized)
@@ -90,19 +102,14 @@ class AlignResiduals:
 
     @staticmethod
     def _align(
-        gm: GraphModule, node: Node, branches: list[Node], others: list[Node], flows: dict[Node, Flow]
+        gm: GraphModule, node: Node, addends: tuple[Node, ...], source: Node | None, aligned: AlignedAdd
     ) -> None:
-        behind = str(next(iter(node.users)).target)
-        high_out = gm.get_submodule(behind).grid.high  # type: ignore[union-attr]
-        source = flows[others[0]].grid if others else None
-        high_in = gm.get_submodule(str(source.target)).grid.high if source else None  # type: ignore[union-attr]
         name = free_name(gm, f"{scope(node)}.{node.name}".lstrip("."))
-        set_module(gm, name, AlignedAdd(high_out, high_in))
+        set_module(gm, name, aligned)
         with gm.graph.inserting_before(node):
-            steps = [gm.graph.get_attr(f"{behind}.step")]
-            if source is not None:
-                steps.append(gm.graph.get_attr(f"{source.target}.step"))
-            new = gm.graph.call_module(name, (*branches, *others, *steps))
+            quantizers = [next(iter(node.users)), *([source] if source is not None else [])]
+            steps = [gm.graph.get_attr(f"{quantizer.target}.step") for quantizer in quantizers]
+            new = gm.graph.call_module(name, (*addends, *steps))
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
@@ -113,9 +120,7 @@ def _from_layer(gm: GraphModule, node: Node) -> bool:
     name, args, kwargs = operation(gm, node)
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
-        if isinstance(module, QuantizedLayer) or isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
-            return True
-        if getattr(module, "multiplies", False):
+        if isinstance(module, (*_MULTIPLY, nn.modules.conv._ConvNd, nn.Linear)):
             return True
     if name is None or name in _ADDS:
         return False

@@ -33,7 +33,9 @@ class QuantizeFunctions:
     scope: str = ""  #: dotted name of the graph in its model, with a dot at the end; "" for the model itself
 
     def __call__(self, gm: GraphModule) -> int:
-        return sum(self._rewrite(gm, node) for node in list(gm.graph.nodes) if node.op in ("call_function", "call_method"))
+        return sum(
+            self._rewrite(gm, node) for node in list(gm.graph.nodes) if node.op in ("call_function", "call_method")
+        )
 
     def _rewrite(self, gm: GraphModule, node: Node) -> int:
         name = f"{scope(node)}.{node.name}".lstrip(".")

@@ -30,7 +30,9 @@ class QuantizeReLUs:
 
     def __call__(self, gm: GraphModule) -> int:
         joined = self.config.placement == "deploy"
-        relus = {str(node.target): module for node, module in module_calls(gm) if not (joined and _only_joined(gm, node))}
+        relus = {
+            str(node.target): module for node, module in module_calls(gm) if not (joined and _only_joined(gm, node))
+        }
         swaps = {
             name: new for name, relu in relus.items() if (new := quantized_relu(relu, self.config, self.scope + name))
         }

@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+from brfx.nn import AlignedAdd
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_snap_is_the_nearest_odd_fraction_that_fits(bits):
+    high = 2**bits - 1
+    add = AlignedAdd(high, high)
+    for ratio in torch.linspace(0.4, 2.5, 97):
+        m, n = add.snap(ratio)
+        fits = [
+            (a / b, a, b)
+            for b in range(1, 256, 2)
+            for a in range(1, 256)
+            if high * a + (high - 0.5) * b <= 255
+        ]  # fmt: skip
+        best = min(abs(value - ratio) for value, _, _ in fits)
+        assert n % 2 == 1 and high * m + (high - 0.5) * n <= 255
+        assert abs(m / n - ratio) <= best + 1e-6
+
+
+def test_at_two_bits_the_snapped_ratio_is_off_by_little_on_average():
+    add = AlignedAdd(3, 3)
+    ratios = torch.linspace(0.4, 2.5, 500)
+    errors = torch.stack([(torch.div(*add.snap(ratio)) - ratio).abs() / ratio for ratio in ratios])
+    assert errors.mean() < 0.002
+
+
+def test_gradients_pass_inside_the_range_and_not_to_the_steps():
+    add = AlignedAdd(3, 3)
+    branch = torch.tensor([-1000.0, 0.3, 1000.0], requires_grad=True)
+    shortcut = torch.tensor([0.0, 1.0, 2.0], requires_grad=True)
+    steps = [torch.tensor(1.0, requires_grad=True) for _ in range(2)]
+    add(branch, shortcut, *steps).sum().backward()
+    assert branch.grad.tolist() == [0, 1, 0]
+    torch.testing.assert_close(shortcut.grad, torch.ones(3))
+    assert steps[0].grad is None and steps[1].grad is None
+
+
+def test_a_projection_is_rounded_on_both_sides():
+    add = AlignedAdd(3, None)
+    a, b = torch.randn(2, 100)
+    total = add(a, b, torch.tensor(1.0))
+    expected = (a * 31).round() / 31 + (b * 31).round() / 31
+    torch.testing.assert_close(total, expected)
+    add.mode = "pass"
+    assert torch.equal(add(a, b, torch.tensor(1.0)), a + b)
+
+
+def test_more_than_four_bits_do_not_fit():
+    assert AlignedAdd.fits(15, 15) and AlignedAdd.fits(15, None)
+    assert not AlignedAdd.fits(31, 3) and not AlignedAdd.fits(3, 31)

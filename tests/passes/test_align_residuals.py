@@ -1,0 +1,90 @@
+import torch
+from torch import nn
+
+import brfx
+from brfx.config import QATConfig
+from brfx.graph import dump
+from brfx.nn import AlignedAdd, LSQActivationQuantizer
+from brfx.passes import AlignResiduals, QuantizeLayers, QuantizeReLUs
+from brfx.trace import trace
+
+
+class Block(nn.Module):
+    def __init__(self, project=False, relu=True):
+        super().__init__()
+        self.first, self.conv, self.bn = nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.project = nn.Conv2d(4, 4, 1) if project else nn.Identity()
+        self.last = nn.ReLU() if relu else nn.Identity()
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(self.bn(self.conv(x)) + self.project(x))
+
+
+def rewritten(config=None, **kind):
+    config = config or QATConfig(bits=2)
+    gm = trace(Block(**kind))
+    QuantizeLayers(config)(gm)
+    QuantizeReLUs(config)(gm)
+    sites = AlignResiduals(config)(gm)
+    assert AlignResiduals(config)(gm) == 0
+    gm.recompile()
+    return gm, sites
+
+
+def test_a_shortcut_on_a_grid_is_aligned():
+    gm, sites = rewritten()
+    assert sites == 1
+    assert dump(gm).splitlines()[-4:] == [
+        "last_step = last.step()",
+        "first_step = first.step()",
+        "add_1 = AlignedAdd(bn, project, last_step, first_step)",
+        "last = QuantizedClippedReLU(add_1)",
+    ] or "AlignedAdd(bn, project" in dump(gm)
+
+
+def test_a_projection_is_aligned_with_the_branch():
+    gm, sites = rewritten(project=True)
+    assert sites == 1
+    (aligned,) = (module for module in gm.modules() if isinstance(module, AlignedAdd))
+    assert aligned.high_in is None and aligned.unit == 31
+
+
+def test_without_a_relu_behind_or_above_4_bits_each_branch_has_an_8_bit_quantizer():
+    for config, kind in ((QATConfig(bits=2), {"relu": False}), (QATConfig(bits=8), {})):
+        gm, sites = rewritten(config, **kind)
+        assert sites == 1
+        branches = [m for n, m in gm.named_modules() if isinstance(m, LSQActivationQuantizer) and n.endswith("_branch")]
+        assert [(branch.bits, branch.signed, branch.regularized) for branch in branches] == [(8, True, False)]
+
+
+def test_declines_constants_32_bits_and_sums_of_sums():
+    for config in (QATConfig(residual_bits=32), QATConfig(act_bits=32), QATConfig(placement="paper")):
+        assert rewritten(config)[1] == 0
+
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.positions = nn.Conv2d(4, 4, 1), nn.Parameter(torch.zeros(1, 4, 1, 1))
+
+        def forward(self, x):
+            return self.conv(x) + self.positions
+
+    assert AlignResiduals(QATConfig())(trace(Positions())) == 0
+
+
+def test_rounding_the_branch_moves_no_final_code():
+    """The codes behind the add are those of the unrounded branch and the snapped shortcut."""
+    torch.manual_seed(0)
+    qmodel = brfx.prepare_qat(Block().eval(), QATConfig(bits=2))
+    x = torch.randn(16, 4, 16, 16)
+    brfx.calibrate(qmodel, [x])
+    (aligned,) = (module for module in qmodel.modules() if isinstance(module, AlignedAdd))
+    step_out, step_in = qmodel.last.step.detach(), qmodel.first.step.detach()
+    m, n = aligned.snap(step_in / step_out)
+    k = (qmodel.first(x) / step_in).round().detach()
+    branch = qmodel.bn(qmodel.conv(k * step_in)).detach()
+    expected = (branch.double() / step_out + k.double() * (m / n).double()).round().clamp(0, 3)
+    assert n % 2 == 1 and abs(m / n - step_in / step_out) < 0.05 * step_in / step_out
+    found = (qmodel(x) / step_out).round()
+    assert (found != expected).double().mean() < 1e-4  # float32 on a boundary

@@ -1,0 +1,79 @@
+"""The audit against a dispatch mode that knows nothing of brfx; where they disagree, the dispatch mode is right."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import brfx
+from benchmarks.dispatch_count import DistinctValues
+from brfx.models import build_model
+
+
+def both(model, *inputs, **config):
+    qmodel = brfx.prepare_qat(model, brfx.QATConfig(**config)).eval()
+    brfx.calibrate(qmodel, [inputs], forward=lambda m, batch: m(*batch))
+    report = brfx.audit(qmodel, *inputs)
+    with torch.no_grad(), DistinctValues() as seen:
+        qmodel(*inputs)
+    return report, seen
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "shufflenet_v2_x0_5", "squeezenet1_1", "efficientnet_b0"])
+def test_by_default_every_multiplication_is_on_a_grid_by_both_counts(name):
+    torch.manual_seed(0)
+    report, seen = both(build_model(name), torch.randn(2, 3, 64, 64), bits=2)
+    assert report.macs == seen.macs > 0
+    assert report.mac_share == seen.share == 1.0
+    assert report.exceptions == () and report.never_hit == ()
+    assert report.footer.startswith("100.0 % of") and report.footer.endswith("left: nothing")
+
+
+def test_paper_placement_is_reported_as_what_it_is():
+    torch.manual_seed(0)
+    report, seen = both(build_model("mobilenet_v2"), torch.randn(2, 3, 64, 64), bits=2, placement="paper")
+    assert report.macs == seen.macs
+    assert 0.2 < report.mac_share <= seen.share < 0.9  # few values in a random network may be so by chance
+    assert "placement 'paper'" in report.exceptions[0]
+
+
+def test_a_skipped_layer_is_named_with_its_reason(tiny, images):
+    report, seen = both(tiny, images, bits=2, skip=("fc",))
+    assert report.quantized_macs == report.macs - 8 * 6 * 4
+    assert report.mac_share == pytest.approx(seen.share)
+    (exception,) = report.exceptions
+    assert exception.startswith("fc (Linear)") and "override" in exception
+    row = next(layer for layer in report.layers if layer.name == "fc")
+    assert (row.weight_bits, row.act_bits, row.quantized_macs, row.macs) == (None, None, 0, 192)
+    assert "fc" in str(report)
+
+
+def test_a_product_behind_the_graphs_back_is_caught(images):
+    class Sneaky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            return self.conv(x)
+
+    qmodel = brfx.prepare_qat(Sneaky())
+    brfx.calibrate(qmodel, [images])
+    qmodel.register_forward_hook(lambda module, args, output: F.conv2d(output, torch.ones(2, 4, 1, 1)))
+    report = brfx.audit(qmodel, images)
+    assert report.mac_share == pytest.approx(3 * 4 / (3 * 4 + 4 * 2))
+
+
+def test_an_uncalibrated_model_may_be_audited_and_stays_uncalibrated(tiny, images):
+    qmodel = brfx.prepare_qat(tiny)
+    assert brfx.audit(qmodel, images).mac_share == 1.0
+    with pytest.raises(brfx.BrfxError):
+        qmodel(images)
+
+
+def test_the_mode_and_the_tensors_come_back_clean(tiny, images):
+    qmodel = brfx.prepare_qat(tiny).train()
+    brfx.calibrate(qmodel, [images])
+    brfx.audit(qmodel, images)
+    assert qmodel.training and not any(hasattr(p, "brfx_grid") for p in qmodel.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in qmodel.modules())
