@@ -76,7 +76,7 @@ def calibrate(
 
 
 def _run(qmodel: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> None:
-    """Run each batch; through a graph that has two outputs twice, so that what only training computes gets steps too."""
+    """Run each batch; through a graph with two outputs twice, so that what only training computes gets steps too."""
     twins = [module for module in qmodel.modules() if getattr(module, "twin", False)]
     reached = False
     for batch in batches:

@@ -103,7 +103,7 @@ PASSES = words(
     repeat tile clone contiguous detach to type_as getitem chunk split split_with_sizes tensor_split unbind
     narrow select index_select roll flip pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle
     unfold unflatten max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d
-    adaptive_max_pool3d dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout stochastic_depth
+    adaptive_max_pool3d dropout dropout1d dropout2d dropout3d feature_dropout stochastic_depth
     amax amin t adjoint take_along_dim gather view_as reshape_as broadcast_to repeat_interleave
     max_pool2d_with_indices
     """
