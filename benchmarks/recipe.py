@@ -1,6 +1,6 @@
-"""The short runs behind the defaults of `brfx quantize`: where steps start, batch and rate, lambda.
+"""The short runs behind the defaults of `brfx quantize`: where steps start, batch, rates, lambda.
 
-    python benchmarks/recipe.py start|rate|lambda --ckpt resnet20.th --data cifar10-folder [--weights run/best.pth]
+    python benchmarks/recipe.py start|rate|steps|lambda --ckpt resnet20.th --data DIR [--weights run/best.pth]
 
 prints one row a run as markdown. ResNet-20, W2A2, eager, one seed; a minute or so a row.
 """
@@ -19,6 +19,7 @@ from brfx.data import BatchLoader, Dataset, Preprocessing, load_dataset
 from brfx.nn import LSQWeightQuantizer
 from brfx.train import fit, reestimate_batch_norm
 
+PAPER = brfx.QATConfig(bits=2, placement="paper")
 CONFIG = brfx.TrainConfig(epochs=1, warmup_epochs=0, compile="off")
 
 
@@ -29,7 +30,7 @@ def some(data: Dataset, images: int, batch: int) -> BatchLoader:
 
 def prepared(model, train: BatchLoader, activations: str, weights: str, batch_statistics: bool):
     """Calibrated with one rule for activations and another for weights, batch norms re-estimated."""
-    qmodel, other = brfx.prepare_qat(model), brfx.prepare_qat(model)
+    qmodel, other = brfx.prepare_qat(model, PAPER), brfx.prepare_qat(model, PAPER)
     batches = [images for images, _ in islice(train, 3)]
     brfx.calibrate(qmodel, batches, start=activations, batch_statistics=batch_statistics)
     brfx.calibrate(other, batches[:1], start=weights)
@@ -66,11 +67,27 @@ def rate(model, data: Dataset, val: BatchLoader, _: Path | None) -> None:
         print(f"| {batch} | {lr} | {epoch.val_accuracy:.1%} |", flush=True)
 
 
+def steps(model, data: Dataset, val: BatchLoader, _: Path | None) -> None:
+    for optimizer, lr, step_lr in [
+        ("sgd", 0.015, 0.0015),
+        ("sgd", 0.015, 0.015),
+        ("sgd", 0.03, 0.003),
+        ("adamw", 1e-3, 5e-4),
+        ("adamw", 2e-3, 1e-3),
+    ]:
+        train = some(data, 30_016, 64)
+        qmodel = prepared(model, train, "mse", "mse", True)
+        decay = 1e-4 if optimizer == "adamw" else CONFIG.weight_decay
+        config = replace(CONFIG, optimizer=optimizer, lr=lr, step_lr=step_lr, weight_decay=decay, compile="on")
+        epoch = fit(qmodel, train, val, config).history[0]
+        print(f"| {optimizer} | {lr} | {step_lr} | {epoch.train.accuracy:.1%} | {epoch.val_accuracy:.1%} |", flush=True)
+
+
 def lambdas(model, data: Dataset, val: BatchLoader, weights: Path | None) -> None:
     assert weights is not None, "--weights: the best.pth of a run with LSQ alone"
     for weight, act in [(0, 0), (1, 0), (0.1, 0), (0, 1), (0, 0.1), (0, 0.01)]:
         train = some(data, 50 * 128, 128)
-        qmodel = brfx.prepare_qat(model)
+        qmodel = brfx.prepare_qat(model, PAPER)
         qmodel.load_state_dict(read_state_dict(weights))
         penalty = brfx.BinPenalty(qmodel, weight, act) if weight or act else None
         epoch = fit(qmodel, train, val, replace(CONFIG, lr=0.02, step_lr=0.002), penalty=penalty).history[0]
@@ -81,7 +98,7 @@ def lambdas(model, data: Dataset, val: BatchLoader, weights: Path | None) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["start", "rate", "lambda"])
+    parser.add_argument("what", choices=["start", "rate", "steps", "lambda"])
     parser.add_argument("--ckpt", type=Path, required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--weights", type=Path)
@@ -90,7 +107,7 @@ def main() -> None:
     load_float(model, given.ckpt)
     data = load_dataset(given.data, data_dir=Path(), preprocessing=Preprocessing(32))
     val = BatchLoader(data.val, data.preprocessing, 500)
-    {"start": start, "rate": rate, "lambda": lambdas}[given.what](model, data, val, given.weights)
+    {"start": start, "rate": rate, "steps": steps, "lambda": lambdas}[given.what](model, data, val, given.weights)
 
 
 if __name__ == "__main__":

@@ -209,6 +209,8 @@ def swap_called_by_python(
     """
     own = config.at(scope.rstrip("."), type(model).__name__)
     swapped = 0
+    if isinstance(model, nn.TransformerEncoder):
+        model.use_nested_tensor = False  # its layers no longer have the fused kernel that takes these
     if own is not None and not isinstance(model, (GraphModule, nn.ModuleList, nn.ModuleDict, nn.Sequential)):
         swapped += rewrite_methods(model, own.weight_bits_or_none, own.inner_act_bits)
     for name, child in list(model.named_children()):

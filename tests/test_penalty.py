@@ -114,11 +114,11 @@ def test_on_the_real_checkpoint_lambda_1_lowers_both_by_thirty_per_cent_in_100_s
 
     model = build_model("resnet20", 10)
     load_float(model, real_checkpoint)
-    loader = BatchLoader(cifar10_test, Preprocessing(32), 16, augment=True)
+    loader = BatchLoader(cifar10_test, Preprocessing(32), 8, augment=True)
     batches = [batch for batch, _ in zip(loader, range(100), strict=False)]
     ends = {}
     for regularized in (False, True):
-        qmodel = brfx.prepare_qat(model)
+        qmodel = brfx.prepare_qat(model, brfx.QATConfig(bits=2, placement="paper"))
         brfx.calibrate(qmodel, [images for images, _ in batches[:8]], start="mse", batch_statistics=True)
         penalty = brfx.BinPenalty(qmodel.train(), weight=1.0, act=1.0)
         step = loss_step(qmodel, penalty if regularized else None)

@@ -68,7 +68,10 @@ class QuantizedAttention(nn.Module):
             scores = scores.masked_fill(~attn_mask, -math.inf)
         elif attn_mask is not None:
             scores = scores + attn_mask
-        probabilities = self.softmax_quantizer(scores.softmax(-1))
+        probabilities = scores.softmax(-1)
+        if attn_mask is not None:  # a row that is masked whole attends to nothing, as in torch's kernels
+            probabilities = probabilities.masked_fill(scores.isneginf().all(-1, keepdim=True), 0.0)
+        probabilities = self.softmax_quantizer(probabilities)
         if dropout_p > 0:  # after the quantizer: zeros and a common factor leave a grid a grid
             probabilities = F.dropout(probabilities, dropout_p)
         return probabilities @ value, probabilities

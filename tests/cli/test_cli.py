@@ -126,7 +126,19 @@ def test_inspect_a_model_by_name():
     lines = done.stdout.splitlines()
     assert sum("QuantizedConv2d" in line for line in lines) == 19
     assert sum("QuantizedClippedReLU" in line for line in lines) == 19
-    assert "40.6 M MACs" in lines[-1]
+    assert lines[-1] == "100.0 % of 40.6 M MACs quantized; left: nothing"
+    paper = brfx("inspect", "--model", "resnet20", "--placement", "paper").stdout.splitlines()[-1]
+    assert paper.endswith("left: conv1, linear")
+
+
+def test_a_dry_run_shows_what_would_be_quantized_and_writes_nothing(float_run, tmp_path):
+    (tmp_path / "q.toml").write_text('bits = 4\n[[overrides]]\nmatch = "linear"\nfp32 = true\n')
+    arguments = ("quantize", "--model", "resnet20", "--data", "digits", "--ckpt", float_run / "best.pth", "--dry-run")
+    done = brfx(*arguments, "--config", "q.toml", "--skip", "conv1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].endswith("quantized; left: conv1, linear")
+    assert [path.name for path in tmp_path.iterdir()] == ["q.toml"]
+    assert_one_line(brfx(*arguments, "--skip", "conv9", cwd=tmp_path), "matches no layer")
 
 
 def test_a_segmentation_model_is_inspected_and_refused_by_quantize(tmp_path, digits):
