@@ -126,11 +126,19 @@ def _any_negative(inputs: Iterable[Flow]) -> bool:
 
 @dataclass(frozen=True)
 class Operand:
-    """One operand of a linear-algebra node."""
+    """One operand of a linear-algebra node.
+
+    Attributes:
+        node: what is multiplied.
+        user: what multiplies it.
+        weight: whether it is a weight: by its ``role`` in the function, or because it is a parameter.
+        channel_dim: of the output channels, where it has that role.
+    """
 
     node: Node
     user: Node
     weight: bool
+    role: bool = False
     channel_dim: int = 0
 
 
@@ -147,8 +155,8 @@ def operands(gm: GraphModule, node: Node) -> list[Operand]:
     found = []
     for index, value in enumerate(op.operands(node.args, node.kwargs)):
         if isinstance(value, Node):
-            weight = (op.weight and index == 1) or _parameter(gm, value)
-            found.append(Operand(value, node, weight, op.channel_dim))
+            role = op.weight and index == 1
+            found.append(Operand(value, node, role or _parameter(gm, value), role, op.channel_dim))
     return found
 
 

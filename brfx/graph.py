@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from itertools import count
 
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -29,13 +29,14 @@ def scope(node: Node) -> str:
 
 def free_name(gm: GraphModule, name: str) -> str:
     """``name``, or ``name_1``, ``name_2`` ... if the GraphModule already has something so called."""
-    taken = {path for path, _ in gm.named_modules()}
     parent, _, leaf = name.rpartition(".")
-    if parent in taken:
-        owner = gm.get_submodule(parent)
-        taken |= {f"{parent}.{attribute}".lstrip(".") for attribute in vars(owner) | owner._parameters | owner._buffers}
-    candidates: Iterator[str] = (f"{name}_{i}" if i else name for i in range(len(taken) + 1))
-    return next(candidate for candidate in candidates if candidate not in taken and leaf)
+    owner: nn.Module | None = gm
+    for part in filter(None, parent.split(".")):
+        owner = owner._modules.get(part) if owner is not None else None
+    taken = set() if owner is None else {*vars(owner), *owner._parameters, *owner._buffers, *owner._modules}
+    candidates = (f"{leaf}_{i}" if i else leaf for i in count())
+    free = next(candidate for candidate in candidates if candidate not in taken)
+    return f"{parent}.{free}".lstrip(".")
 
 
 def set_module(gm: GraphModule, name: str, module: nn.Module) -> None:

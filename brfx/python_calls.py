@@ -139,6 +139,7 @@ class Rewritten:
         return nn.ModuleList(QuantizedCall(kind, weight_bits, act_bits) for kind in self.kinds)
 
 
+@functools.lru_cache(maxsize=1024)  # a model calls the same few functions in every block
 def rewrite(function: object, attribute: str | None = None) -> Rewritten | None:
     """The function with each call site of linear algebra sent through a module.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from brfx.config import QATConfig
-from brfx.flow import operands
+from brfx.flow import Operand, operands
 from brfx.graph import free_name, scope, set_module
 from brfx.nn import LSQWeightQuantizer, QuantizedAttention
 from brfx.operators import is_attention, name_of
@@ -64,11 +64,22 @@ class QuantizeFunctions:
         for operand in weights:
             assert own.weight_bits is not None
             path = free_name(gm, f"{name}_weight")
-            set_module(gm, path, LSQWeightQuantizer(own.weight_bits))
+            shape = self._step_shape(gm, operand) if own.per_channel else ()
+            set_module(gm, path, LSQWeightQuantizer(own.weight_bits, step_shape=shape))
             with gm.graph.inserting_after(operand.node):
                 quantized = gm.graph.call_module(path, (operand.node,))
             node.replace_input_with(operand.node, quantized)
         return len(weights)
+
+    @staticmethod
+    def _step_shape(gm: GraphModule, operand: Operand) -> tuple[int, ...]:
+        """One step an output channel where the shape is known: of a parameter that is read directly."""
+        if operand.node.op != "get_attr" or not operand.role:
+            return ()
+        owner, _, name = str(operand.node.target).rpartition(".")
+        shape = [1] * getattr(gm.get_submodule(owner), name).dim()
+        shape[operand.channel_dim] = getattr(gm.get_submodule(owner), name).shape[operand.channel_dim]
+        return tuple(shape)
 
     @staticmethod
     def _quantized(gm: GraphModule, node: Node) -> bool:

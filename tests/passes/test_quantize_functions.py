@@ -59,3 +59,9 @@ def test_attention_and_opaque_functions_become_modules():
 def test_other_functions_and_fp32_are_declined():
     assert QuantizeFunctions(CONFIG)(trace(Net(lambda x, w: F.relu(x) + 1))) == 0
     assert QuantizeFunctions(QATConfig(weight_bits=32, act_bits=2))(trace(Net(lambda x, w: F.linear(x, w)))) == 0
+
+
+def test_per_channel_steps_where_the_shape_is_known():
+    gm = trace(Net(lambda x, w: F.linear(x, w) + F.linear(x, w.t())))
+    assert QuantizeFunctions(QATConfig(bits=2, per_channel=True))(gm) == 2
+    assert sorted(tuple(module.step.shape) for module in gm.modules() if hasattr(module, "step")) == [(), (4, 1)]
