@@ -76,17 +76,28 @@ def calibrate(
 
 
 def _run(qmodel: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> None:
-    """Run each batch; through a graph with two outputs twice, so that what only training computes gets steps too."""
+    """Run each batch; through graphs that do more in training a second time, for what only that reaches."""
     twins = [module for module in qmodel.modules() if getattr(module, "twin", False)]
+    found = list(quantizers(qmodel).values())
     reached = False
     for batch in batches:
+        before = [quantizer.batches_seen for quantizer in found]
+        forward(qmodel, batch)
         reached = True
-        for training in (False, True) if twins else (False,):
-            for twin in twins:
-                twin.training = training  # of the graph alone, not of the modules that it calls
+        if twins:
+            seen = [quantizer for quantizer, count in zip(found, before, strict=True) if quantizer.batches_seen > count]
+            _set(twins, "training", True)  # of the graph alone, not of the modules that it calls
+            _set(seen, "mode", "quantize")
             forward(qmodel, batch)
+            _set(twins, "training", False)
+            _set(seen, "mode", "calibrate")
     if not reached:
         raise DataError("calibrate was given no batch: pass an iterable of model inputs")
+
+
+def _set(modules: Iterable[nn.Module], name: str, value: Any) -> None:
+    for module in modules:
+        setattr(module, name, value)
 
 
 def _first_as_input(qmodel: nn.Module, batch: Any) -> Any:

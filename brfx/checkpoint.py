@@ -116,7 +116,7 @@ def float_state_dict(qmodel: nn.Module) -> dict[str, Tensor]:
     """The FP32 weights and buffers of a rewritten model under the original model's keys."""
     own = {
         f"{name}.{key}"
-        for name, module in qmodel.named_modules()
+        for name, module in qmodel.named_modules(remove_duplicate=False)
         if isinstance(module, LSQQuantizer)
         for key in module.state_dict()
     }

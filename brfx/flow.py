@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from brfx.nn import ActivationObserver, LSQQuantizer
 from brfx.operators import JOINS, KEEPS_SIGN, LINEAR, NONNEGATIVE, linear_op, name_of, passes, words
+from brfx.trace import by_mode
 
 #: Averages of codes over n positions are codes of an n times finer grid.
 AVERAGES = words("avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d mean")
@@ -95,6 +96,8 @@ def _flow(gm: GraphModule, node: Node, flows: dict[Node, Flow]) -> Flow:
         if isinstance(module, LSQQuantizer):
             return Flow(node, module.signed, "quantizer")
     name, args, kwargs = operation(gm, node)
+    if node.target is by_mode:
+        name = "stack"  # one of several
     inputs = [flows[argument] for argument in node.all_input_nodes]
     if name is None or not inputs:
         return Flow(None, True, name or str(node.target), from_input=False)

@@ -70,18 +70,18 @@ def check(gm: GraphModule) -> None:
     """Hold what every pass must ensure.
 
     Raises:
-        RuntimeError: the graph is malformed, an activation quantizer has more than one call site, or a step is
-            registered under two names. Always a defect of a pass, never of the user's model.
+        RuntimeError: the graph is malformed, an activation quantizer has more than one call site, or two quantizers
+            hold one step. Always a defect of a pass, never of the user's model.
     """
     gm.graph.lint()
     counts = call_counts(gm)
     shared = [name for name, module in gm.named_modules() if isinstance(module, LSQQuantizer) and counts[name] > 1]
     if shared:
         raise RuntimeError(f"quantizers called at more than one site: {shared}")
-    names: dict[int, str] = {}
-    for name, parameter in gm.named_parameters(remove_duplicate=False):
-        if name.endswith("step") and names.setdefault(id(parameter), name) != name:
-            raise RuntimeError(f"one step under two names: {names[id(parameter)]} and {name}")
+    owners: dict[int, str] = {}
+    for name, module in gm.named_modules():
+        if isinstance(module, LSQQuantizer) and owners.setdefault(id(module.step), name) != name:
+            raise RuntimeError(f"one step in two quantizers: {owners[id(module.step)]} and {name}")
 
 
 def dump(gm: GraphModule) -> str:

@@ -6,7 +6,7 @@ at all. Its products are found in its *source*, and ``F.linear(x, w)``, ``q.matm
 :class:`QuantizedCall` per place in the source, known before anything runs: so state dicts, ``copy.deepcopy`` and
 ``torch.compile`` see ordinary modules.
 
-Only the function's own source is rewritten, not that of the functions it calls.
+Plain functions that it calls by name are opened in the same way.
 """
 
 from __future__ import annotations
@@ -127,16 +127,21 @@ class Rewritten:
 
     Attributes:
         function: the new function; its first parameter is the list of sites, then come the original's.
-        kinds: what each site calls, for :class:`QuantizedCall`.
+        kinds: what each site calls, for :class:`QuantizedCall`; or the rewritten function that it calls.
         places: where each site is, as ``"file:line: expression"``.
     """
 
     function: types.FunctionType
-    kinds: list[str]
+    kinds: list[str | Rewritten]
     places: list[str]
 
     def sites(self, weight_bits: int | None, act_bits: int | None) -> nn.ModuleList:
-        return nn.ModuleList(QuantizedCall(kind, weight_bits, act_bits) for kind in self.kinds)
+        return nn.ModuleList(
+            QuantizedFunction(kind, weight_bits, act_bits)
+            if isinstance(kind, Rewritten)
+            else QuantizedCall(kind, weight_bits, act_bits)
+            for kind in self.kinds
+        )
 
 
 @functools.lru_cache(maxsize=1024)  # a model calls the same few functions in every block
@@ -154,10 +159,14 @@ def rewrite(function: object, attribute: str | None = None) -> Rewritten | None:
         ``None`` if there is no site, or no source: builtins, lambdas, functions
         behind a decorator that wraps them. Nor is an operation itself opened (``torch.einsum`` is Python).
     """
+    return _rewrite(function, attribute, ())
+
+
+def _rewrite(function: object, attribute: str | None, callers: tuple[object, ...]) -> Rewritten | None:
     node = _definition(function)
-    if node is None or not isinstance(function, types.FunctionType):
+    if node is None or not isinstance(function, types.FunctionType) or function in callers:
         return None
-    rewriter = _Rewriter(function)
+    rewriter = _Rewriter(function, (*callers, function))
     node.body = [rewriter.visit(statement) for statement in node.body]
     parameters = node.args.posonlyargs or node.args.args
     if not rewriter.kinds or (attribute is not None and not parameters):
@@ -233,8 +242,9 @@ def rewrite_methods(module: nn.Module, weight_bits: int | None, act_bits: int | 
 class _Rewriter(ast.NodeTransformer):
     """Sends each call site through ``_brfx_sites[index]``, and notes its kind and place."""
 
-    def __init__(self, function: types.FunctionType) -> None:
-        self.kinds: list[str] = []
+    def __init__(self, function: types.FunctionType, callers: tuple[object, ...]) -> None:
+        self.callers = callers
+        self.kinds: list[str | Rewritten] = []
         self.places: list[str] = []
         code = function.__code__
         self._file, self._known = code.co_filename, dict(function.__globals__)
@@ -248,6 +258,9 @@ class _Rewriter(ast.NodeTransformer):
         target = self._value(node.func)
         if callable(target):
             name = _ATTENTION if is_attention(target) else name_of(target) if linear_op(target) else None
+            if name is None and not str(getattr(target, "__module__", "")).startswith("torch."):
+                callee = _rewrite(target, None, self.callers)  # another function of the model's own code
+                return self._site(node, callee, *node.args) if callee else self.generic_visit(node)
             return self._site(node, name, node.func, *node.args)
         if target is None and isinstance(node.func, ast.Attribute):
             name, owner = node.func.attr.strip("_"), node.func.value
@@ -278,7 +291,7 @@ class _Rewriter(ast.NodeTransformer):
             return getattr(owner, node.attr, None) if isinstance(owner, types.ModuleType | type) else None
         return None
 
-    def _site(self, node: ast.expr | ast.stmt, kind: str | None, *args: ast.expr) -> Any:
+    def _site(self, node: ast.expr | ast.stmt, kind: str | Rewritten | None, *args: ast.expr) -> Any:
         if kind is None:
             return self.generic_visit(node)
         site = ast.Subscript(ast.Name(_SITES, ast.Load()), ast.Constant(len(self.kinds)), ast.Load())

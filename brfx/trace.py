@@ -56,11 +56,9 @@ def is_plain_layer(m: nn.Module) -> bool:
     return any(isinstance(m, kind) and type(m).forward is kind.forward for kind in QUANTIZED_LAYERS)
 
 
-class TrainingFlag(nn.Module):
-    """``self.training`` as a node: what a trace would bake in, as in ``F.dropout(x, p, self.training)``."""
-
-    def forward(self) -> bool:
-        return self.training
+def by_mode(training: Any, evaluation: Any) -> Any:
+    """A node of this function is one value in training and another in eval; see :func:`pruned`."""
+    raise RuntimeError("a marker in graphs, resolved before they run")
 
 
 class TracedModule(fx.GraphModule):
@@ -70,19 +68,19 @@ class TracedModule(fx.GraphModule):
     plain attribute under its name (RAFT asks its update block for ``hidden_state_size``; MaxViT has buffers that its
     ``forward`` never reads), so that state dicts have the float model's keys in their order.
 
-    Where ``forward`` does one thing in training and another in eval (auxiliary heads), the graph holds both: ``twin``
-    is set, and the graph's output is the pair of the two results. Running it computes the one that is wanted.
+    Where ``forward`` does one thing in training and another in eval (dropout written as a function, auxiliary heads),
+    the graph has nodes of :func:`by_mode`; ``twin`` says so. Running it computes what the mode wants and nothing else.
     """
 
-    twin: bool = False
-
     @classmethod
-    def of(cls, root: nn.Module, graph: fx.Graph, *, twin: bool) -> TracedModule:
+    def of(cls, root: nn.Module, graph: fx.Graph) -> TracedModule:
         new = cls(root, graph, type(root).__name__)
         new._adopt(vars(root))
-        new.twin = twin
-        new.recompile()
         return new
+
+    @property
+    def twin(self) -> bool:
+        return any(node.target is by_mode for node in self.graph.nodes)
 
     def _adopt(self, attributes: dict[str, Any]) -> None:
         for name, value in attributes.items():
@@ -93,7 +91,6 @@ class TracedModule(fx.GraphModule):
         new = super().__deepcopy__(memo)
         assert isinstance(new, TracedModule)
         new._adopt(copy.deepcopy(vars(self), memo))
-        new.recompile()
         return new
 
     def recompile(self) -> Any:
@@ -114,19 +111,33 @@ def generated(gm: fx.GraphModule, graph: fx.Graph) -> Any:
 
 
 def pruned(gm: fx.GraphModule, training: bool) -> fx.Graph:
-    """A copy of the graph with only the output, and what leads to it, of one mode; of a graph with one output all."""
+    """A copy of the graph as it is in one mode: its values instead of ``by_mode``, and without what only led to others.
+
+    A node that nothing uses, such as an operation in place, is kept unless it belongs to the other mode.
+    """
     graph = fx.Graph()
-    output = graph.graph_copy(gm.graph, {})
-    if getattr(gm, "twin", False):
-        wanted, other = output if training else output[::-1]  # type: ignore[index, misc]
-        graph.output(wanted)
-        unwanted = _ancestors(other) - _ancestors(wanted)
-        for node in reversed(graph.nodes):
-            if node in unwanted and node.op != "placeholder":
-                graph.erase_node(node)
-    else:
-        graph.output(output)
+    graph.output(graph.graph_copy(gm.graph, {}))
+    rejected: set[Node] = set()
+    for node in list(graph.nodes):
+        if node.target is by_mode:
+            chosen, other = node.args if training else node.args[::-1]
+            rejected |= _ancestors(other)
+            for user in list(node.users):
+                user.args = _replaced(user.args, node, chosen)
+                user.kwargs = _replaced(user.kwargs, node, chosen)
+            graph.erase_node(node)
+    rejected -= _ancestors([node for node in graph.nodes if node.op in ("output", "placeholder")])
+    for node in graph.nodes:
+        if node.op != "output" and rejected.intersection(node.all_input_nodes):
+            rejected.add(node)
+    for node in reversed(graph.nodes):
+        if node in rejected:
+            graph.erase_node(node)
     return graph
+
+
+def _replaced(arguments: Any, old: Node, new: Any) -> Any:
+    return fx.node.map_arg(arguments, lambda node: new if node is old else node)
 
 
 def _ancestors(value: Any) -> set[Node]:
@@ -217,8 +228,8 @@ def _trace(model: nn.Module, tracing: Tracing) -> TracedModule:
                 graphs.append(Tracer(tracing).trace(model, concrete_args=tracing.concrete_args))  # type: ignore[arg-type]
             except Exception as error:  # whatever the user's forward raises when fed with proxies
                 raise TraceError(f"cannot trace {type(model).__name__}: {_where(error)}: {error}") from error
-    twin = _merge(model, *graphs)
-    return TracedModule.of(model, graphs[0], twin=twin)
+    _merge(*graphs)
+    return TracedModule.of(model, graphs[0])
 
 
 @contextmanager
@@ -231,87 +242,95 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _merge(root: nn.Module, train: fx.Graph, evaluation: fx.Graph) -> bool:
-    """Add to ``train`` what only ``evaluation`` does; whether there was anything: then the output is the pair of both.
+def _merge(train: fx.Graph, evaluation: fx.Graph) -> None:
+    """Add to ``train`` what ``evaluation`` does differently.
 
-    y = dropout(x, 0.5, True) / y = dropout(x, 0.5, False)  ->  t = TrainingFlag(); y = dropout(x, 0.5, t)
-    return pair(y, aux)       / return y                    ->  return (pair(y, aux), y)
+    y = dropout(x, 0.5, True) / y = dropout(x, 0.5, False)  ->  t = by_mode(True, False); y = dropout(x, 0.5, t)
+    return pair(y, aux)       / return y                    ->  return by_mode(pair(y, aux), y)
     """
     merge = _Merge(train)
-    for node in list(evaluation.nodes):
-        if node.op != "output":
-            merge.take(node)
-    own, other = (next(node for node in graph.nodes if node.op == "output") for graph in (train, evaluation))
-    if merge.flagged:
-        root.add_module("training_flag", TrainingFlag().train(root.training))
-        first = next(node for node in train.nodes if node.op != "placeholder")
-        with train.inserting_before(first):
-            flag = train.call_module("training_flag")
-        for node in merge.flagged:
-            counterpart = next(b for b, a in merge.mapping.items() if a is node)
-            node.args = _with_flag(node.args, counterpart.args, flag)
-            node.kwargs = _with_flag(node.kwargs, counterpart.kwargs, flag)
-    output = fx.node.map_arg(other.args[0], lambda node: merge.mapping[node])
-    if not merge.added and _same(own.args[0], other.args[0], merge.mapping) is not None:
-        return False
-    own.args = ((own.args[0], output),)
-    return True
+    for node in evaluation.nodes:
+        merge.take(node)
 
 
 class _Merge:
-    """Which node of the training graph each node of the eval graph is."""
+    """Which node of the training graph each node of the eval graph is.
+
+    A node that is nowhere in the training graph is paired with the next one there that calls the same thing, on
+    arguments that go by the mode, so that both have one quantizer; if there is none it is added.
+    """
 
     def __init__(self, train: fx.Graph) -> None:
         self.train = train
+        self.order = {node: (place, 0) for place, node in enumerate(train.nodes)}
         self.unclaimed: dict[tuple[str, str], list[Node]] = {}
         for node in train.nodes:
             self.unclaimed.setdefault((node.op, str(node.target)), []).append(node)
         self.mapping: dict[Node, Node] = {}
-        self.flagged: list[Node] = []
-        self.added = 0
         self.last = next(iter(train.nodes))
 
     def take(self, node: Node) -> None:
         candidates = self.unclaimed.get((node.op, str(node.target)), [])
-        for candidate in candidates:
-            flags = _same((candidate.args, candidate.kwargs), (node.args, node.kwargs), self.mapping)
-            if flags is not None:
-                candidates.remove(candidate)
-                self.mapping[node] = candidate
-                if flags:
-                    self.flagged.append(candidate)
-                break
-        else:
+        arguments = fx.node.map_arg((node.args, node.kwargs), lambda other: self.mapping[other])
+        found = next((other for other in candidates if _equal((other.args, other.kwargs), arguments)), None)
+        if found is None and node.op in ("call_module", "call_function", "call_method", "output"):
+            found = next((other for other in candidates if self._pair(other, arguments)), None)
+        if found is None:
             with self.train.inserting_after(self.last):
-                self.mapping[node] = self.train.node_copy(node, lambda other: self.mapping[other])
-            self.added += 1
-        self.last = self.mapping[node]
+                found = self.train.node_copy(node, lambda other: self.mapping[other])
+            place, added = self.order[self.last]
+            self.order[found] = (place, added + 1)
+        else:
+            candidates.remove(found)
+        self.mapping[node] = found
+        self.last = max(self.last, found, key=lambda other: self.order[other])
+
+    def _pair(self, candidate: Node, arguments: Any) -> bool:
+        """Make ``candidate`` take ``arguments`` in eval, if it comes late enough for them."""
+        inputs: list[Node] = []
+        fx.node.map_arg(arguments, lambda node: inputs.append(node))
+        own = (candidate.args, candidate.kwargs)
+        whole = candidate.op == "output"
+        if any(self.order[node] >= self.order[candidate] for node in inputs) or not (whole or _alike(own, arguments)):
+            return False
+
+        def choose(a: Any, b: Any) -> Any:
+            if _equal(a, b):
+                return a
+            if isinstance(a, (tuple, list)) and _alike(a, b):
+                return type(a)(map(choose, a, b))
+            if isinstance(a, dict) and _alike(a, b):
+                return {key: choose(a[key], b[key]) for key in a}
+            with self.train.inserting_before(candidate):
+                chosen = self.train.call_function(by_mode, (a, b))
+            self.order[chosen] = self.order[candidate]
+            return chosen
+
+        if whole:
+            candidate.args = (choose(own[0][0], arguments[0][0]),)
+        else:
+            candidate.args = tuple(map(choose, own[0], arguments[0]))
+            candidate.kwargs = {key: choose(value, arguments[1][key]) for key, value in own[1].items()}
+        return True
 
 
-def _same(a: Any, b: Any, mapping: dict[Node, Node]) -> int | None:
-    """Whether ``a`` of the training graph is ``b`` of the eval graph: in how many places by True for False, or None."""
-    if isinstance(b, Node):
-        return 0 if mapping.get(b) is a else None
-    if isinstance(b, (tuple, list)) and isinstance(a, (tuple, list)) and len(a) == len(b):
-        parts = [_same(x, y, mapping) for x, y in zip(a, b, strict=True)]
-    elif isinstance(b, dict) and isinstance(a, dict) and a.keys() == b.keys():
-        parts = [_same(a[key], b[key], mapping) for key in b]
-    elif isinstance(b, slice) and isinstance(a, slice):
-        parts = [_same(getattr(a, part), getattr(b, part), mapping) for part in ("start", "stop", "step")]
-    elif a is True and b is False:
-        return 1
-    else:
-        return 0 if type(a) is type(b) and (a is b or bool(a == b)) else None
-    return None if any(part is None for part in parts) else sum(part for part in parts if part)
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, slice) and isinstance(b, slice):
+        return _equal((a.start, a.stop, a.step), (b.start, b.stop, b.step))
+    return a is b or (not isinstance(a, Node) and type(a) is type(b) and bool(a == b))
 
 
-def _with_flag(a: Any, b: Any, flag: Node) -> Any:
-    """``a`` with ``flag`` where it has True and ``b`` has False."""
-    if isinstance(a, (tuple, list)):
-        return type(a)(_with_flag(x, y, flag) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict):
-        return {key: _with_flag(a[key], b[key], flag) for key in a}
-    return flag if a is True and b is False else a
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two arguments are of one shape: as long, and with the same keys."""
+    if type(a) is type(b) and isinstance(a, (tuple, list)) and not hasattr(a, "_fields"):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
+    return not isinstance(a, (tuple, list, dict, slice)) and not isinstance(b, (tuple, list, dict, slice))
 
 
 def _where(error: BaseException) -> str:

@@ -331,3 +331,23 @@ def test_attention() -> None:
         quantized(q, k)
     assert max(operands.levels) <= 2**3
     assert torch.equal(_of(function, act_bits=None)(q, k), function(q, k))
+
+
+def _inner(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight) if x.shape[0] else x
+
+
+def _outer(x: Tensor, weight: Tensor, depth: int = 1) -> Tensor:
+    x = _inner(x, weight=weight)
+    return _outer(x, weight, depth - 1) if depth else x @ weight
+
+
+def test_functions_that_it_calls_are_opened_too_and_recursion_ends() -> None:
+    function = QuantizedFunction.of(_outer, 2, 2)
+    assert function is not None
+    x, weight = torch.randn(3, 4), torch.randn(4, 4)
+    found = [q for q in function.modules() if isinstance(q, LSQQuantizer)]
+    assert len(found) == 4
+    for quantizer in found:
+        quantizer.mode = "pass"
+    assert torch.equal(function(x, weight), _outer(x, weight))

@@ -18,7 +18,7 @@ class QuantizedLayer(nn.Module):
 
     weight: Any  # the float layer's own Parameter
     weight_quantizer: LSQWeightQuantizer | None
-    input_quantizer: LSQActivationQuantizer | None = None
+    input_quantizer: LSQActivationQuantizer | None
     channel_dim = 0  # of the output channels in ``weight``
 
     @classmethod
@@ -35,7 +35,7 @@ class QuantizedLayer(nn.Module):
     def from_float(cls, layer: nn.Module, bits: int | None, *, per_channel: bool = False) -> Self:
         """The quantized form of ``layer``; ``bits=None`` leaves its weight in FP32."""
         new = cls.adopt(layer)
-        new.weight_quantizer = None
+        new.weight_quantizer = new.input_quantizer = None
         if bits is not None:
             shape = [1] * new.weight.dim()
             shape[cls.channel_dim] = new.weight.shape[cls.channel_dim]

@@ -123,16 +123,16 @@ class LSQQuantizer(nn.Module):
 
     def begin_calibration(self, start: str = "lsq") -> None:
         """Forget what earlier batches showed; the next forward is the first to be calibrated on, by rule ``start``."""
-        self._start, self._estimates, self._batches = START_RULES[start], torch.zeros(()), 0
+        self._start, self._estimates, self.batches_seen = START_RULES[start], torch.zeros(()), 0
         self.mode = "calibrate"
 
     @torch.no_grad()
     def _calibrate(self, values: Tensor) -> None:
         """Set ``step`` to the mean over the batches so far of what the start rule gives."""
         estimate = self._start(self.grid, values, tuple(self.step.shape))
-        self._batches += 1
+        self.batches_seen += 1
         self._estimates = self._estimates.to(estimate) + estimate
-        start = self._estimates / self._batches
+        start = self._estimates / self.batches_seen
         self.calibrated = bool(torch.isfinite(start).all())
         if not self.calibrated:
             raise NotCalibratedError("calibration met NaN or infinite values: check the model's weights and the data")
@@ -196,7 +196,7 @@ class LSQActivationQuantizer(LSQQuantizer):
     def _calibrate(self, values: Tensor) -> None:
         if self.sign_from_data and not self.signed and bool((values < 0).any()):
             self._set_sign(True)
-            self._estimates, self._batches = torch.zeros(()), 0
+            self._estimates, self.batches_seen = torch.zeros(()), 0
         super()._calibrate(values)
 
     def _set_sign(self, signed: bool) -> None:
