@@ -36,6 +36,7 @@ from benchmarks.dispatch_count import DistinctValues  # noqa: E402
 from benchmarks.model_inputs import (  # noqa: E402
     build_without_weights,
     example_inputs,
+    is_detection,
     model_names,
     outputs,
     settle,
@@ -64,6 +65,20 @@ class _Bound(nn.Module):
 def calibrate_on(qmodel: nn.Module, inputs: Inputs, **options: Any) -> None:
     """``brfx.calibrate`` on one batch for models with any number and kind of inputs."""
     brfx.calibrate(_Bound(qmodel, inputs), [torch.zeros(())], **options)
+
+
+def calibrate(name: str, qmodel: nn.Module, inputs: Inputs, training: Inputs) -> None:
+    """On the example; a detector as in training, where it has boxes to look at even if it finds none."""
+    if is_detection(name):
+        brfx.calibrate(qmodel, [training], forward=_as_in_training)
+    else:
+        calibrate_on(qmodel, inputs)
+
+
+def _as_in_training(qmodel: nn.Module, inputs: Inputs) -> Any:
+    for module in qmodel.modules():
+        module.training = not isinstance(module, nn.modules.batchnorm._BatchNorm)
+    return qmodel(*inputs)
 
 
 def islands(qmodel: nn.Module) -> int:
@@ -237,7 +252,7 @@ def check_model(name: str) -> dict[str, Any]:
         row.update(quantizers=len(quantizers(qmodel)), islands=islands(qmodel))
         attempt("fp32_eval", lambda: difference(model, qmodel, inputs))
         attempt("fp32_train", lambda: difference(model, qmodel, training, train=True))
-        attempt("calibrate", lambda: calibrate_on(qmodel, inputs) or {})
+        attempt("calibrate", lambda: calibrate(name, qmodel, inputs, training) or {})
         attempt("audit", lambda: audit(qmodel, inputs))
         attempt("values", lambda: mac_shares(qmodel, inputs))
         attempt("reload", lambda: reload(model, qmodel, inputs))

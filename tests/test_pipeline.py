@@ -226,3 +226,18 @@ def test_prepared_once_right_in_both_modes(name, training):
     first, second = (output if isinstance(output, tuple) else (output,) for output in outputs)
     assert type(outputs[0]) is type(outputs[1])
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_eight_bits_keep_the_signal_of_a_trained_network(real_checkpoint, cifar10_batches):
+    from itertools import islice
+
+    from brfx.checkpoint import load_float
+
+    model = build_model("resnet20", 10)
+    load_float(model, real_checkpoint)
+    *batches, last = (images for images, _ in islice(cifar10_batches, 0, 20, 10))
+    qmodel = brfx.prepare_qat(model.eval(), brfx.QATConfig(bits=8)).eval()
+    brfx.calibrate(qmodel, batches, start="mse")
+    with torch.no_grad():
+        signal, noise = model(last), qmodel(last) - model(last)
+    assert 10 * torch.log10(signal.square().sum() / noise.square().sum()) >= 20

@@ -108,9 +108,11 @@ class LSQQuantizer(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         if self.mode == "pass":
             return self.prepare(values)
-        if self.mode == "calibrate":
+        if self.mode == "calibrate" and values.numel():
             self._calibrate(self.prepare(values).detach())
         if not self.calibrated:
+            if not values.numel():  # no box was found, say: nothing to quantize, nothing to learn a step from
+                return self.prepare(values)
             raise NotCalibratedError("a quantizer has no step yet: run brfx.calibrate(qmodel, batches) first")
         return self.quantize(values)
 

@@ -151,3 +151,27 @@ def test_calibration_on_nan_is_refused() -> None:
     quantizer.begin_calibration()
     with pytest.raises(NotCalibratedError, match="NaN"):
         quantizer(torch.tensor([[1.0, math.nan]]))
+
+
+def test_an_empty_tensor_passes_and_sets_no_step():
+    quantizer = LSQActivationQuantizer(2)
+    quantizer.begin_calibration("mse")
+    assert quantizer(torch.empty(0, 3)).shape == (0, 3)
+    quantizer.mode = "quantize"
+    assert not quantizer.calibrated
+    with pytest.raises(NotCalibratedError, match="calibrate"):
+        quantizer(torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_a_sign_that_no_graph_tells_is_found_by_calibration_and_kept(negative):
+    quantizer = LSQActivationQuantizer(2, signed=None)
+    first, second = torch.rand(50), torch.rand(50) - (0.5 if negative else 0)
+    quantizer.begin_calibration("mse")
+    for values in (first, second):
+        quantizer(values)
+    quantizer.mode = "quantize"
+    assert quantizer.signed == negative
+    other = LSQActivationQuantizer(2, signed=None)
+    other.load_state_dict(quantizer.state_dict())
+    assert other.signed == negative and torch.equal(other(second), quantizer(second))
