@@ -1,9 +1,11 @@
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 import brfx
 from brfx.models import build_model
-from brfx.nn import QuantizedLayer
+from brfx.nn import AlignedAdd, QuantizedLayer
 from brfx.train.optim import build_optimizer
 from brfx.train.step import compile_step, loss_step
 
@@ -104,6 +106,40 @@ def test_compiled_gradients_equal_eager_ones_parameter_by_parameter(tiny, images
     (eager, _, expected), (compiled, _, found) = results
     torch.testing.assert_close(compiled, eager, rtol=1e-10, atol=1e-12)
     assert all(grad.abs().sum() > 0 for grad in expected.values())
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-8, atol=1e-12, msg=name)
+
+
+class Residual(nn.Module):
+    """An aligned shortcut and an aligned projection, the default placement of a ResNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.project, self.head = nn.Conv2d(4, 4, 1), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        x = F.relu(self.a(x) + x)
+        x = F.relu(self.b(x) + self.project(x))
+        return self.head(x.mean((2, 3)))
+
+
+def test_aligned_residuals_compile_with_the_gradients_of_eager(images):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    images, labels = images.double(), torch.arange(8) % 4
+    qmodel = calibrated(Residual().double(), images)
+    assert sum(isinstance(module, AlignedAdd) for module in qmodel.modules()) == 2
+    step = loss_step(qmodel, brfx.BinPenalty(qmodel, 1.0, 1.0))
+    results = []
+    for function in (step, compile_step(step)):
+        qmodel.zero_grad()
+        loss, _ = function(images, labels)
+        loss.backward()
+        results.append((loss.detach(), {name: p.grad.clone() for name, p in qmodel.named_parameters()}))
+    (eager, expected), (compiled, found) = results
+    torch.testing.assert_close(compiled, eager, rtol=1e-10, atol=1e-12)
     for name, grad in expected.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-8, atol=1e-12, msg=name)
 

@@ -84,8 +84,8 @@ class AlignedAdd(nn.Module):
         odd = self.ratios.to(ratio)
         room = ((LEVELS - (self.high_out - 0.5) * odd) / self.high_in).floor()
         numerators = (ratio * odd).round().clamp(min=1).minimum(room.clamp(min=1))
-        best = (numerators / odd - ratio).abs().argmin()
-        return numerators[best], odd[best]
+        best = (numerators / odd - ratio).abs().argmin(dim=0, keepdim=True)  # as an index of its own, no host sync
+        return numerators.gather(0, best).squeeze(0), odd.gather(0, best).squeeze(0)
 
     @staticmethod
     def round(values: Tensor, unit: Tensor, low: Tensor, high: Tensor) -> Tensor:
