@@ -76,21 +76,25 @@ def calibrate(
 
 
 def _run(qmodel: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> None:
-    """Run each batch; through graphs that do more in training a second time, for what only that reaches."""
+    """Run each batch; where graphs have quantizers that only training reaches, a second time as in training."""
+    found = [quantizer for quantizer in quantizers(qmodel).values() if not quantizer.optional]
     twins = [module for module in qmodel.modules() if getattr(module, "twin", False)]
-    found = list(quantizers(qmodel).values())
     reached = False
     for batch in batches:
         before = [quantizer.batches_seen for quantizer in found]
         forward(qmodel, batch)
         reached = True
-        if twins:
-            seen = [quantizer for quantizer, count in zip(found, before, strict=True) if quantizer.batches_seen > count]
+        seen = [quantizer for quantizer, count in zip(found, before, strict=True) if quantizer.batches_seen > count]
+        if twins and len(seen) < len(found):
+            kept = {name: buffer.clone() for name, buffer in qmodel.named_buffers()}
             _set(twins, "training", True)  # of the graph alone, not of the modules that it calls
             _set(seen, "mode", "quantize")
             forward(qmodel, batch)
             _set(twins, "training", False)
             _set(seen, "mode", "calibrate")
+            for name, buffer in qmodel.named_buffers():
+                if name in kept and not name.endswith("negative"):
+                    buffer.copy_(kept[name])
     if not reached:
         raise DataError("calibrate was given no batch: pass an iterable of model inputs")
 

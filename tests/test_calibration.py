@@ -60,3 +60,20 @@ def test_dead_activations_get_a_usable_step(tiny, images):
     brfx.calibrate(qmodel, [images])
     assert all(quantizer.step > 0 for quantizer in quantizers(qmodel).values())
     assert qmodel(images).isfinite().all()
+
+
+def test_a_batch_norm_written_as_a_function_keeps_its_statistics():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            bn = self.bn
+            return torch.nn.functional.batch_norm(self.conv(x), bn.running_mean, bn.running_var, training=self.training)
+
+    qmodel = brfx.prepare_qat(Net())
+    brfx.calibrate(qmodel, [torch.randn(1, 3, 1, 1)])  # in training this would have one value a channel
+    assert torch.equal(qmodel.bn.running_mean, torch.zeros(4))
+    qmodel.train()(torch.randn(2, 3, 4, 4))
+    assert not torch.equal(qmodel.bn.running_mean, torch.zeros(4))
