@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:
-    console.width = 140  # a table in a file or a pipe is not cut to an imagined screen
+    console.width = 240  # a table in a file or a pipe is not cut to an imagined screen
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
