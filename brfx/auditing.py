@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from brfx.calibration import calibrate, quantizers
+from brfx.calibration import calibrate, quantizers, uncalibrated
 from brfx.card import card_of
 from brfx.config import QATConfig
 from brfx.nn import LSQActivationQuantizer, LSQQuantizer, LSQWeightQuantizer
@@ -101,7 +101,7 @@ def audit(qmodel: nn.Module, *example_inputs: Any) -> Audit:
         example_inputs: the model's inputs.
     """
     config = card_of(qmodel).config
-    unset = not all(quantizer.calibrated for quantizer in quantizers(qmodel).values())
+    unset = bool(uncalibrated(qmodel))
     subject = copy.deepcopy(qmodel) if unset else qmodel
     if unset:
         calibrate(subject, [example_inputs], forward=lambda model, inputs: model(*inputs))
@@ -134,7 +134,6 @@ class _Provenance(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.names = {module: name for name, module in model.named_modules()}
         self.records: dict[tuple[str, str], _Record] = {}
         self.hit: Counter[str] = Counter()
         self._stack: list[str] = []

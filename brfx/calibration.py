@@ -125,12 +125,17 @@ def _batch_norms_in_training(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(buffers[name])
 
 
-def require_calibrated(qmodel: nn.Module) -> None:
-    """Raise NotCalibratedError if any quantizer of ``qmodel`` has no step."""
+def uncalibrated(qmodel: nn.Module) -> list[str]:
+    """Names of the quantizers that have no step but need one; of optional ones only where none at all has a step."""
     found = quantizers(qmodel)
-    missing = [name for name, quantizer in found.items() if not quantizer.calibrated and not quantizer.optional]
-    if missing or not any(quantizer.calibrated for quantizer in found.values()):
-        missing = missing or list(found)
+    missing = [name for name, quantizer in found.items() if not quantizer.calibrated]
+    return missing if len(missing) == len(found) else [name for name in missing if not found[name].optional]
+
+
+def require_calibrated(qmodel: nn.Module) -> None:
+    """Raise NotCalibratedError if a quantizer of ``qmodel`` lacks its step."""
+    missing = uncalibrated(qmodel)
+    if missing:
         raise NotCalibratedError(
             f"{len(missing)} quantizers have no step yet, the first is {missing[0]}: "
             "run brfx.calibrate(qmodel, batches) first"

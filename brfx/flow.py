@@ -80,12 +80,8 @@ _WORDS = {
 
 def _settings(module: nn.Module) -> dict[str, Any]:
     """What a module holds that its function takes as an argument, and that matters here."""
-    names = {"value": "value", "mode": "mode", "min_val": "min_val"}
-    return {
-        name: getattr(module, own)
-        for name, own in names.items()
-        if isinstance(getattr(module, own, None), (str, float, int))
-    }
+    values = {name: getattr(module, name, None) for name in ("value", "mode", "min_val")}
+    return {name: value for name, value in values.items() if isinstance(value, (str, float, int))}
 
 
 def _flow(gm: GraphModule, node: Node, flows: dict[Node, Flow]) -> Flow:
@@ -169,11 +165,8 @@ def _parameter(gm: GraphModule, node: Node) -> bool:
         if not passes(name, args, kwargs):
             return False
         node = node.all_input_nodes[0]
-    return node.op == "get_attr" and is_parameter(gm, node)
-
-
-def is_parameter(gm: GraphModule, node: Node) -> bool:
-    """Whether a ``get_attr`` node reads a parameter or buffer."""
+    if node.op != "get_attr":
+        return False
     owner, _, name = str(node.target).rpartition(".")
     module = gm.get_submodule(owner)
     return name in module._parameters or name in module._buffers

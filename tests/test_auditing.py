@@ -77,3 +77,12 @@ def test_the_mode_and_the_tensors_come_back_clean(tiny, images):
     brfx.audit(qmodel, images)
     assert qmodel.training and not any(hasattr(p, "brfx_grid") for p in qmodel.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in qmodel.modules())
+
+
+def test_a_calibrated_model_is_audited_itself_though_a_branch_was_never_taken(tiny, images, monkeypatch):
+    qmodel = brfx.prepare_qat(tiny)
+    brfx.calibrate(qmodel, [images])
+    qmodel.fc_input.optional, qmodel.fc_input.calibrated = True, False
+    monkeypatch.setattr("brfx.auditing.calibrate", lambda *args, **kwargs: pytest.fail("calibrated again"))
+    with pytest.raises(brfx.BrfxError, match="no step yet"):  # the audit ran the model as it is
+        brfx.audit(qmodel, images)

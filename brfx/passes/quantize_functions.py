@@ -10,7 +10,7 @@ from brfx.config import QATConfig
 from brfx.flow import Operand, operands
 from brfx.graph import free_name, scope, set_module
 from brfx.nn import LSQWeightQuantizer, QuantizedAttention
-from brfx.operators import is_attention, name_of
+from brfx.operators import is_attention
 from brfx.python_calls import QuantizedFunction
 
 
@@ -48,7 +48,7 @@ class QuantizeFunctions:
             assert own.act_bits is not None
             self._replace(gm, node, free_name(gm, f"{name}_attention"), QuantizedAttention(own.act_bits))
             return 1
-        if node.op == "call_function" and name_of(node.target) != "stochastic_depth":
+        if node.op == "call_function":
             function = QuantizedFunction.of(node.target, own.weight_bits_or_none, own.inner_act_bits)
             if function is not None:
                 self._replace(gm, node, free_name(gm, f"{name}_calls"), function)

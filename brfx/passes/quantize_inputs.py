@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
 from torch.fx import GraphModule, Node
 
 from brfx.config import QATConfig
@@ -51,7 +50,7 @@ class QuantizeInputs:
         for node, module in module_calls(gm):
             kind = type(module).__name__.removeprefix("Quantized")
             own = self.config.at(f"{self.scope}{node.target}", kind)
-            if own is not None and isinstance(module, (QuantizedLayer, *QUANTIZED_LAYERS)) and not inner(module):
+            if own is not None and isinstance(module, (QuantizedLayer, *QUANTIZED_LAYERS)):
                 value = node.args[0] if node.args else node.kwargs.get("input")
                 if isinstance(value, Node):
                     found.append((Operand(value, node, False), own, str(node.target)))
@@ -67,11 +66,6 @@ class QuantizeInputs:
         if flow.from_input:
             return max(own.input_bits, own.act_bits)
         return max(own.residual_bits, own.act_bits) if flow.source in AVERAGES else own.act_bits
-
-
-def inner(module: nn.Module) -> bool:
-    """Whether a layer quantizes its inputs itself."""
-    return getattr(module, "quantizes_inputs", False)
 
 
 def _insert(gm: GraphModule, value: Node, name: str, flow: Flow, bits: int, own: QATConfig) -> Node:
