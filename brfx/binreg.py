@@ -7,13 +7,15 @@ Source: Han et al., "Improving Low-Precision Network Quantization via Bin Regula
 with the bin of a value given by LSQ's own code k, empty bins skipped, and the biased variance (0 for one element).
 A bin's term *is* the mean over the bin of ``(v - k*step)^2``, so that
 
-    L_BR = sum_i (v_i - k_i * step)^2 / n(k_i)
+    L_BR = sum_i (v_i - k_i * step)^2 / n(k_i) = sum_k S_k / n_k,    S_k = sum of (v_i - k*step)^2 in bin k
 
-which is what is computed: counts, then one weighted sum. ``tests/test_binreg.py`` holds the two forms equal.
+which is what is computed: n and S of every bin in one pass over the values, then a sum over bins. ``tests/test_binreg.py`` holds the two forms equal.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,47 +23,137 @@ import torch
 from torch import Tensor
 
 from brfx.errors import ConfigError
-from brfx.grid import MIN_STEP, Grid
+from brfx.grid import MIN_STEP, Grid, in_full
 
-
-class _BinLoss(torch.autograd.Function):
-    """``(values, step) -> L_BR`` with its gradient written out: forward and backward each recompute the codes."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, step: Tensor, regularizer: BinRegularizer) -> Tensor:
-        code, distance = regularizer.distance(values, step)
-        share = regularizer.share(code)
-        ctx.save_for_backward(values, step, share)
-        ctx.regularizer = regularizer
-        return (distance.square() * _look_up(share, code, regularizer.grid)).sum()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        values, step, share = ctx.saved_tensors
-        code, distance = ctx.regularizer.distance(values, step)
-        grad_values = distance * _look_up(share * (2 * grads[0]), code, ctx.regularizer.grid)
-        grad_step = -(code * grad_values).sum_to_size(step.shape) if ctx.needs_input_grad[1] else None
-        return grad_values, grad_step, None
-
-
-#: Up to this many bins a chain of selections, which compiles to one vectorized pass, is faster than a table.
+#: Up to this many bins, masked sums that compile to one vectorized pass are faster than scattering.
 _FEW = 16
 
 
-def _count(code: Tensor, grid: Grid) -> Tensor:
-    """How many values have each code."""
+class _BinSums(torch.autograd.Function):
+    """``(values, step) -> (count, sum of squared distances)`` of each bin; backward recomputes the codes."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, step: Tensor, grid: Grid, clamp: bool, by_row: bool) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(values, step)
+        ctx.settings = (grid, clamp)
+        code, distance = _distances(values, step, grid, clamp)
+        counts, squares = _reduce(code, distance.square(), grid, by_row)
+        ctx.mark_non_differentiable(counts)
+        return counts, squares
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        values, step = ctx.saved_tensors
+        grid, clamp = ctx.settings
+        code, distance = _distances(values, step, grid, clamp)
+        grad_values = distance * _look_up(2 * grads[1], code, grid).to(distance.dtype)
+        grad_step = -(code * grad_values).sum_to_size(step.shape) if ctx.needs_input_grad[1] else None
+        return grad_values, grad_step, None, None, None
+
+
+def bin_sums(
+    values: Tensor, step: Tensor, grid: Grid, *, clamp: bool = False, by_row: bool = False
+) -> tuple[Tensor, Tensor]:
+    """What L_BR is made of: of each bin, how many values it has and the sum of their squared distances to its level.
+
+    Both are sums, so that those of the parts of a batch, or of ranks, add up to those of the whole.
+
+    Args:
+        values: any shape; NaN is in no bin.
+        step: a scalar, or a shape that broadcasts.
+        grid: the codes; K of them.
+        clamp: values beyond the outermost levels have no distance.
+        by_row: bins of each row of ``values (rows, columns)`` instead of the whole tensor's.
+
+    Returns:
+        Counts and sums, ``(K,)`` or ``(rows, K)``, float32 (float64 for such values). The sums are differentiable.
+    """
+    sums: tuple[Tensor, Tensor] = _BinSums.apply(in_full(values), step, grid, clamp, by_row)  # type: ignore[no-untyped-call]
+    return sums
+
+
+def bin_loss(counts: Tensor, squares: Tensor) -> Tensor:
+    """L_BR of tensors given by their bins' ``counts`` and sums of ``squares``, shape ``(..., K)``; summed over all."""
+    return (squares / counts.clamp(min=1)).sum()
+
+
+#: Tensors of up to so many values are laid out in one array of rows; larger ones are worth kernels of their own.
+_SMALL, _COLUMNS = 1 << 20, 1024
+
+
+def joint_bin_sums(values: Sequence[Tensor], steps: Sequence[Tensor], grid: Grid) -> tuple[Tensor, Tensor]:
+    """:func:`bin_sums` of many tensors on one grid, each with its own bins, in a few kernels for all of them.
+
+    Args:
+        values: L tensors of any shapes, such as the weights of a network.
+        steps: the step of each, a scalar or a shape that broadcasts.
+        grid: the codes; K of them.
+
+    Returns:
+        Counts and sums, ``(L, K)``; tensors of up to a million values come first.
+    """
+    small = [pair for pair in zip(values, steps, strict=True) if pair[0].numel() <= _SMALL]
+    large = [pair for pair in zip(values, steps, strict=True) if pair[0].numel() > _SMALL]
+    parts = [bin_sums(value, step, grid) for value, step in large]
+    counts, squares = [counts for counts, _ in parts], [squares for _, squares in parts]
+    if small:
+        rows = [-(-value.numel() // _COLUMNS) for value, _ in small]
+        if all(step.numel() == 1 for _, step in small):
+            row_steps = torch.cat([step.reshape(1).expand(n) for (_, step), n in zip(small, rows, strict=True)])[
+                :, None
+            ]
+        else:
+            row_steps = _rows([step.expand_as(value) for value, step in small], rows, 1.0)
+        sums = bin_sums(_rows([value for value, _ in small], rows, math.nan), row_steps, grid, by_row=True)
+        counts = [part.sum(0) for part in sums[0].split(rows)] + counts
+        squares = [part.sum(0) for part in sums[1].split(rows)] + squares
+    return torch.stack(counts), torch.stack(squares)
+
+
+def _rows(tensors: list[Tensor], rows: list[int], fill: float) -> Tensor:
+    """The values of each tensor in rows of their own, the last one filled up."""
+    flat: list[Tensor] = []
+    for tensor, count in zip(tensors, rows, strict=True):
+        flat += [tensor.reshape(-1), tensor.new_full((count * _COLUMNS - tensor.numel(),), fill)]
+    return torch.cat(flat).view(-1, _COLUMNS)
+
+
+def _distances(values: Tensor, step: Tensor, grid: Grid, clamp: bool) -> tuple[Tensor, Tensor]:
+    """Each value's code, and its signed distance to that code's level."""
+    step = step.clamp(min=MIN_STEP)
+    code = grid.encode(values, step)
+    distance = values - code * step
+    if clamp:
+        distance = torch.where((values < grid.low * step) | (values > grid.high * step), 0.0, distance)
+    return code, distance
+
+
+def _reduce(code: Tensor, squares: Tensor, grid: Grid, by_row: bool) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if squares.dtype == torch.float64 else torch.float32
+    squares = squares.to(dtype)
     if len(grid.codes) <= _FEW:
-        return torch.stack([(code == k).sum() for k in grid.codes])
-    return torch.histc(code.float(), len(grid.codes), grid.low - 0.5, grid.high + 0.5)  # floats: exact up to 2**24
+        members = [code == k for k in grid.codes]
+        dim = -1 if by_row else tuple(range(code.dim()))
+        counts = torch.stack([member.sum(dim) for member in members], -1)
+        return counts.to(dtype), torch.stack([torch.where(member, squares, 0.0).sum(dim) for member in members], -1)
+    if not by_row:
+        code, squares = code.reshape(-1), squares.reshape(-1)
+    inside = ~code.isnan()
+    index = torch.where(inside, code - grid.low, 0.0).long()
+    bins = torch.zeros(*code.shape[:-1], len(grid.codes), dtype=dtype, device=code.device)
+    counts = bins.int().scatter_add(-1, index, inside.int())  # in integers: floats stop at 2**24
+    return counts.to(dtype), bins.scatter_add(-1, index, torch.where(inside, squares, 0.0))
 
 
 def _look_up(table: Tensor, code: Tensor, grid: Grid) -> Tensor:
-    """``table[i]`` for the i-th code of the grid."""
+    """``table[..., i]`` for the i-th code of the grid; a table ``(rows, K)`` has one for each row of ``code``."""
     if len(grid.codes) > _FEW:
-        return table[(code - grid.low).int()]
-    found = table[0]
-    for index, k in enumerate(grid.codes[1:], start=1):
-        found = torch.where(code == k, table[index], found)
+        index = torch.where(code.isnan(), 0.0, code - grid.low).long()
+        return table[index] if table.dim() == 1 else table.gather(-1, index)
+    columns = [column.unsqueeze(-1) for column in table.unbind(-1)]
+    found = columns[0]
+    for k, column in zip(grid.codes[1:], columns[1:], strict=True):
+        found = torch.where(code == k, column, found)
     return found
 
 
@@ -122,30 +214,16 @@ class BinRegularizer:
             step: the quantizer's step, a scalar or one per output channel in a shape that broadcasts; bins are
                 those of the whole tensor in both cases.
         """
-        loss: Tensor = _BinLoss.apply(values, step, self)  # type: ignore[no-untyped-call]
-        return loss
-
-    def distance(self, values: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        """Each value's code and its signed distance to that code's level."""
-        step = step.clamp(min=MIN_STEP)
-        code = self.grid.encode(values, step)
-        distance = values - code * step
-        if self.clamp:
-            beyond = (values < self.grid.low * step) | (values > self.grid.high * step)
-            distance = torch.where(beyond, 0.0, distance)
-        return code, distance
-
-    def share(self, code: Tensor) -> Tensor:
-        """What one value of each bin weighs: ``1 / n(bin)``, by count ``1 / n``."""
-        counts = _count(code, self.grid)
-        counts = torch.full_like(counts, code.numel()) if self.by_count else counts.clamp(min=1)
-        return counts.to(code.dtype if code.dtype == torch.float64 else torch.float32).reciprocal()
+        counts, squares = bin_sums(values, step, self.grid, clamp=self.clamp)
+        return squares.sum() / values.numel() if self.by_count else bin_loss(counts, squares)
 
     @torch.no_grad()
     def diagnose(self, values: Tensor, step: Tensor) -> BinDiagnosis:
         """Where the loss comes from; the two parts are computed from means and variances, as in the paper."""
         grid, values, step = self.grid, values.double(), step.double()
-        code, distance = self.distance(values, step)  # per bin the mean of the distance is mean(v) - level
+        code, distance = _distances(
+            values, step, grid, self.clamp
+        )  # per bin the mean of the distance is mean(v) - level
         index = ((code - grid.low) / grid.codes.step).long().flatten()
         counts = torch.bincount(index, minlength=len(grid.codes))
         used = counts > 0

@@ -148,7 +148,8 @@ def matches(pattern: str, name: str, kind: str) -> bool:
 
 OPTIMIZERS = ("sgd", "adamw")
 STARTS = ("lsq", "mse")
-COMPILE = ("auto", "on", "off")
+COMPILE = ("auto", "on", "kernels", "off")
+PRECISION = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,8 +168,11 @@ class TrainConfig:
         weight_decay: of weights with two or more dimensions; biases and norms get none.
         seed: of everything random in the run.
         device: where the model and the batches live.
-        compile: ``"on"``, ``"off"``, or ``"auto"``: on when a C++ compiler is there and the run has enough batches
-            to earn the compilation back.
+        compile: ``"on"`` (the whole step as one graph), ``"kernels"`` (the quantizers with the batch norms, adds and
+            regularizers around them), ``"off"``, or ``"auto"``: what a run of so many batches earns back. Without a
+            C++ compiler nothing is compiled.
+        precision: ``"bf16"`` or ``"fp16"`` (with loss scaling) train under autocast; steps, codes and bins are
+            computed in FP32 all the same.
         channels_last: keep images and 4-d weights in that memory format, which convolutions run faster in.
 
     Raises:
@@ -186,6 +190,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "cpu"
     compile: str = "auto"
+    precision: str = "fp32"
     channels_last: bool = True
 
     def __post_init__(self) -> None:
@@ -205,6 +210,8 @@ class TrainConfig:
             raise ConfigError(f"optimizer={self.optimizer!r}: takes {' or '.join(OPTIMIZERS)}")
         if self.compile not in COMPILE:
             raise ConfigError(f"compile={self.compile!r}: takes {', '.join(COMPILE)}")
+        if self.precision not in PRECISION:
+            raise ConfigError(f"precision={self.precision!r}: takes {', '.join(PRECISION)}")
 
 
 #: What training an FP32 network from random weights wants instead of the defaults, which are for quantization.

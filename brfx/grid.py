@@ -12,6 +12,11 @@ from torch import Tensor
 MIN_STEP = 1e-8
 
 
+def in_full(values: Tensor) -> Tensor:
+    """``values`` in float32 at least: the 8 bits of a bfloat16 do not tell neighbouring codes apart."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
 @dataclass(frozen=True)
 class Grid:
     """The codes of a ``bits``-bit quantizer; a level is ``code * step`` (LSQ, Esser et al., ICLR 2020, eq. 1-2).

@@ -11,8 +11,16 @@ from torch.fx import GraphModule
 from brfx.nn import ActivationObserver, LSQActivationQuantizer, LSQQuantizer, LSQWeightQuantizer
 from brfx.trace import generated, pruned
 
-#: ``(gm, *inputs) -> (output, {site: activation})``
-ObservedForward = Callable[..., tuple[Any, dict[str, Tensor]]]
+#: ``(gm, *inputs) -> (output, {site: what was seen})``
+ObservedForward = Callable[..., tuple[Any, dict[str, Any]]]
+
+#: What is made of a site's values before they are quantized; a function of a module, so that a graph can call it.
+Look = Callable[[LSQQuantizer, Tensor], Any]
+
+
+def prepared(quantizer: LSQQuantizer, values: Tensor) -> Tensor:
+    """The values themselves, after ReLU and clip."""
+    return quantizer.prepare(values)
 
 
 def observed_sites(qmodel: nn.Module) -> dict[str, LSQQuantizer]:
@@ -33,20 +41,20 @@ def graphs(qmodel: nn.Module) -> dict[str, GraphModule]:
     return {name: module for name, module in qmodel.named_modules() if isinstance(module, GraphModule)}
 
 
-def observed_forward(qmodel: nn.Module) -> ObservedForward:
-    """A function ``(qmodel, *inputs) -> (output, {site: activation})`` that runs ``qmodel``'s own modules.
+def observed_forward(qmodel: nn.Module, look: Look = prepared) -> ObservedForward:
+    """A function ``(qmodel, *inputs) -> (output, {site: seen})`` that runs ``qmodel``'s own modules.
 
-    The activation is what the site's quantizer quantizes: after ReLU and clip, before the grid; not detached.
+    What is seen is ``look(quantizer, values)`` with the values that the site's quantizer is given, not detached.
     In a whole graph it is a value of the graph and an output of it, never an attribute: compiled code keeps its
     gradient. The islands of a model hand theirs to a collector that is there for the one call; of an island that is
     called more than once the last call counts.
     """
     if isinstance(qmodel, GraphModule):
-        return _observed_graph(qmodel)
-    parts = {name: _observed_graph(gm) for name, gm in graphs(qmodel).items()}
+        return _observed_graph(qmodel, look)
+    parts = {name: _observed_graph(gm, look) for name, gm in graphs(qmodel).items()}
 
-    def forward(model: nn.Module, *inputs: Any) -> tuple[Any, dict[str, Tensor]]:
-        seen: dict[str, Tensor] = {}
+    def forward(model: nn.Module, *inputs: Any) -> tuple[Any, dict[str, Any]]:
+        seen: dict[str, Any] = {}
         islands = {name: model.get_submodule(name) for name in parts}
 
         def collecting(name: str) -> Callable[..., Any]:
@@ -83,27 +91,25 @@ def observe(qmodel: nn.Module, *inputs: Any) -> dict[str, Tensor]:
     return {site: values for site, values in seen.items() if isinstance(sites[site], LSQActivationQuantizer)}
 
 
-def _observed_graph(gm: GraphModule) -> ObservedForward:
-    if not getattr(gm, "twin", False):
-        return _observed_mode(gm, True)
-    modes = {training: _observed_mode(gm, training) for training in (True, False)}
-    return lambda self, *args, **kwargs: modes[self.training](self, *args, **kwargs)
+def _observed_graph(gm: GraphModule, look: Look) -> ObservedForward:
+    modes = (True, False) if getattr(gm, "twin", False) else (True,)
+    forwards = {training: generated(gm, watched(gm, training, look)) for training in modes}
+    if len(modes) == 1:
+        return forwards[True]  # type: ignore[no-any-return]
+    return lambda self, *args, **kwargs: forwards[self.training](self, *args, **kwargs)
 
 
-def _observed_mode(gm: GraphModule, training: bool) -> ObservedForward:
+def watched(gm: GraphModule, training: bool, look: Look) -> fx.Graph:
+    """The graph in one mode, with ``{site: look(quantizer, values)}`` beside its output."""
     graph = pruned(gm, training)
     output = next(node for node in graph.nodes if node.op == "output")
     seen = {}
     for observed, quantizer in _observations(gm, graph):
-        name = str(quantizer.target)
-        if isinstance(gm.get_submodule(name), LSQActivationQuantizer):
-            with graph.inserting_before(quantizer):
-                module = graph.get_attr(name)
-                seen[name] = graph.call_method("prepare", (module, observed))
-        else:
-            seen[name] = observed
+        with graph.inserting_before(quantizer):
+            module = graph.get_attr(str(quantizer.target))
+            seen[str(quantizer.target)] = graph.call_function(look, (module, observed))
     output.args = ((output.args[0], seen),)
-    return generated(gm, graph)  # type: ignore[no-any-return]
+    return graph
 
 
 def _join(prefix: str, name: str) -> str:

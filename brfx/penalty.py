@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
-from brfx.binreg import BinRegularizer
+from brfx.binreg import bin_loss, bin_sums, joint_bin_sums
 from brfx.calibration import quantizers
 from brfx.errors import ConfigError
-from brfx.nn import LSQWeightQuantizer, QuantizedLayer, QuantizedMultiheadAttention
+from brfx.grid import Grid
+from brfx.lean import lean_forward
+from brfx.nn import LSQQuantizer, LSQWeightQuantizer, QuantizedLayer, QuantizedMultiheadAttention
 from brfx.observing import observed_forward, observed_sites
 
 
@@ -55,10 +59,13 @@ class BinPenalty(nn.Module):
             if not value >= 0:
                 raise ConfigError(f"{name}={value!r}: a lambda takes 0 or more")
         self.model = qmodel
-        self.weight, self.act = float(weight), float(act)
+        self.register_buffer("weight", torch.tensor(float(weight)), persistent=False)
+        self.register_buffer("act", torch.tensor(float(act)), persistent=False)
+        self._train_weight, self._train_act = weight > 0, act > 0
         self.act_gradient_to_step = act_gradient_to_step
         self.freeze_weight_steps, self.freeze_act_steps = freeze_weight_steps, freeze_act_steps
-        self._observed_forward = observed_forward(qmodel)
+        look = bins_that_train_steps if act_gradient_to_step else bins
+        self._observed_forward = observed_forward(qmodel, look)
         self._sites = observed_sites(qmodel)
         self._layers = [
             module for module in qmodel.modules() if isinstance(module, (QuantizedLayer, QuantizedMultiheadAttention))
@@ -73,35 +80,58 @@ class BinPenalty(nn.Module):
 
     def forward(self, *inputs: Any) -> tuple[Any, BinLoss]:
         output, seen = self._observed_forward(self.model, *inputs)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.weight > 0):
-            weight = self.weight_loss(seen)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.act > 0):
-            act = self.act_loss(seen)
-        return output, BinLoss(self.weight * weight + self.act * act, weight.detach(), act.detach())
+        return output, self._terms(seen, self.weight_loss)
 
-    def weight_loss(self, seen: dict[str, Tensor]) -> Tensor:
-        """L_BR summed over the quantized weights, those of layers and those that functions read; 0 without any."""
-        pairs = [pair for layer in self._layers for pair in layer.regularized()]
-        for site, values in seen.items():
-            quantizer = self._sites[site]
-            if isinstance(quantizer, LSQWeightQuantizer):
-                pairs.append((values, quantizer))
-        losses = [BinRegularizer(quantizer.bits, signed=True)(weight, quantizer.step) for weight, quantizer in pairs]
-        return _total(losses, self.model)
+    def training_form(self, kernels: bool) -> Callable[..., tuple[Any, BinLoss]]:
+        """A function that computes what calling this computes, faster to train through (:mod:`brfx.lean`).
 
-    def act_loss(self, seen: dict[str, Tensor]) -> Tensor:
-        """L_BR summed over what the observers saw; 0 if there are none."""
-        losses = []
-        for site, values in seen.items():
-            quantizer = self._sites[site]
-            if isinstance(quantizer, LSQWeightQuantizer):
-                continue
-            step = quantizer.step if self.act_gradient_to_step else quantizer.step.detach()
-            losses.append(BinRegularizer(quantizer.bits, signed=quantizer.signed)(values, step))
-        return _total(losses, self.model)
+        Args:
+            kernels: compile the pieces between layers, for use without ``torch.compile`` around the whole.
+        """
+        if not isinstance(self.model, GraphModule):
+            return self
+        look = bins_that_train_steps if self.act_gradient_to_step else bins
+        forward = lean_forward(self.model, look, kernels=kernels)
+        weight_loss = torch.compile(self.weight_loss, dynamic=False) if kernels else self.weight_loss
+
+        def run(*inputs: Any) -> tuple[Any, BinLoss]:
+            output, seen = forward(self.model, *inputs)
+            return output, self._terms(seen, weight_loss)
+
+        return run
+
+    def weight_loss(self) -> Tensor:
+        """L_BR summed over the quantized weights of layers; 0 without any."""
+        by_grid: dict[Grid, list[tuple[Tensor, LSQWeightQuantizer]]] = {}
+        for layer in self._layers:
+            for weight, quantizer in layer.regularized():
+                by_grid.setdefault(quantizer.grid, []).append((weight, quantizer))
+        losses = [
+            bin_loss(*joint_bin_sums([weight for weight, _ in pairs], [quantizer.step for _, quantizer in pairs], grid))
+            for grid, pairs in by_grid.items()
+        ]
+        return self._total(losses)
+
+    def _terms(self, seen: dict[str, tuple[Tensor, Tensor]], weight_loss: Callable[[], Tensor]) -> BinLoss:
+        of_functions = [isinstance(self._sites[site], LSQWeightQuantizer) for site in seen]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._train_weight):
+            read = [bin_loss(*sums) for sums, weight in zip(seen.values(), of_functions, strict=True) if weight]
+            weight = weight_loss() + self._total(read)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._train_act):
+            acts = [sums for sums, weight in zip(seen.values(), of_functions, strict=True) if not weight]
+            act = self._total([bin_loss(*sums) for sums in acts])
+        return BinLoss(self.weight * weight + self.act * act, weight.detach(), act.detach())
+
+    def _total(self, losses: list[Tensor]) -> Tensor:
+        return torch.stack(losses).sum() if losses else self.weight.new_zeros(())
 
 
-def _total(losses: list[Tensor], model: nn.Module) -> Tensor:
-    if losses:
-        return torch.stack(losses).sum()
-    return torch.zeros((), device=next(model.parameters()).device)
+def bins(quantizer: LSQQuantizer, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The bins' sums of what a quantizer is given; of an activation without gradient to the step."""
+    step = quantizer.step if isinstance(quantizer, LSQWeightQuantizer) else quantizer.step.detach()
+    return bin_sums(quantizer.prepare(values), step, quantizer.grid)
+
+
+def bins_that_train_steps(quantizer: LSQQuantizer, values: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`bins` with gradient to every step."""
+    return bin_sums(quantizer.prepare(values), quantizer.step, quantizer.grid)

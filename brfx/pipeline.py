@@ -17,6 +17,7 @@ from brfx.config import QATConfig, matches
 from brfx.errors import ConfigError
 from brfx.flow import operands
 from brfx.graph import check, module_calls
+from brfx.lean import QuantizedGraph
 from brfx.nn import (
     QUANTIZED_LAYERS,
     LSQActivationQuantizer,
@@ -124,9 +125,12 @@ def prepare_qat(
             f"nothing to quantize in {type(model).__name__} at W{config.weight_bits}A{config.act_bits}: "
             "it has no convolution, linear or ReLU that these bits would change"
         )
-    _follow_devices(traced.model, model)
-    attach(traced.model, ModelCard(config, source=getattr(model, "brfx_source", None)))
-    return traced.model
+    qmodel = traced.model
+    if isinstance(qmodel, GraphModule):
+        qmodel = QuantizedGraph.of(qmodel, qmodel.graph)
+    _follow_devices(qmodel, model)
+    attach(qmodel, ModelCard(config, source=getattr(model, "brfx_source", None)))
+    return qmodel
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

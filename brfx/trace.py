@@ -105,7 +105,7 @@ class TracedModule(fx.GraphModule):
 _GRAPH_STATE = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) - frozenset(vars(nn.Module()))
 
 
-def generated(gm: fx.GraphModule, graph: fx.Graph) -> Any:
+def generated(gm: nn.Module, graph: fx.Graph) -> Any:
     """The Python function that a graph over the modules of ``gm`` compiles to; ``gm`` is its ``self``."""
     return type(fx.GraphModule(gm, graph)).forward
 

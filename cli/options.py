@@ -9,7 +9,17 @@ from typing import Any, TypeVar
 
 import click
 
-from brfx.config import COMPILE, OPTIMIZERS, PLACEMENTS, STARTS, JobConfig, QATConfig, TrainConfig, read_qat_config
+from brfx.config import (
+    COMPILE,
+    OPTIMIZERS,
+    PLACEMENTS,
+    PRECISION,
+    STARTS,
+    JobConfig,
+    QATConfig,
+    TrainConfig,
+    read_qat_config,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -113,6 +123,7 @@ def train_options(preset: TrainConfig) -> Callable[[F], F]:
         option("--optimizer", "optimizer", type=click.Choice(OPTIMIZERS), help="What updates the weights."),
         option("--seed", "seed", type=int, help="Of order, augmentation, initialization and the validation split."),
         option("--compile", "compile", type=click.Choice(COMPILE), help="torch.compile the training step."),
+        option("--precision", "precision", type=click.Choice(PRECISION), help="Autocast the model's forward."),
         _job(
             "--val-fraction", "val_fraction", type=float, help="Share of training images to choose the best epoch on."
         ),

@@ -101,7 +101,7 @@ def _terms(terms: dict[str, float], separator: str = " ") -> str:
 
 def job_result(result: JobResult, kind: str) -> None:
     if result.fit is not None:
-        how = "compiled" if result.fit.compiled else "eager"
+        how = {"whole": "compiled", "kernels": "compiled kernels", "none": "eager"}[result.fit.compiled]
         console.print(
             f"Best epoch {result.fit.best_epoch}, {result.fit.best_accuracy:.2%} on validation ({how} training)"
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from brfx.errors import NotCalibratedError
-from brfx.grid import MIN_STEP, Grid
+from brfx.grid import MIN_STEP, Grid, in_full
 from brfx.start import START_RULES
 
 
@@ -25,16 +25,15 @@ class _LSQ(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(values, step)
         ctx.settings = (grid, scale, floor, ceiling)
-        if floor > -math.inf or ceiling < math.inf:
-            values = values.clamp(floor, ceiling)
-        return grid.encode(values, step) * step.clamp(min=MIN_STEP)
+        clipped = _clip(in_full(values), floor, ceiling)
+        return (grid.encode(clipped, step) * step.clamp(min=MIN_STEP)).to(values.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        values, step = ctx.saved_tensors
+        saved, step = ctx.saved_tensors
         grid, scale, floor, ceiling = ctx.settings
-        clipped = values.clamp(floor, ceiling) if floor > -math.inf or ceiling < math.inf else values
+        values, grad = in_full(saved), in_full(grads[0])
+        clipped = _clip(values, floor, ceiling)
         code = grid.encode(clipped, step)
         if grid.binary:  # v^ = s * sign(v): the gradient passes straight to v, and d v^ / d s = sign(v)
             grad_values, slope = grad, code
@@ -42,10 +41,19 @@ class _LSQ(torch.autograd.Function):
             ratio = clipped / step.clamp(min=MIN_STEP)
             inside = (ratio >= grid.low) & (ratio <= grid.high)
             slope = code - torch.where(inside, ratio, 0.0)
-            open_ = inside & (values > floor) & (values < ceiling)
+            open_ = inside
+            if floor > -math.inf:
+                open_ = open_ & (values > floor)
+            if ceiling < math.inf:
+                open_ = open_ & (values < ceiling)
             grad_values = torch.where(open_, grad, 0.0)
         grad_step = (grad * slope).sum_to_size(step.shape) * scale
-        return grad_values, grad_step, None, None, None, None
+        return grad_values.to(saved.dtype), grad_step, None, None, None, None
+
+
+def _clip(values: Tensor, floor: float, ceiling: float) -> Tensor:
+    low, high = None if floor == -math.inf else floor, None if ceiling == math.inf else ceiling
+    return values if low is None and high is None else values.clamp(low, high)
 
 
 def lsq_quantize(

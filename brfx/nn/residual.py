@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from brfx.grid import MIN_STEP
+from brfx.grid import MIN_STEP, in_full
 
 #: Codes of a branch are uint8 or int8.
 LEVELS = 255
@@ -67,6 +67,7 @@ class AlignedAdd(nn.Module):
     def forward(self, branch: Tensor, shortcut: Tensor, step_out: Tensor, step_in: Tensor | None = None) -> Tensor:
         if self.mode != "quantize":
             return branch + shortcut
+        branch, shortcut = in_full(branch), in_full(shortcut)  # the sum stays exact under autocast
         step_out = step_out.detach().clamp(min=MIN_STEP)
         if step_in is None:
             unit = step_out / self.unit

@@ -19,7 +19,7 @@ from brfx.errors import ConfigError, DataError, TrainingError
 from brfx.train.checkpoint import write_atomically
 from brfx.train.evaluate import Evaluation, evaluate
 from brfx.train.optim import build_optimizer, rate_factor
-from brfx.train.step import LossStep, compile_step, loss_step, use_compile
+from brfx.train.step import LossStep, build_step, how_to_compile
 
 #: Batches between two looks at the numbers on the device.
 LOG_EVERY = 10
@@ -86,7 +86,7 @@ class FitResult:
     history: tuple[EpochMetrics, ...]
     best_epoch: int
     best_accuracy: float
-    compiled: bool
+    compiled: str  #: ``"whole"`` step, its ``"kernels"``, or ``"none"``
 
 
 class Callback:
@@ -142,7 +142,8 @@ def fit(
     optimizer = build_optimizer(model, config)
     total = config.epochs * batches
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rate_factor(i, total, config.lr_warmup))
-    compiled = use_compile(config.compile, total)
+    compiled = how_to_compile(config.compile, total, config.device)
+    scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.precision == "fp16")
     callbacks = tuple(callbacks)
 
     history: list[EpochMetrics] = []
@@ -153,10 +154,9 @@ def fit(
             active = penalty if stage == "penalty" else None
             if active is not None:
                 active.begin()
-            step = loss_step(model, active)
-            step = compile_step(step) if compiled else step
+            step = build_step(model, active, compiled, config.precision)
         where = _Where(epoch, config.epochs, batches, stage, config.device, layout)
-        trained = _train_epoch(model, train_data, step, optimizer, scheduler, where, callbacks)
+        trained = _train_epoch(model, train_data, step, optimizer, scheduler, scaler, where, callbacks)
         metrics = _epoch_metrics(where, trained, evaluate(model, val_data))
         history.append(metrics)
         improved = metrics.val_accuracy > best
@@ -200,6 +200,7 @@ def _train_epoch(
     step: LossStep,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
+    scaler: torch.amp.GradScaler,
     where: _Where,
     callbacks: tuple[Callback, ...],
 ) -> _Trained:
@@ -213,8 +214,9 @@ def _train_epoch(
         labels = labels.to(where.device, non_blocking=True)
         lr = float(scheduler.get_last_lr()[0])
         loss, numbers = step(images, labels)
-        torch.autograd.backward(loss)
-        optimizer.step()
+        torch.autograd.backward(scaler.scale(loss))
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         scheduler.step()
         sums.add(numbers, len(labels))

@@ -1,32 +1,52 @@
-"""One forward pass to a loss, eager or compiled."""
+"""One forward pass to a loss: eager, with compiled kernels, or compiled whole."""
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import shutil
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+log = logging.getLogger(__name__)
 
 #: ``(images, labels) -> (loss, {"task": .., "correct": .., and one entry per term of the penalty})``
 LossStep = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
-#: Batches that a run must have before ``compile="auto"`` compiles: the compilation of ResNet-20 takes about the time
-#: of 300 of its batches.
-WORTH_COMPILING = 1000
+#: Batches that a run must have before ``compile="auto"`` compiles the whole step, or its kernels: the compilation of
+#: ResNet-20 takes about the time of 300 and of 50 of its batches.
+WORTH_COMPILING, WORTH_KERNELS = 1000, 150
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def loss_step(model: nn.Module, penalty: Any | None) -> LossStep:
-    """The function that is differentiated, and compiled: cross-entropy, plus ``terms.total`` if there is a penalty."""
+def loss_step(
+    model: nn.Module, penalty: Any | None, *, kernels: bool | None = None, precision: str = "fp32"
+) -> LossStep:
+    """The function that is differentiated: cross-entropy, plus ``terms.total`` if there is a penalty.
+
+    Args:
+        model, penalty: as in :func:`brfx.fit`. One that has a method ``training_form(kernels)`` gives a function that
+            computes the same and trains faster.
+        kernels: what ``training_form`` is asked for; ``None``: the modules are called as they are.
+        precision: ``"bf16"`` and ``"fp16"`` run the model under autocast; the loss is in FP32.
+    """
+    module = model if penalty is None else penalty
+    run: Callable[[Tensor], Any] = module
+    if kernels is not None and hasattr(module, "training_form"):
+        run = module.training_form(kernels)
+    device = next(model.parameters()).device.type
 
     def step(images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        if penalty is None:
-            logits, terms = model(images), None
-        else:
-            logits, terms = penalty(images)
-        task = F.cross_entropy(logits, labels)
+        with torch.autocast(device, PRECISIONS[precision], enabled=precision != "fp32"):
+            logits, terms = (run(images), None) if penalty is None else run(images)
+        task = F.cross_entropy(logits.float(), labels)
         numbers = {"task": task.detach(), "correct": (logits.argmax(1) == labels).sum()}
         if terms is None:
             return task, numbers
@@ -38,13 +58,45 @@ def loss_step(model: nn.Module, penalty: Any | None) -> LossStep:
     return step
 
 
-def use_compile(choice: str, batches: int) -> bool:
-    """Whether ``TrainConfig.compile`` means a compiled step for a run of this many batches."""
-    if choice == "auto":
-        return batches >= WORTH_COMPILING and any(map(shutil.which, ("c++", "g++", "clang++")))
-    return choice == "on"
+def how_to_compile(choice: str, batches: int, device: str) -> str:
+    """What ``TrainConfig.compile`` means for a run of this many batches: ``"whole"``, ``"kernels"`` or ``"none"``."""
+    if choice == "off" or (choice == "auto" and batches < WORTH_KERNELS):
+        return "none"
+    if not _can_compile(torch.device(device).type):
+        return "none"
+    return "kernels" if choice == "kernels" or (choice == "auto" and batches < WORTH_COMPILING) else "whole"
 
 
-def compile_step(step: LossStep) -> LossStep:
-    """``step`` through ``torch.compile``, as one graph."""
-    return torch.compile(step, fullgraph=True)
+@cache
+def _can_compile(device: str) -> bool:
+    missing = None
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        missing = "a C++ compiler (g++ or clang++)"
+    elif device == "cuda" and importlib.util.find_spec("triton") is None:
+        missing = "triton"
+    if missing:
+        log.warning("nothing is compiled, training is slower: %s was not found", missing)
+    return missing is None
+
+
+def build_step(model: nn.Module, penalty: Any | None, how: str, precision: str = "fp32") -> LossStep:
+    """:func:`loss_step` in the form that :func:`how_to_compile` chose.
+
+    The whole step is compiled as one graph for the shape of the first batch. Batches of another shape, such as a
+    smaller last one, go through the same function uncompiled, so that none causes a compilation.
+    """
+    if how != "whole":
+        return loss_step(model, penalty, kernels=True if how == "kernels" else None, precision=precision)
+    eager = loss_step(model, penalty, kernels=False, precision=precision)
+    compiled = torch.compile(eager, fullgraph=True, dynamic=False)
+    shapes: list[torch.Size] = []
+
+    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if not shapes:
+            shapes.append(images.shape)
+        if images.shape != shapes[0]:
+            return eager(images, labels)
+        with torch._functorch.config.patch(aggressive_recomputation=True):  # cheap to make again, dear to keep
+            return compiled(images, labels)
+
+    return step

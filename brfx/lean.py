@@ -1,0 +1,227 @@
+"""The form of a rewritten graph that trains fastest and in the least memory. It computes what the graph computes.
+
+Two things differ. Layers and residual adds keep the *codes* of what they read, a byte a value, instead of floats
+(:mod:`brfx.nn.codes`). And the chains that end in a quantizer (batch norm, residual add, ReLU, rounding, the bins of
+the regularizer) can be compiled as one kernel each, for models that otherwise run eagerly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx import GraphModule, Node
+
+from brfx.nn import ActivationObserver, AlignedAdd, LSQActivationQuantizer
+from brfx.nn.codes import Coded, apply_coded, coded, decode, remade, takes_codes
+from brfx.observing import Look, watched
+from brfx.operators import name_of
+from brfx.trace import TracedModule, generated, pruned
+
+#: What a chain is made of, besides batch norms and quantizers.
+_CHEAP = frozenset({"add", "iadd"})
+
+
+class QuantizedGraph(TracedModule):
+    """What :func:`brfx.prepare_qat` makes of a model that can be traced whole."""
+
+    def training_form(self, kernels: bool) -> Callable[..., Any]:
+        """A function that computes in training what calling this computes; see :func:`lean_forward`."""
+        return partial(lean_forward(self, None, kernels=kernels), self)
+
+
+def lean_forward(gm: GraphModule, look: Look | None, *, kernels: bool) -> Callable[..., Any]:
+    """A function ``(gm, *inputs) -> output``, or ``(output, {site: seen})`` with a ``look``, for training mode.
+
+    Args:
+        gm: a rewritten graph, calibrated.
+        look: see :func:`brfx.observing.observed_forward`.
+        kernels: compile chains and the weights' quantizers, for use without ``torch.compile`` around the whole.
+    """
+    graph = pruned(gm, True) if look is None else watched(gm, True, look)
+    keep_codes(gm, graph)
+    if kernels:
+        compile_weights(gm, graph)
+        compile_chains(gm, graph)
+    graph.eliminate_dead_code(_impure)
+    return generated(gm, graph)  # type: ignore[no-any-return]
+
+
+def keep_codes(gm: GraphModule, graph: fx.Graph) -> None:
+    """Let what reads a quantizer's output keep its code.
+
+    q = quantizer(x); y = conv(q)  ->  c = coded(quantizer, x); y = apply_coded(conv, c)
+    q = quantizer(x); z = q + y    ->  c = coded(quantizer, x); z = remade(c) + y
+    """
+    for node in list(graph.nodes):
+        if not _is(gm, node, LSQActivationQuantizer):
+            continue
+        with graph.inserting_before(node):
+            pair = graph.call_function(coded, (graph.get_attr(str(node.target)), *node.args))
+            values = graph.call_function(_item, (pair, 0))
+        for user in list(node.users):
+            if user.op == "call_module" and takes_codes(gm.get_submodule(str(user.target))) and user.args == (node,):
+                with graph.inserting_before(user):
+                    layer = graph.get_attr(str(user.target))
+                    new = graph.call_function(apply_coded, (layer, pair))
+                user.replace_all_uses_with(new)
+                graph.erase_node(user)
+            elif _is(gm, user, AlignedAdd) or name_of(user.target) in _CHEAP:
+                with graph.inserting_before(user):
+                    user.replace_input_with(node, graph.call_function(remade, (pair,)))
+        node.replace_all_uses_with(values)
+        graph.erase_node(node)
+
+
+def compile_weights(gm: GraphModule, graph: fx.Graph) -> None:
+    """Quantize the weights of all layers that read codes in one compiled call, and decode with a compiled function.
+
+    y = apply_coded(conv, c)  ->  w = all_weights(conv, ...); y = _apply_with(conv, c, w[0])
+    """
+    users = [node for node in graph.nodes if node.target is apply_coded]
+    names = list(dict.fromkeys(_module_of(node) for node in users))
+    if not names:
+        return
+    with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+        weights = graph.call_function(_in_one(len(names)), tuple(graph.get_attr(name) for name in names))
+        each = {name: graph.call_function(_item, (weights, index)) for index, name in enumerate(names)}
+    for node in users:
+        node.target, node.args = _apply_with, (*node.args, each[_module_of(node)])
+
+
+def _in_one(count: int) -> Callable[..., list[Tensor]]:
+    """A compiled function of ``count`` layers to their weights; each model has its own, of static shapes."""
+
+    def quantized_weights(*layers: Any) -> list[Tensor]:
+        return [layer.quantized_weight() for layer in layers]
+
+    compiled = torch.compile(quantized_weights, dynamic=False)
+
+    def weights(*layers: Any) -> list[Tensor]:
+        return compiled(*layers)
+
+    return weights
+
+
+_compiled_decode = torch.compile(decode)
+
+
+def _apply_with(layer: nn.Module, x: Coded, weight: Tensor) -> Tensor:
+    return apply_coded(layer, x, weight, _compiled_decode)
+
+
+def compile_chains(gm: GraphModule, graph: fx.Graph) -> int:
+    """Make each chain that ends in a quantizer one call of a compiled function; returns how many there are."""
+    sinks = [node for node in graph.nodes if node.target is coded]
+    for sink in sinks:
+        _compile_chain(gm, graph, _chain(gm, sink))
+    return len(sinks)
+
+
+def _chain(gm: GraphModule, sink: Node) -> list[Node]:
+    """The nodes of a chain in order: ``coded``, what else looks at its input, and what leads there alone."""
+    source = sink.args[1]
+    assert isinstance(source, Node)
+    members = {sink}
+    members |= {user for user in source.users if user.args[:1] and _module_of(user) == _module_of(sink) != ""}
+    waiting = [source]
+    while waiting:
+        node = waiting.pop()
+        if node not in members and _cheap(gm, node) and set(node.users) <= members:
+            members.add(node)
+            waiting.extend(node.all_input_nodes)
+    return [node for node in sink.graph.nodes if node in members]
+
+
+def _cheap(gm: GraphModule, node: Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(
+            gm.get_submodule(str(node.target)), (nn.modules.batchnorm._BatchNorm, ActivationObserver, AlignedAdd)
+        )
+    return node.target is remade or (node.op in ("call_function", "call_method") and name_of(node.target) in _CHEAP)
+
+
+def _compile_chain(gm: GraphModule, graph: fx.Graph, chain: list[Node]) -> None:
+    """Modules become arguments, so that equal chains of a model are one function, compiled once."""
+    inner, copies, arguments = fx.Graph(), dict[Node, Node](), list[Node]()
+
+    def copied(node: Node) -> Node:
+        if node not in copies:
+            copies[node] = inner.placeholder(f"x{len(arguments)}")
+            arguments.append(node)
+        return copies[node]
+
+    with graph.inserting_before(chain[-1]):
+        modules = {node: graph.get_attr(str(node.target)) for node in chain if node.op == "call_module"}
+    for node in chain:  # placeholders come first
+        for read in (*([modules[node]] if node in modules else []), *node.all_input_nodes):
+            if read not in chain:
+                copied(read)
+    for node in chain:
+        if node in modules:
+            args = fx.node.map_arg((modules[node], *node.args), copied)
+            copies[node] = inner.call_function(_call, args)
+        else:
+            copies[node] = inner.node_copy(node, copied)
+    results = [node for node in chain if not set(node.users) <= set(chain)]
+    inner.output(tuple(copies[node] for node in results))
+    kinds = tuple(_kind(gm, node) for node in arguments)
+    with graph.inserting_before(chain[-1]):
+        call = graph.call_function(_compiled(inner, kinds), tuple(arguments))
+        for index, node in enumerate(results):
+            node.replace_all_uses_with(graph.call_function(_item, (call, index)))
+    for node in reversed(chain):
+        graph.erase_node(node)
+
+
+_COMPILED: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+
+def _compiled(graph: fx.Graph, kinds: tuple[str, ...]) -> Callable[..., Any]:
+    """The compiled function of a chain; chains of one text over modules of one kind share it."""
+    key = (graph.python_code("self").src, kinds)
+    if key not in _COMPILED:
+        compiled = torch.compile(generated(nn.Module(), graph))
+
+        def chain(*args: Any) -> Any:
+            return compiled(None, *args)
+
+        chain.__name__ = f"chain_{len(_COMPILED)}"  # what the graph around it calls it
+        _COMPILED[key] = chain
+    return _COMPILED[key]
+
+
+def _kind(gm: GraphModule, node: Node) -> str:
+    if node.op != "get_attr":
+        return ""
+    value = gm
+    for name in str(node.target).split("."):
+        value = getattr(value, name)
+    if isinstance(value, LSQActivationQuantizer):
+        return repr(value)
+    return type(value).__name__
+
+
+def _call(module: Callable[..., Any], *args: Any) -> Any:
+    return module(*args)
+
+
+def _item(values: Any, index: int) -> Any:
+    return values[index]
+
+
+def _is(gm: GraphModule, node: Node, kind: type[nn.Module]) -> bool:
+    return node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), kind)
+
+
+def _module_of(node: Node) -> str:
+    first = node.args[0] if node.args else None
+    return str(first.target) if isinstance(first, Node) and first.op == "get_attr" else ""
+
+
+def _impure(node: Node) -> bool:
+    """What must not be taken for dead: only ``get_attr`` and the items of tuples may go."""
+    return node.op != "get_attr" and node.target is not _item

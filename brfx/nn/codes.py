@@ -1,0 +1,136 @@
+"""Codes instead of floats: what backward needs of a quantized activation is its code, one byte a value.
+
+``v^ = code * step`` can be made again from the code bit for bit, so that keeping the code loses nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from brfx.grid import MIN_STEP
+from brfx.nn.layers import QuantizedLayer
+from brfx.nn.lsq import LSQActivationQuantizer
+
+#: ``(code, step, dtype) -> values``
+Decode = Callable[[Tensor, Tensor, torch.dtype], Tensor]
+
+
+class Coded(NamedTuple):
+    """A quantized activation with what it can be made from again: ``values == code * step``."""
+
+    values: Tensor
+    code: Tensor  #: uint8 where the grid is unsigned, else int8
+    step: Tensor  #: as it was in this forward; an optimizer may change the parameter before backward
+
+
+def coded(quantizer: LSQActivationQuantizer, x: Tensor) -> Coded:
+    """``quantizer(x)`` with its codes; a scalar step."""
+    values = quantizer(x)
+    step = quantizer.step.detach().clamp(min=MIN_STEP)
+    code = (values.detach() / step).round().to(torch.int8 if quantizer.signed else torch.uint8)
+    return Coded(values, code, step)
+
+
+def decode(code: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values that a code and a step stand for."""
+    return (code * step).to(dtype)
+
+
+def remade(coded: Coded) -> Tensor:
+    """``coded.values``, read from their code: compiled code then has no reason to keep the floats for backward."""
+    return _Remade.apply(*coded)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Remade(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, code: Tensor, step: Tensor) -> Tensor:
+        return decode(code, step, values.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None, None
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution that keeps its input's code for backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        code: Tensor,
+        step: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        settings: Any,
+        decode: Decode,
+    ) -> Tensor:
+        ctx.save_for_backward(code, step, weight)
+        ctx.settings, ctx.biased, ctx.dtype = settings, None if bias is None else list(bias.shape), values.dtype
+        ctx.decode = decode
+        return torch.ops.aten.convolution(values, weight, bias, *settings)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        code, step, weight = ctx.saved_tensors
+        values = ctx.decode(code, step, ctx.dtype)
+        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.biased is not None and ctx.needs_input_grad[4]]
+        grad_values, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grads[0], values, weight, ctx.biased, *ctx.settings, wanted
+        )
+        return grad_values, None, None, grad_weight, grad_bias, None, None
+
+
+class _Linear(torch.autograd.Function):
+    """``x @ weight.T + bias`` that keeps its input's code for backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, code: Tensor, step: Tensor, weight: Tensor, bias: Tensor | None, decode: Decode
+    ) -> Tensor:
+        ctx.save_for_backward(code, step, weight)
+        ctx.biased, ctx.dtype, ctx.decode = bias is not None, values.dtype, decode
+        return nn.functional.linear(values, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        code, step, weight = ctx.saved_tensors
+        values = ctx.decode(code, step, ctx.dtype).reshape(-1, code.shape[-1])
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        grad_values = (grad @ weight).view_as(code) if ctx.needs_input_grad[0] else None
+        grad_bias = grad.sum(0) if ctx.biased and ctx.needs_input_grad[4] else None
+        return grad_values, None, None, grad.t() @ values if ctx.needs_input_grad[3] else None, grad_bias, None
+
+
+def takes_codes(layer: nn.Module) -> bool:
+    """Whether :func:`apply_coded` has a form for this layer."""
+    if not isinstance(layer, QuantizedLayer) or layer.input_quantizer is not None:
+        return False
+    plain = isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and layer.padding_mode == "zeros"
+    return (plain and not isinstance(layer.padding, str)) or isinstance(layer, nn.Linear)
+
+
+def apply_coded(layer: Any, coded: Coded, weight: Tensor | None = None, decode: Decode = decode) -> Tensor:
+    """``layer(coded.values)``, with the code kept instead of the values; under autocast in its type.
+
+    Args:
+        layer: one that :func:`takes_codes`.
+        coded: its input.
+        weight: the layer's quantized weight, where it is there already.
+        decode: what remakes the values in backward.
+    """
+    values, code, step = coded
+    bias = layer.bias
+    weight = layer.quantized_weight() if weight is None else weight
+    if torch.is_autocast_enabled(values.device.type):
+        dtype = torch.get_autocast_dtype(values.device.type)
+        values, weight, bias = values.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
+    if isinstance(layer, nn.Linear):
+        return _Linear.apply(values, code, step, weight, bias, decode)  # type: ignore[no-any-return, no-untyped-call]
+    none = (0,) * len(layer.stride)
+    settings = (layer.stride, layer.padding, layer.dilation, False, none, layer.groups)
+    return _Convolution.apply(values, code, step, weight, bias, settings, decode)  # type: ignore[no-any-return, no-untyped-call]
