@@ -9,7 +9,8 @@ A bin's term *is* the mean over the bin of ``(v - k*step)^2``, so that
 
     L_BR = sum_i (v_i - k_i * step)^2 / n(k_i) = sum_k S_k / n_k,    S_k = sum of (v_i - k*step)^2 in bin k
 
-which is what is computed: n and S of every bin in one pass over the values, then a sum over bins. ``tests/test_binreg.py`` holds the two forms equal.
+which is what is computed: n and S of every bin in one pass over the values, then a sum over bins.
+``tests/test_binreg.py`` holds the two forms equal.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class _BinSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, step: Tensor, grid: Grid, clamp: bool, by_row: bool) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(values, step)
-        ctx.settings = (grid, clamp)
+        ctx.settings = (grid, clamp, by_row)
         code, distance = _distances(values, step, grid, clamp)
         counts, squares = _reduce(code, distance.square(), grid, by_row)
         ctx.mark_non_differentiable(counts)
@@ -44,8 +45,10 @@ class _BinSums(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values, step = ctx.saved_tensors
-        grid, clamp = ctx.settings
+        grid, clamp, by_row = ctx.settings
         code, distance = _distances(values, step, grid, clamp)
+        if by_row:  # rows may be filled up with NaN
+            code, distance = code.nan_to_num(), distance.nan_to_num()
         grad_values = distance * _look_up(2 * grads[1], code, grid).to(distance.dtype)
         grad_step = -(code * grad_values).sum_to_size(step.shape) if ctx.needs_input_grad[1] else None
         return grad_values, grad_step, None, None, None
@@ -105,8 +108,8 @@ def joint_bin_sums(values: Sequence[Tensor], steps: Sequence[Tensor], grid: Grid
         else:
             row_steps = _rows([step.expand_as(value) for value, step in small], rows, 1.0)
         sums = bin_sums(_rows([value for value, _ in small], rows, math.nan), row_steps, grid, by_row=True)
-        counts = [part.sum(0) for part in sums[0].split(rows)] + counts
-        squares = [part.sum(0) for part in sums[1].split(rows)] + squares
+        counts = [part.sum(0) for part in torch.split(sums[0], rows)] + counts
+        squares = [part.sum(0) for part in torch.split(sums[1], rows)] + squares
     return torch.stack(counts), torch.stack(squares)
 
 
@@ -134,7 +137,7 @@ def _reduce(code: Tensor, squares: Tensor, grid: Grid, by_row: bool) -> tuple[Te
     if len(grid.codes) <= _FEW:
         members = [code == k for k in grid.codes]
         dim = -1 if by_row else tuple(range(code.dim()))
-        counts = torch.stack([member.sum(dim) for member in members], -1)
+        counts = torch.stack([member.sum(dim, dtype=torch.int32) for member in members], -1)
         return counts.to(dtype), torch.stack([torch.where(member, squares, 0.0).sum(dim) for member in members], -1)
     if not by_row:
         code, squares = code.reshape(-1), squares.reshape(-1)
@@ -148,7 +151,7 @@ def _reduce(code: Tensor, squares: Tensor, grid: Grid, by_row: bool) -> tuple[Te
 def _look_up(table: Tensor, code: Tensor, grid: Grid) -> Tensor:
     """``table[..., i]`` for the i-th code of the grid; a table ``(rows, K)`` has one for each row of ``code``."""
     if len(grid.codes) > _FEW:
-        index = torch.where(code.isnan(), 0.0, code - grid.low).long()
+        index = (code - grid.low).long()
         return table[index] if table.dim() == 1 else table.gather(-1, index)
     columns = [column.unsqueeze(-1) for column in table.unbind(-1)]
     found = columns[0]
@@ -221,9 +224,7 @@ class BinRegularizer:
     def diagnose(self, values: Tensor, step: Tensor) -> BinDiagnosis:
         """Where the loss comes from; the two parts are computed from means and variances, as in the paper."""
         grid, values, step = self.grid, values.double(), step.double()
-        code, distance = _distances(
-            values, step, grid, self.clamp
-        )  # per bin the mean of the distance is mean(v) - level
+        code, distance = _distances(values, step, grid, self.clamp)
         index = ((code - grid.low) / grid.codes.step).long().flatten()
         counts = torch.bincount(index, minlength=len(grid.codes))
         used = counts > 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 import torchvision
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, get_worker_info
 
 from brfx.errors import DataError
 
@@ -37,12 +40,17 @@ class Preprocessing:
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 images ``(N, 3, H, W)`` to float32, normalized."""
-        mean = torch.tensor(self.mean, device=images.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(1, 3, 1, 1)
-        return (images.float() / 255 - mean) / std
+        mean, std = _per_channel(self.mean, images.device), _per_channel(self.std, images.device)
+        return images.float().div_(255).sub_(mean).div_(std)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@lru_cache
+def _per_channel(values: tuple[float, float, float], device: torch.device) -> Tensor:
+    """``(1, 3, 1, 1)``; kept, as copying it to a GPU for each batch would wait for the GPU each time."""
+    return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
 #: Documented defaults by data set. CIFAR takes ImageNet's mean and std, as the checkpoints in circulation do.
@@ -55,34 +63,78 @@ DEFAULTS = {
 
 
 class ImageFiles:
-    """Images that are decoded each time they are indexed, for a folder that does not fit in memory.
+    """Images that are decoded each time they are asked for, for a folder that does not fit in memory.
 
-    ``files[indices]`` gives uint8 ``(len(indices), 3, size, size)``, as a tensor of all images would.
+    ``files[indices]`` gives uint8 ``(len(indices), 3, size, size)``, as a tensor of all images would; :meth:`batches`
+    gives one such tensor after the other, decoded ahead by ``workers`` processes (0: by this one, when asked for).
 
     Raises:
-        DataError: a file cannot be read; names it.
+        DataError: a file cannot be read; names it. Or a worker process died.
     """
 
     def __init__(self, paths: Sequence[Path], size: int, workers: int) -> None:
         self.paths, self.size, self.workers = paths, size, workers
 
     def __getitem__(self, indices: Tensor) -> Tensor:
-        images = torch.empty(len(indices), 3, self.size, self.size, dtype=torch.uint8)
+        return _read([self.paths[i] for i in indices.tolist()], self.size)
 
-        def read(place: int) -> None:
-            path = self.paths[int(indices[place])]
-            try:
-                images[place] = _square(path, self.size)
-            except Exception as error:  # PIL has many for damaged files
-                raise DataError(f"{path}: cannot read this image ({error})") from error
-
-        with ThreadPoolExecutor(max(1, self.workers)) as pool:
-            for _ in pool.map(read, range(len(indices))):
-                pass
-        return images
+    def batches(self, order: Sequence[Tensor], *, pin: bool = False) -> Iterator[Tensor]:
+        """``files[indices]`` for each of ``order``; with ``pin`` in pinned memory."""
+        workers = self.workers if len(order) > 1 else 0
+        loader: DataLoader[Any] = DataLoader(
+            self.paths,  # type: ignore[arg-type]  # any sequence will do
+            batch_sampler=map(Tensor.tolist, order),
+            collate_fn=partial(_read_or_error, size=self.size),
+            num_workers=workers,
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            pin_memory=pin,
+            generator=torch.Generator(),  # its seeds for the workers would come out of the global one
+        )
+        try:
+            for images in _start(loader):
+                if isinstance(images, DataError):
+                    raise images
+                yield images
+        except RuntimeError as error:
+            why = str(error).strip().splitlines()[-1]
+            raise DataError(f"decoding images in worker processes failed ({why}): try fewer --workers") from error
 
     def take(self, indices: Tensor) -> ImageFiles:
         return ImageFiles([self.paths[i] for i in indices.tolist()], self.size, self.workers)
+
+
+def _read(paths: Sequence[Path], size: int) -> Tensor:
+    """uint8 ``(len(paths), 3, size, size)``, in shared memory in a worker process."""
+    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+    if get_worker_info() is not None:
+        images.share_memory_()  # type: ignore[no-untyped-call]
+    for image, path in zip(images, paths, strict=True):
+        try:
+            image.copy_(_square(path, size))
+        except Exception as error:  # PIL has many for damaged files
+            raise DataError(f"{path}: cannot read this image ({error})") from error
+    return images
+
+
+def _read_or_error(paths: Sequence[Path], size: int) -> Tensor | DataError:
+    """For a worker process: an error it raises comes out with its traceback in the message, one it returns does not."""
+    try:
+        return _read(paths, size)
+    except DataError as error:
+        return error
+
+
+def _start(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The loader's iterator, without torch's signal handler.
+
+    The handler raises a worker's death wherever the main thread happens to be; left to itself, the iterator raises it
+    where the next batch is asked for, within five seconds.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
+    return batches
 
 
 @dataclass(frozen=True)
@@ -194,24 +246,37 @@ class BatchLoader:
             reach = max(1, self.preprocessing.image_size // 8)
             shifts = torch.randint(0, 2 * reach + 1, (samples, 2), generator=generator)
             mirrored = torch.rand(samples, generator=generator) < (0.5 if self.flip else 0.0)
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            images = self.split.images[chosen]
+            shifts, mirrored = self._copy(shifts[order]), self._copy(mirrored[order])
+        labels = self._copy(self.split.labels[order])
+        start = 0
+        for images in self._images(torch.split(order, self.batch_size)[: len(self)]):
+            batch = slice(start, start + len(images))
+            images = self._copy(images)
             if self.augment:
-                images = _shift_and_mirror(images, shifts[chosen], mirrored[chosen], reach)
-            images = self.preprocessing.normalize(images.to(self.device, non_blocking=True))
-            yield images, self.split.labels[chosen].to(self.device, non_blocking=True)
+                images = _shift_and_mirror(images, shifts[batch], mirrored[batch], reach)
+            yield self.preprocessing.normalize(images), labels[batch]
+            start = batch.stop
+
+    def _images(self, order: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The uint8 batches of these indices."""
+        images = self.split.images
+        if isinstance(images, ImageFiles):
+            return images.batches(order, pin=self.device.type == "cuda")
+        return (images[chosen] for chosen in order)
+
+    def _copy(self, values: Tensor) -> Tensor:
+        """``values`` on the device; a GPU copies from pinned memory, and nobody waits for it."""
+        if self.device.type == "cuda":
+            values = values.pin_memory()
+        return values.to(self.device, non_blocking=True)
 
 
 def _shift_and_mirror(images: Tensor, shifts: Tensor, mirrored: Tensor, reach: int) -> Tensor:
     """Crop each image at its own offset out of the batch padded with zeros, and mirror the marked ones."""
     count, _, height, width = images.shape
-    padded = F.pad(images, (reach, reach, reach, reach))
-    rows = shifts[:, :1] + torch.arange(height)
-    columns = torch.arange(width).expand(count, width)
-    columns = torch.where(mirrored[:, None], width - 1 - columns, columns) + shifts[:, 1:]
-    sample = torch.arange(count)
-    return padded.permute(0, 2, 3, 1)[sample[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    windows = F.pad(images, (reach, reach, reach, reach)).unfold(2, height, 1).unfold(3, width, 1)
+    cropped = windows[torch.arange(count, device=images.device), :, shifts[:, 0], shifts[:, 1]]
+    return torch.where(mirrored.view(-1, 1, 1, 1), cropped.flip(-1), cropped)
 
 
 def load_dataset(
@@ -233,7 +298,7 @@ def load_dataset(
         preprocessing: size, mean and std; default :data:`DEFAULTS`, for a folder it must be given.
         download: let torchvision download a named data set that is not there.
         val_fraction: share of the training images cut off for validation, drawn per class with ``seed``.
-        workers: threads that decode a folder's images.
+        workers: processes that decode a folder's images; 0 for none beside this one.
 
     Raises:
         DataError: nothing is there, or what is there cannot be used; with the command that mends it.
@@ -335,8 +400,13 @@ def _decode(files: Sequence[tuple[Path, int]], size: int, workers: int) -> Split
     """All images in memory where they take less than a third of it, else decoded batch by batch."""
     images = ImageFiles([path for path, _ in files], size, workers)
     labels = torch.tensor([label for _, label in files])
-    fits = len(files) * 3 * size * size < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 3
-    return Split(images[torch.arange(len(files))] if fits else images, labels)
+    if len(files) * 3 * size * size >= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 3:
+        return Split(images, labels)
+    whole = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    order = torch.split(torch.arange(len(files)), 64)
+    for chosen, batch in zip(order, images.batches(order), strict=True):
+        whole[chosen] = batch
+    return Split(whole, labels)
 
 
 def _square(path: Path, size: int) -> Tensor:

@@ -23,6 +23,7 @@ from brfx.trace import TracedModule, generated, pruned
 
 #: What a chain is made of, besides batch norms and quantizers.
 _CHEAP = frozenset({"add", "iadd"})
+_CHEAP_MODULES = (nn.modules.batchnorm._BatchNorm, ActivationObserver, AlignedAdd)
 
 
 class QuantizedGraph(TracedModule):
@@ -184,7 +185,7 @@ def _compiled(graph: fx.Graph, kinds: tuple[str, ...]) -> Callable[..., Any]:
     """The compiled function of a chain; chains of one text over modules of one kind share it."""
     key = (graph.python_code("self").src, kinds)
     if key not in _COMPILED:
-        compiled = torch.compile(generated(nn.Module(), graph))
+        compiled = torch.compile(generated(nn.Module(), graph))  # type: ignore[no-untyped-call]
 
         def chain(*args: Any) -> Any:
             return compiled(None, *args)

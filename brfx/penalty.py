@@ -44,6 +44,9 @@ class BinPenalty(nn.Module):
         ConfigError: a lambda is negative.
     """
 
+    weight: Tensor
+    act: Tensor
+
     def __init__(
         self,
         qmodel: nn.Module,

@@ -1,9 +1,14 @@
+import os
+import signal
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+import brfx.data
 from brfx.data import DEFAULTS, BatchLoader, ImageFiles, Preprocessing, Split, load_dataset, with_overrides
 from brfx.errors import DataError
 
@@ -49,6 +54,64 @@ def test_a_folder_too_large_for_memory_is_decoded_batch_by_batch(tmp_path, monke
         ]
         for (a, labels_a), (b, labels_b) in zip(*batches, strict=True):
             assert torch.equal(a, b) and torch.equal(labels_a, labels_b)
+
+
+def folder_batches(root: Path, workers: int, **settings):
+    """Batches of 3 of the 20 training images, decoded when asked for."""
+    paths = sorted((root / "train").rglob("*.png"))
+    split = Split(ImageFiles(paths, 16, workers), torch.arange(len(paths)))
+    return BatchLoader(split, Preprocessing(16), 3, **settings)
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(tmp_path):
+    make_folder(tmp_path, ("train",))
+
+    def epochs(workers):
+        loader = folder_batches(tmp_path, workers, augment=True, seed=5)
+        for epoch in range(2):
+            loader.set_epoch(epoch)
+            yield from loader
+
+    state = torch.get_rng_state()
+    alone, helped = list(epochs(0)), list(epochs(2))
+    assert len(alone) == 14 and torch.equal(torch.get_rng_state(), state)
+    for (a, labels_a), (b, labels_b) in zip(alone, helped, strict=True):
+        assert torch.equal(a, b) and torch.equal(labels_a, labels_b)
+    assert not torch.equal(alone[0][0], alone[7][0])
+
+
+def test_an_epoch_may_be_left_early_and_two_may_run_at_once(tmp_path):
+    loader = folder_batches(make_folder(tmp_path, ("train",)), 2)
+    assert next(iter(loader))[1].tolist() == [0, 1, 2]
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(loader, loader, strict=True))
+    assert not active_children()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_file_is_named_in_one_line(tmp_path, workers):
+    make_folder(tmp_path, ("train",))
+    (tmp_path / "train" / "dog" / "3.png").write_bytes(b"no image")
+    seen = []
+    with pytest.raises(DataError, match=r"^/.*dog/3\.png: cannot read this image \(.*\)$") as caught:
+        seen.extend(labels for _, labels in folder_batches(tmp_path, workers))
+    assert torch.cat(seen).tolist() == list(range(12))  # the 14th is damaged
+    assert "\n" not in str(caught.value)
+
+
+def test_a_worker_that_dies_is_a_data_error(tmp_path, monkeypatch):
+    make_folder(tmp_path, ("train",))
+    square, parent = brfx.data._square, os.getpid()
+
+    def deadly(path, size):
+        if path.parts[-2:] == ("dog", "3.png") and os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return square(path, size)
+
+    monkeypatch.setattr(brfx.data, "_square", deadly)
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))  # looks each 5 s else
+    with pytest.raises(DataError, match=r"^decoding .* failed \(DataLoader worker .* exited unexpectedly\): .*$"):
+        list(folder_batches(tmp_path, 2))
+    assert not active_children()
 
 
 def test_val_is_taken_where_there_is_no_test(tmp_path):
@@ -102,6 +165,12 @@ def test_without_augmentation_the_order_is_the_splits():
     assert [len(labels) for _, labels in batches] == [16, 16, 16, 2]
     assert torch.cat([labels for _, labels in batches]).tolist() == list(range(50))
     assert len(loader(drop_last=True)) == len(list(loader(drop_last=True))) == 3
+
+
+def test_all_but_the_uint8_images_is_on_the_device():
+    batches = list(loader(augment=True, device="meta"))
+    assert {(images.device.type, labels.device.type) for images, labels in batches} == {("meta", "meta")}
+    assert batches[-1][0].shape == (2, 3, 8, 8)
 
 
 def test_augmentation_is_a_function_of_seed_and_epoch():

@@ -7,7 +7,7 @@ import brfx
 from brfx.models import build_model
 from brfx.nn import AlignedAdd, QuantizedLayer
 from brfx.train.optim import build_optimizer
-from brfx.train.step import compile_step, loss_step
+from brfx.train.step import build_step, loss_step
 
 
 def calibrated(model, images, **config):
@@ -90,24 +90,50 @@ def test_negative_lambda(tiny, images):
         brfx.BinPenalty(calibrated(tiny, images), weight=-1)
 
 
-@pytest.mark.parametrize("penalized", [False, True])
-def test_compiled_gradients_equal_eager_ones_parameter_by_parameter(tiny, images, penalized):
-    """In float64, where no rounding moves a value across the border of its bin."""
+def forms(qmodel, penalty):
+    """The step as the modules are called, and the three forms in which ``fit`` trains; each calls for its gradients."""
+    return {
+        "plain": loss_step(qmodel, penalty),
+        "codes": loss_step(qmodel, penalty, kernels=False),
+        "kernels": build_step(qmodel, penalty, "kernels"),
+        "whole": build_step(qmodel, penalty, "whole"),
+    }
+
+
+def gradients(qmodel, step, images, labels):
+    qmodel.zero_grad()
+    loss, _ = step(images, labels)
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in qmodel.named_parameters()}
+
+
+def assert_forms_agree(qmodel, penalty, images):
+    """Codes change no bit; compiled code is held to in float64, where no rounding moves a value across a bin's border.
+
+    The batch norms' statistics are put back, so that every form starts from the same model.
+    """
     torch._dynamo.reset()
-    images, labels = images.double(), torch.arange(8) % 4
-    qmodel = calibrated(tiny.double(), images)
-    step = loss_step(qmodel, brfx.BinPenalty(qmodel, 1.0, 1.0) if penalized else None)
-    results = []
-    for function in (step, compile_step(step)):
-        qmodel.zero_grad()
-        loss, numbers = function(images, labels)
-        loss.backward()
-        results.append((loss.detach(), numbers, {name: p.grad.clone() for name, p in qmodel.named_parameters()}))
-    (eager, _, expected), (compiled, _, found) = results
-    torch.testing.assert_close(compiled, eager, rtol=1e-10, atol=1e-12)
+    labels, start = torch.arange(len(images)) % 4, {k: v.clone() for k, v in qmodel.state_dict().items()}
+    found, ends = {}, {}
+    for name, step in forms(qmodel, penalty).items():
+        qmodel.load_state_dict(start)
+        found[name] = gradients(qmodel, step, images, labels)
+        ends[name] = {k: v.clone() for k, v in qmodel.state_dict().items()}
+    loss, expected = found.pop("plain")
     assert all(grad.abs().sum() > 0 for grad in expected.values())
-    for name, grad in expected.items():
-        torch.testing.assert_close(found[name], grad, rtol=1e-8, atol=1e-12, msg=name)
+    assert found["codes"][0] == loss
+    assert all(torch.equal(grad, expected[name]) for name, grad in found["codes"][1].items())
+    for form, (value, grads) in found.items():
+        torch.testing.assert_close(value, loss, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(ends[form], ends["plain"])
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, expected[name], rtol=1e-8, atol=1e-12, msg=f"{form}: {name}")
+
+
+@pytest.mark.parametrize("penalized", [False, True])
+def test_every_form_of_the_step_has_the_gradients_of_plain_calls(tiny, images, penalized):
+    qmodel = calibrated(tiny.double(), images.double()).train()
+    assert_forms_agree(qmodel, brfx.BinPenalty(qmodel, 1.0, 1.0) if penalized else None, images.double())
 
 
 class Residual(nn.Module):
@@ -125,23 +151,37 @@ class Residual(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def test_aligned_residuals_compile_with_the_gradients_of_eager(images):
-    torch._dynamo.reset()
+def test_aligned_residuals_too(images):
     torch.manual_seed(0)
-    images, labels = images.double(), torch.arange(8) % 4
-    qmodel = calibrated(Residual().double(), images)
+    qmodel = calibrated(Residual().double(), images.double()).train()
     assert sum(isinstance(module, AlignedAdd) for module in qmodel.modules()) == 2
-    step = loss_step(qmodel, brfx.BinPenalty(qmodel, 1.0, 1.0))
-    results = []
-    for function in (step, compile_step(step)):
-        qmodel.zero_grad()
-        loss, _ = function(images, labels)
-        loss.backward()
-        results.append((loss.detach(), {name: p.grad.clone() for name, p in qmodel.named_parameters()}))
-    (eager, expected), (compiled, found) = results
-    torch.testing.assert_close(compiled, eager, rtol=1e-10, atol=1e-12)
-    for name, grad in expected.items():
-        torch.testing.assert_close(found[name], grad, rtol=1e-8, atol=1e-12, msg=name)
+    assert_forms_agree(qmodel, brfx.BinPenalty(qmodel, 1.0, 1.0), images.double())
+
+
+def test_a_smaller_batch_and_another_lambda_compile_nothing(tiny, images):
+    torch._dynamo.reset()
+    qmodel = calibrated(tiny, images).train()
+    penalty = brfx.BinPenalty(qmodel)
+    step = build_step(qmodel, penalty, "whole")
+    step(images, torch.arange(8) % 4)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        step(images[:3], torch.arange(3))
+        penalty.weight.fill_(0.25)
+        penalty.act.fill_(0.5)
+        loss, numbers = step(images, torch.arange(8) % 4)
+    expected = numbers["task"] + 0.25 * numbers["weight"] + 0.5 * numbers["act"]
+    torch.testing.assert_close(loss.detach(), expected)
+
+
+@pytest.mark.parametrize("how", ["none", "kernels", "whole"])
+def test_bfloat16_trains_with_codes_in_full_precision(tiny, images, how):
+    torch._dynamo.reset()
+    qmodel = calibrated(tiny, images).train()
+    loss, _ = build_step(qmodel, brfx.BinPenalty(qmodel), how, "bf16")(images, torch.arange(8) % 4)
+    full, _ = loss_step(qmodel, brfx.BinPenalty(qmodel))(images, torch.arange(8) % 4)
+    loss.backward()
+    assert all(p.grad.dtype == p.dtype and p.grad.isfinite().all() for p in qmodel.parameters())
+    torch.testing.assert_close(loss, full, rtol=0.05, atol=0.05)
 
 
 def test_on_the_real_checkpoint_lambda_1_lowers_both_by_thirty_per_cent_in_100_steps(real_checkpoint, cifar10_test):

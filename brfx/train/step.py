@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import torch._functorch.config
 from torch import Tensor, nn
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointPolicy
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ def loss_step(
         kernels: what ``training_form`` is asked for; ``None``: the modules are called as they are.
         precision: ``"bf16"`` and ``"fp16"`` run the model under autocast; the loss is in FP32.
     """
-    module = model if penalty is None else penalty
+    module: Any = model if penalty is None else penalty
     run: Callable[[Tensor], Any] = module
     if kernels is not None and hasattr(module, "training_form"):
         run = module.training_form(kernels)
@@ -88,7 +90,7 @@ def build_step(model: nn.Module, penalty: Any | None, how: str, precision: str =
     if how != "whole":
         return loss_step(model, penalty, kernels=True if how == "kernels" else None, precision=precision)
     eager = loss_step(model, penalty, kernels=False, precision=precision)
-    compiled = torch.compile(eager, fullgraph=True, dynamic=False)
+    compiled = compile_whole(eager)
     shapes: list[torch.Size] = []
 
     def step(images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -96,7 +98,41 @@ def build_step(model: nn.Module, penalty: Any | None, how: str, precision: str =
             shapes.append(images.shape)
         if images.shape != shapes[0]:
             return eager(images, labels)
-        with torch._functorch.config.patch(aggressive_recomputation=True):  # cheap to make again, dear to keep
-            return compiled(images, labels)
+        return compiled(images, labels)
 
     return step
+
+
+def compile_whole(step: LossStep) -> LossStep:
+    """``step`` through ``torch.compile`` as one graph that makes again in backward what is cheap to make.
+
+    PyTorch's partitioner keeps what a later kernel reads whole, and what was made long ago, to save time; measured on
+    ResNet-20, keeping less costs 1-3 % of a step and saves 20-50 % of the memory. Bytes are kept: they are codes.
+    """
+    compiled = torch.compile(step, fullgraph=True, dynamic=False, options={"joint_custom_pre_pass": _KeepBytes()})
+
+    def run(images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch._functorch.config.patch(_RECOMPUTE):
+            return compiled(images, labels)
+
+    return run
+
+
+_RECOMPUTE = {
+    "ban_recompute_used_far_apart": False,
+    "ban_recompute_long_fusible_chains": False,
+    "ban_recompute_materialized_backward": False,
+}
+
+
+class _KeepBytes(CustomGraphPass):
+    """Mark the bytes that forward makes as to be kept: chains of recomputation then end at the nearest codes."""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        for node in graph.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, Tensor) and value.dtype in (torch.uint8, torch.int8):
+                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+    def uuid(self) -> str:
+        return "brfx.train.step._KeepBytes 1"  # part of the key under which compiled code is cached on disk

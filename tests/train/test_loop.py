@@ -9,7 +9,7 @@ from brfx.data import BatchLoader
 from brfx.models import build_model
 from brfx.train import Callback, fit
 from brfx.train.optim import build_optimizer, rate_factor
-from brfx.train.step import use_compile
+from brfx.train.step import how_to_compile
 
 
 def loaders(digits, batch=64):
@@ -134,7 +134,9 @@ def test_the_rate_rises_and_falls():
 
 
 def test_compile_is_decided_by_the_length_of_the_run():
-    assert use_compile("on", 1) and not use_compile("off", 10**6) and not use_compile("auto", 50)
+    assert how_to_compile("on", 1, "cpu") == "whole" and how_to_compile("kernels", 1, "cpu") == "kernels"
+    assert how_to_compile("off", 10**6, "cpu") == how_to_compile("auto", 50, "cpu") == "none"
+    assert how_to_compile("auto", 500, "cpu") == "kernels" and how_to_compile("auto", 5000, "cpu") == "whole"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,7 @@ def test_compile_is_decided_by_the_length_of_the_run():
         ({"lr": 0}, "lr=0"),
         ({"epochs": -1}, "epochs=-1"),
         ({"optimizer": "adam"}, "sgd or adamw"),
-        ({"compile": "maybe"}, "auto, on, off"),
+        ({"compile": "maybe"}, "auto, on, kernels, off"),
         ({"lr_warmup": 1.0}, "share below 1"),
     ],
 )

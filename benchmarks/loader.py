@@ -1,0 +1,103 @@
+"""What the data loader costs, beside a training step of ResNet-20.
+
+    python benchmarks/loader.py [--batch 128] [--jpegs 256] [--threads 2]
+
+prints milliseconds a batch (median): (a) 45,000 random CIFAR-sized images in memory, augmented; (b) generated JPEGs of
+256x256 at 224 px, augmented, decoded without and with worker processes, one after the other and beside a consumer that
+sleeps for as long as the step takes, where what is printed is the wait for a batch; (c) a plain FP32 step, eager, on
+the same batch size, and the loader's share of a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+import brfx
+from brfx.data import BatchLoader, ImageFiles, Preprocessing, Split
+
+
+def waits(batches: Iterable[object], work: float = 0.0, most: int = 50) -> float:
+    """Median seconds that ``batches`` takes to give one, with ``work`` seconds slept after each; the first is left out.
+
+    Its ``most`` first batches are taken, two at least.
+    """
+    iterator, seconds = iter(batches), []
+    while len(seconds) < most:
+        started = time.perf_counter()
+        if next(iterator, None) is None:
+            break
+        seconds.append(time.perf_counter() - started)
+        time.sleep(work)
+    return median(seconds[1:])
+
+
+def step_seconds(batch: int, repeats: int = 7) -> float:
+    """Median seconds of a forward, a backward and an SGD update of ResNet-20 on ``(batch, 3, 32, 32)``."""
+    model = brfx.build_model("resnet20", 10).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    images = torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(10, (batch,))
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - started)
+    return median(seconds[1:])
+
+
+def make_jpegs(folder: Path, count: int) -> list[Path]:
+    """Smooth pictures with some noise, which decode about as slowly as photographs."""
+    generator = torch.Generator().manual_seed(0)
+    paths = [folder / f"{i}.jpg" for i in range(count)]
+    for path in paths:
+        coarse = 255 * torch.rand(1, 3, 16, 16, generator=generator)
+        fine = F.interpolate(coarse, size=(256, 256), mode="bicubic")[0] + 8 * torch.randn(
+            3, 256, 256, generator=generator
+        )
+        Image.fromarray(fine.clamp(0, 255).byte().permute(1, 2, 0).numpy()).save(path, quality=90)
+    return paths
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--jpegs", type=int, default=256)
+    parser.add_argument("--jpeg-batch", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+
+    step = step_seconds(given.batch)
+    images = torch.randint(0, 256, (45_000, 3, 32, 32), dtype=torch.uint8)
+    in_memory = BatchLoader(
+        Split(images, torch.zeros(45_000, dtype=torch.int64)), Preprocessing(32), given.batch, augment=True
+    )
+    wait = waits(in_memory)
+    print(f"ResNet-20 step, batch {given.batch}, FP32, {given.threads} threads: {1e3 * step:.1f} ms")
+    print(f"32 px in memory, batch {given.batch}: {1e3 * wait:.2f} ms, {wait / (wait + step):.2%} of step and loader")
+
+    with tempfile.TemporaryDirectory() as folder:
+        paths = make_jpegs(Path(folder), given.jpegs)
+        for workers in (0, 2):
+            split = Split(ImageFiles(paths, 224, workers), torch.zeros(len(paths), dtype=torch.int64))
+            loader = BatchLoader(split, Preprocessing(224), given.jpeg_batch, augment=True)
+            alone, beside = waits(loader), waits(loader, work=step)
+            print(
+                f"224 px JPEGs, batch {given.jpeg_batch}, {workers} workers: {1e3 * alone:.1f} ms; "
+                f"{1e3 * beside:.1f} ms beside a step of {1e3 * step:.1f} ms"
+            )
+
+
+if __name__ == "__main__":
+    main()
