@@ -185,10 +185,10 @@ def _compiled(graph: fx.Graph, kinds: tuple[str, ...]) -> Callable[..., Any]:
     """The compiled function of a chain; chains of one text over modules of one kind share it."""
     key = (graph.python_code("self").src, kinds)
     if key not in _COMPILED:
-        compiled = torch.compile(generated(nn.Module(), graph))  # type: ignore[no-untyped-call]
+        compiled = torch.compile(generated(nn.Module(), graph))
 
         def chain(*args: Any) -> Any:
-            return compiled(None, *args)
+            return compiled(None, *args)  # type: ignore[no-untyped-call]
 
         chain.__name__ = f"chain_{len(_COMPILED)}"  # what the graph around it calls it
         _COMPILED[key] = chain

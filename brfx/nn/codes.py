@@ -37,7 +37,7 @@ def coded(quantizer: LSQActivationQuantizer, x: Tensor) -> Coded:
 
 def decode(code: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
     """The values that a code and a step stand for."""
-    return (code.to(step.dtype) * step).to(dtype)
+    return (code.to(torch.promote_types(dtype, step.dtype)) * step).to(dtype)
 
 
 def remade(coded: Coded) -> Tensor:

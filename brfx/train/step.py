@@ -48,7 +48,7 @@ def loss_step(
     def step(images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.autocast(device, PRECISIONS[precision], enabled=precision != "fp32"):
             logits, terms = (run(images), None) if penalty is None else run(images)
-        task = F.cross_entropy(logits.float(), labels)
+        task = F.cross_entropy(logits if precision == "fp32" else logits.float(), labels)
         numbers = {"task": task.detach(), "correct": (logits.argmax(1) == labels).sum()}
         if terms is None:
             return task, numbers
