@@ -234,7 +234,7 @@ class JobConfig:
         image_size, mean, std: instead of the data set's defaults.
         val_fraction: share of the training images that the best epoch is chosen on.
         batch_size: images a batch.
-        workers: threads that decode images.
+        workers: processes that decode the images of a folder; 0 decodes in the training process.
         qat: what to quantize.
         train: how to train.
         lambda_br, lambda_br_act: weights of the two bin regularizers; 0 switches one off.
@@ -275,10 +275,10 @@ class JobConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data_dir", self.data_dir.expanduser())
-        for name in ("batch_size", "workers", "calibration_batches"):
+        for name in ("batch_size", "calibration_batches"):
             if not getattr(self, name) >= 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: takes 1 or more")
-        for name in ("lambda_br", "lambda_br_act"):
+        for name in ("lambda_br", "lambda_br_act", "workers"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: takes 0 or more")
         if self.start not in STARTS:

@@ -300,12 +300,13 @@ def _loaders(job: JobConfig, dataset: Dataset) -> tuple[BatchLoader, BatchLoader
         flip=dataset.flip,
         drop_last=len(dataset.train) >= job.batch_size,
         seed=job.train.seed,
+        device=job.train.device,
     )
-    return train, BatchLoader(dataset.val, dataset.preprocessing, job.batch_size)
+    return train, BatchLoader(dataset.val, dataset.preprocessing, job.batch_size, device=job.train.device)
 
 
 def _test_loader(job: JobConfig, dataset: Dataset) -> BatchLoader:
-    return BatchLoader(dataset.test, dataset.preprocessing, job.batch_size)
+    return BatchLoader(dataset.test, dataset.preprocessing, job.batch_size, device=job.train.device)
 
 
 def _free_run_dir(job: JobConfig) -> Path:
