@@ -1,123 +1,316 @@
-"""The rewritten graph as ONNX, written by torch's exporter and checked in ONNX Runtime."""
+"""The integer form as ONNX: convolutions and linears on integer kernels, weights packed, all else torch's exporter's."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
+import dataclasses
 import io
 import json
 import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from brfx.calibration import require_calibrated
 from brfx.card import card_of
 from brfx.errors import ExportError
-from brfx.nn import QuantizedLayer
+from brfx.export.integer import IntegerModel, integer_model
+from brfx.export.operators import translations
+from brfx.export.packing import CONTAINERS, pack
+from brfx.export.parity import SiteParity, compare_codes
+
+#: What a profile is for: the opset it needs, and the narrowest type that weights are stored in.
+PROFILES = {"compact": (25, 2), "fast": (21, 8), "portable": (21, 4)}
 
 
 @dataclass(frozen=True)
 class OnnxReport:
-    """What was written, and how ONNX Runtime's outputs compare to the model's on the example.
+    """What was written, and how it compares.
 
-    ``max_difference`` is the largest absolute difference of an output, ``same_top1`` the share of samples with the
-    same best class; both are ``None`` where ONNX Runtime is not installed.
+    Attributes:
+        path, bytes: the file.
+        integer_layers: convolutions and linears on integer kernels.
+        float_layers: what stays in floating point, and why.
+        largest_sum: the largest magnitude an accumulator can reach; 32 bits hold less than ``2**31``.
+        sites: codes of the trained model against the integer form's, layer by layer, on the example.
+        reference_difference: the largest absolute difference between ONNX Runtime's outputs and the reference
+            interpreter's; 0.0 means bit for bit. ``None`` where ONNX Runtime is not installed.
+        max_difference: the same between ONNX Runtime and the trained model.
+        same_top1: the share of samples with the same best class as the trained model's.
     """
 
     path: Path
     bytes: int
+    integer_layers: int = 0
+    float_layers: dict[str, str] | None = None
+    largest_sum: int = 0
+    sites: tuple[SiteParity, ...] = ()
+    reference_difference: float | None = None
     max_difference: float | None = None
     same_top1: float | None = None
 
+    @property
+    def flipped(self) -> tuple[int, int]:
+        """How many codes differ between the trained model and its integer form, of how many."""
+        return sum(site.flipped for site in self.sites), sum(site.codes for site in self.sites)
 
-def export_onnx(qmodel: nn.Module, path: str | Path, example_inputs: Tensor | tuple[Tensor, ...]) -> OnnxReport:
-    """Write the quantized model as ONNX with a free batch size.
 
-    Weights are stored as the levels the network computes with, and each activation quantizer is its arithmetic
-    (divide, clip, round, multiply): the file is exact, and runs in floating point.
+def export_onnx(
+    qmodel: nn.Module, path: str | Path, example_inputs: Tensor | tuple[Tensor, ...], profile: str = "compact"
+) -> OnnxReport:
+    """Write the quantized model as ONNX with a free batch size, and compare the file with the model.
 
     Args:
-        qmodel: a calibrated model; a copy in eval mode is exported.
+        qmodel: a calibrated model; its integer form (:mod:`brfx.export.integer`) in eval mode is exported.
         path: of the file to write.
         example_inputs: the model's inputs, a batch of two or more.
+        profile: ``"compact"`` packs weights into INT2 and INT4 (opset 25), ``"portable"`` into INT4 (opset 21),
+            ``"fast"`` stores them as the INT8 that the kernels read (opset 21).
 
     Raises:
         NotCalibratedError: a quantizer has no step.
-        ExportError: the extra ``onnx`` is not installed, or the exporter failed.
+        ExportError: the extra ``onnx`` is not installed, the exporter failed, the file cannot be written, or a sum
+            could overflow 32 bits.
     """
-    require_calibrated(qmodel)
+    if profile not in PROFILES:
+        raise ExportError(f"profile={profile!r}: takes {', '.join(PROFILES)}")
     path = Path(path)
+    if not path.parent.is_dir():
+        raise ExportError(f"{path}: there is no folder {path.parent}")
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    inputs = tuple(value.detach().cpu() for value in inputs)
     try:
         import onnx
         import onnxscript  # noqa: F401  (the exporter needs it)
     except ImportError as error:
         raise ExportError("ONNX export needs the extra: pip install 'brfx[onnx]'") from error
-    frozen = _with_levels_as_weights(qmodel)
+    integer = integer_model(qmodel)
+    if integer.largest_sum >= 2**31:
+        layer = max(integer.layers, key=lambda name: integer.layers[name].largest_sum)
+        raise ExportError(f"{layer}: its sums can reach {integer.largest_sum}, more than 32 bits hold; use fewer bits")
+    expected = _reference(integer, inputs)
+    opset, narrowest = PROFILES[profile]
     try:
         with _quiet(), torch.no_grad():
             batch = torch.export.Dim("batch")
-            shapes = tuple({0: batch} for _ in inputs)
             program = torch.onnx.export(
-                frozen, inputs, dynamo=True, dynamic_shapes=shapes, input_names=["input"], output_names=["output"]
+                integer.model,
+                inputs,
+                dynamo=True,
+                dynamic_shapes=tuple({0: batch} for _ in inputs),
+                input_names=["input"],
+                output_names=["output"],
+                opset_version=opset,
+                custom_translation_table=translations(),
             )
         assert program is not None
         proto = program.model_proto
-        card = card_of(qmodel)
-        for key, value in (
-            ("brfx_config", asdict(card.config)),
-            ("preprocessing", card.preprocessing and asdict(card.preprocessing)),
-            ("classes", card.classes),
-        ):
-            proto.metadata_props.add(key=key, value=json.dumps(value))
-        onnx.checker.check_model(proto)
+    except Exception as error:
+        raise ExportError(f"torch's ONNX exporter failed: {_first_line(error)}") from error
+    _share_codes(proto)
+    _store_weights(proto, integer, narrowest)
+    _strip(proto)
+    _describe(proto, qmodel)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
         partial = path.with_name(path.name + ".partial")
         onnx.save(proto, partial)
         partial.replace(path)
     except Exception as error:
-        raise ExportError(
-            f"torch's ONNX exporter failed: {(str(error).splitlines() or [repr(error)])[0][:200]}"
-        ) from error
-    return _compare(path, inputs, _eval_output(qmodel, inputs))
+        raise ExportError(f"{path}: cannot write this model ({_first_line(error)})") from error
+    return _compare(path, inputs, qmodel, integer, expected)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return (lines or [repr(error)])[0][:200]
+
+
+def _share_codes(proto: Any) -> None:
+    """Let a quantizer of values that were just decoded from the same grid have the codes themselves.
+
+    c -> DequantizeLinear(s, z) -> QuantizeLinear(s, z) -> d    =>    c = d
+    """
+    constants = _constants(proto)
+    made = {output: node for node in proto.graph.node for output in node.output}
+    renamed: dict[str, str] = {}
+    for node in list(proto.graph.node):
+        source = made.get(node.input[0]) if node.op_type == "QuantizeLinear" else None
+        if source is not None and source.op_type == "DequantizeLinear":
+            same = [constants.get(a) == constants.get(b) for a, b in zip(node.input[1:], source.input[1:], strict=True)]
+            if all(same) and all(name in constants for name in node.input[1:]):
+                renamed[node.output[0]] = source.input[0]
+                proto.graph.node.remove(node)
+    for node in proto.graph.node:
+        for index, name in enumerate(node.input):
+            while name in renamed:
+                name = renamed[name]
+            node.input[index] = name
+    _drop_dead(proto)
+
+
+def _constants(proto: Any) -> dict[str, tuple[str, bytes]]:
+    """Constant values by name, comparable."""
+    import onnx
+
+    found = {initializer.name: initializer for initializer in proto.graph.initializer}
+    found |= {
+        node.output[0]: node.attribute[0].t
+        for node in proto.graph.node
+        if node.op_type == "Constant" and node.attribute[0].name == "value"
+    }
+    arrays = {name: onnx.numpy_helper.to_array(value) for name, value in found.items() if value.dims in ([], [1])}
+    return {name: (str(array.dtype), array.tobytes()) for name, array in arrays.items()}
+
+
+def _drop_dead(proto: Any) -> None:
+    while True:
+        used = {name for node in proto.graph.node for name in node.input} | {out.name for out in proto.graph.output}
+        dead = [node for node in proto.graph.node if not used.intersection(node.output)]
+        if not dead:
+            break
+        for node in dead:
+            proto.graph.node.remove(node)
+    for initializer in [value for value in proto.graph.initializer if value.name not in used]:
+        proto.graph.initializer.remove(initializer)
+
+
+def _store_weights(proto: Any, integer: IntegerModel, narrowest: int) -> None:
+    """Replace int8 weights by packed codes that are cast back, and multiplied by their headroom, when it is loaded.
+
+    w (int8)    =>    packed (INT2 or INT4) -> Cast(int8) -> Mul(headroom) -> w
+    """
+    import onnx
+
+    layers = {
+        f"{name}.weight": module
+        for name, module in integer.model.named_modules()
+        if hasattr(module, "headroom") and isinstance(getattr(module, "weight", None), Tensor)
+    }
+    place = 0
+    for initializer in list(proto.graph.initializer):
+        layer = layers.get(initializer.name)
+        if layer is None or initializer.data_type != onnx.TensorProto.INT8:
+            continue
+        bits = next(bits for bits in CONTAINERS if bits >= max(narrowest, int(layer.bits)))  # type: ignore[arg-type]
+        if bits == 8:
+            continue
+        codes = onnx.numpy_helper.to_array(initializer) // np.int8(layer.headroom)  # type: ignore[arg-type]
+        name, packed = initializer.name, f"{initializer.name}.int{bits}"
+        tensor = onnx.TensorProto(name=packed, data_type=CONTAINERS[bits], dims=codes.shape, raw_data=pack(codes, bits))
+        proto.graph.initializer.remove(initializer)
+        proto.graph.initializer.append(tensor)
+        scaled = int(layer.headroom) != 1  # type: ignore[arg-type]
+        cast = f"{name}.codes" if scaled else name
+        nodes = [onnx.helper.make_node("Cast", [packed], [cast], to=onnx.TensorProto.INT8)]
+        if scaled:
+            factor = f"{name}.headroom"
+            proto.graph.initializer.append(onnx.numpy_helper.from_array(np.int8(layer.headroom), factor))  # type: ignore[arg-type]
+            nodes.append(onnx.helper.make_node("Mul", [cast, factor], [name]))
+        for node in nodes:
+            proto.graph.node.insert(place, node)
+            place += 1
+
+
+def _strip(proto: Any) -> None:
+    """Take out what the exporter wrote for its own debugging, shorten the names of values, store constants once."""
+    graph = proto.graph
+    del graph.value_info[:], proto.functions[:], graph.metadata_props[:]
+    graph.doc_string = ""
+    kept = {value.name for value in (*graph.input, *graph.output)}
+    constants: dict[bytes, str] = {}
+    short: dict[str, str] = {}
+    for node in list(graph.node):
+        del node.metadata_props[:]
+        node.doc_string = node.name = ""
+        if node.op_type == "Constant" and node.attribute[0].name == "value" and node.output[0] not in kept:
+            tensor = node.attribute[0].t
+            tensor.name = ""
+            name = constants.setdefault(tensor.SerializeToString(), f"c{len(constants)}")
+            short[node.output[0]] = name
+            if name not in {value.name for value in graph.initializer}:
+                tensor.name = name
+                graph.initializer.append(tensor)
+            graph.node.remove(node)
+    for index, node in enumerate(graph.node):
+        for place, name in enumerate(node.output):
+            if name and name not in kept:
+                short[name] = node.output[place] = f"v{index}" if not place else f"v{index}_{place}"
+        for place, name in enumerate(node.input):
+            node.input[place] = short.get(name, name)
+    for initializer in graph.initializer:
+        del initializer.metadata_props[:]
+        initializer.doc_string = ""
+
+
+def _describe(proto: Any, qmodel: nn.Module) -> None:
+    card = card_of(qmodel)
+    for key, value in (
+        ("brfx_version", version("brfx")),
+        ("brfx_config", asdict(card.config)),
+        ("preprocessing", card.preprocessing and asdict(card.preprocessing)),
+        ("classes", card.classes),
+    ):
+        proto.metadata_props.add(key=key, value=json.dumps(value))
 
 
 @torch.no_grad()
-def _with_levels_as_weights(qmodel: nn.Module) -> nn.Module:
-    """A copy in eval mode whose weights are the levels that ``qmodel`` computes with, and are quantized no more."""
-    frozen = copy.deepcopy(qmodel).eval()
-    for module in frozen.modules():
-        if isinstance(module, QuantizedLayer) and module.weight_quantizer is not None:
-            module.weight.copy_(module.quantized_weight())
-            module.weight_quantizer.mode = "pass"
-    return frozen
+def _reference(integer: IntegerModel, inputs: tuple[Tensor, ...]) -> Any:
+    return integer.model(*inputs)
 
 
 @torch.no_grad()
-def _eval_output(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-    training = model.training
-    try:
-        return model.eval()(*inputs)  # type: ignore[no-any-return]
-    finally:
-        model.train(training)
-
-
-def _compare(path: Path, inputs: tuple[Tensor, ...], expected: Tensor) -> OnnxReport:
-    size = path.stat().st_size
+def _compare(
+    path: Path, inputs: tuple[Tensor, ...], qmodel: nn.Module, integer: IntegerModel, reference: Any
+) -> OnnxReport:
+    sites = tuple(compare_codes(qmodel, integer, *inputs)) if _on_cpu(qmodel) else ()
+    report = OnnxReport(
+        path, path.stat().st_size, len(integer.layers), integer.float_layers, integer.largest_sum, sites
+    )
     try:
         import onnxruntime
     except ImportError:
-        return OnnxReport(path, size)
+        return report
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    feeds = {node.name: value.cpu().numpy() for node, value in zip(session.get_inputs(), inputs, strict=True)}
-    found = torch.from_numpy(session.run(None, feeds)[0])
-    expected = expected.cpu()
-    same = (found.argmax(1) == expected.argmax(1)).double().mean()
-    return OnnxReport(path, size, float((found - expected).abs().max()), float(same))
+    feeds = {node.name: value.numpy() for node, value in zip(session.get_inputs(), inputs, strict=True)}
+    found = [torch.from_numpy(value) for value in session.run(None, feeds)]
+    training = qmodel.training
+    device = next(qmodel.parameters()).device
+    try:
+        trained = tensors(qmodel.eval()(*(value.to(device) for value in inputs)))
+    finally:
+        qmodel.train(training)
+    same = None
+    if found[0].dim() == 2:
+        same = float((found[0].argmax(1) == trained[0].cpu().argmax(1)).double().mean())
+    return dataclasses.replace(
+        report,
+        reference_difference=_distance(found, tensors(reference)),
+        max_difference=_distance(found, trained),
+        same_top1=same,
+    )
+
+
+def _on_cpu(model: nn.Module) -> bool:
+    return next(model.parameters()).device.type == "cpu"
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """The tensors of an output, in the order in which an exported file gives them."""
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _distance(found: list[Tensor], expected: list[Tensor]) -> float:
+    return max(
+        (float((a.double() - b.cpu().double()).abs().max()) for a, b in zip(found, expected, strict=True) if a.numel()),
+        default=0.0,
+    )
 
 
 @contextlib.contextmanager

@@ -1,0 +1,420 @@
+"""The integer form of a trained model: int8 weights, steps, biases with batch norm folded in, one entry a layer.
+
+Every exporter writes from it. Run in PyTorch it is the reference interpreter: its operators compute in integers
+(:mod:`brfx.export.operators`).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from brfx.calibration import require_calibrated
+from brfx.export.operators import Codes, convolution, linear, requantize
+from brfx.flow import analyse
+from brfx.graph import free_name, set_module
+from brfx.nn import ActivationObserver, AlignedAdd, LSQActivationQuantizer, QuantizedClippedReLU, QuantizedLayer
+from brfx.observing import graphs
+from brfx.trace import pruned
+
+_BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+class Requantize(nn.Module):
+    """Puts values on a grid of 8-bit codes; ``site`` names the quantizer of the trained model that it stands for."""
+
+    def __init__(self, codes: Codes, site: str, scale_out: float | None = None) -> None:
+        super().__init__()
+        self.codes, self.site = codes, site
+        self.scale_out = codes.scale if scale_out is None else scale_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return requantize(x, *self.codes, self.scale_out)  # type: ignore[no-any-return]
+
+
+class IntegerConv(nn.Module):
+    """A convolution with int8 weights and an int32 bias, from the grid of its input to the grid of its output."""
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor
+
+    def __init__(self, layer: nn.Module, parts: Folded, x: Codes, y: Codes, bits: int, site: str) -> None:
+        super().__init__()
+        self.register_buffer("weight", parts.weight)
+        self.register_buffer("weight_scale", parts.scale)
+        self.register_buffer("bias", parts.bias)
+        self.x, self.y, self.bits, self.site, self.headroom = x, y, bits, site, parts.headroom
+        self.stride, self.dilation, self.groups = list(layer.stride), list(layer.dilation), int(layer.groups)  # type: ignore[arg-type]
+        self.padding = list(layer.padding)  # type: ignore[arg-type]
+        self.largest_sum = largest_sum(parts.weight, x) + int(parts.bias.abs().max())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return convolution(  # type: ignore[no-any-return]
+            x,
+            self.weight,
+            self.weight_scale,
+            self.bias,
+            self.x.scale,
+            self.x.zero_point,
+            *self.y,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+        )
+
+
+class IntegerLinear(nn.Module):
+    """A linear with int8 weights; sums in 32 bits, then one multiplication and a float bias."""
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor, x: Codes, bits: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+        self.x, self.bits, self.headroom = x, bits, 1
+        self.largest_sum = largest_sum(weight, x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.scale, self.bias, self.x.scale, self.x.zero_point)  # type: ignore[no-any-return]
+
+
+class FloatLayer(nn.Module):
+    """A convolution or linear that has to stay in floating point; its weight is stored as codes all the same."""
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, layer: QuantizedLayer, weight: Tensor, scale: Tensor, bits: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.layer, self.bits, self.headroom = layer, bits, 1
+        layer.weight_quantizer = None
+        del layer._parameters["weight"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        vars(self.layer)["weight"] = self.weight.float() * self.scale
+        return self.layer(x)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A convolution's weight codes times ``headroom``, its scale by channel, and its bias in units of the sums."""
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor
+    headroom: int
+
+
+@dataclass(frozen=True)
+class IntegerModel:
+    """The integer form.
+
+    Attributes:
+        model: runs in PyTorch, in integers where ``layers`` says so.
+        layers: by dotted name.
+        float_layers: what stays in floating point, and why.
+    """
+
+    model: nn.Module
+    layers: dict[str, IntegerConv | IntegerLinear]
+    float_layers: dict[str, str]
+
+    @property
+    def largest_sum(self) -> int:
+        """The largest magnitude that any accumulator can reach; 32 bits hold less than ``2**31``."""
+        return max((layer.largest_sum for layer in self.layers.values()), default=0)
+
+
+def largest_sum(weight: Tensor, x: Codes) -> int:
+    """How far from zero the sum of an output can get, whatever the input."""
+    reach = max(abs(x.low - x.zero_point), abs(x.high - x.zero_point))
+    return int(weight.flatten(1).int().abs().sum(1).max()) * reach
+
+
+@torch.no_grad()
+def integer_model(qmodel: nn.Module) -> IntegerModel:
+    """The integer form of ``qmodel``, which is left as it was.
+
+    Raises:
+        NotCalibratedError: a quantizer has no step.
+    """
+    require_calibrated(qmodel)
+    model = copy.deepcopy(qmodel).eval().cpu()
+    result = IntegerModel(model, {}, {})
+    for prefix, gm in graphs(model).items():
+        scope = f"{prefix}." if prefix else ""
+        if getattr(gm, "twin", False):
+            gm.graph = pruned(gm, False)
+        _Rewriting(gm, scope, result).run()
+    for name, module in model.named_modules():
+        for child_name, child in list(module.named_children()):
+            path = f"{name}.{child_name}".lstrip(".")
+            if isinstance(child, QuantizedLayer) and child.weight_quantizer is not None:
+                if not child.weight_quantizer.calibrated:
+                    continue
+                setattr(module, child_name, _float_layer(child))
+                result.float_layers.setdefault(path, "called by Python code, outside every graph")
+    return result
+
+
+class _Rewriting:
+    """One graph on its way to integers."""
+
+    def __init__(self, gm: GraphModule, scope: str, result: IntegerModel) -> None:
+        self.gm, self.scope, self.result = gm, scope, result
+        self.flows = analyse(gm)
+        self.codes: dict[Node, Codes] = {}  # of quantizers and of what replaced them
+
+    def run(self) -> None:
+        for node in list(self.gm.graph.nodes):
+            module = self._module(node)
+            if isinstance(module, ActivationObserver):
+                node.replace_all_uses_with(node.args[0])
+                self.gm.graph.erase_node(node)
+        self.flows = analyse(self.gm)
+        for node in list(self.gm.graph.nodes):
+            module = self._module(node)
+            if isinstance(module, AlignedAdd):
+                self._aligned_add(node, module)
+            elif isinstance(module, LSQActivationQuantizer):
+                codes = codes_of(module)
+                if codes is not None:
+                    self._quantizer(node, codes)
+            elif isinstance(module, QuantizedLayer):
+                self._layer(node, module)
+        self.gm.graph.lint()
+        self.gm.recompile()
+        self.gm.delete_all_unused_submodules()
+
+    def _module(self, node: Node) -> nn.Module | None:
+        return self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def _quantizer(self, node: Node, codes: Codes) -> None:
+        """A quantizer of the output of a convolution is part of the convolution; else it stands alone."""
+        site = f"{self.scope}{node.target}"
+        new = self._absorbed(node.args[0], codes, site)
+        if new is None:
+            new = self._call(node, str(node.target), Requantize(codes, site), node.args[0])
+        self.codes[new] = codes
+        node.replace_all_uses_with(new)
+        self.gm.graph.erase_node(node)
+
+    def _aligned_add(self, node: Node, add: AlignedAdd) -> None:
+        branch, shortcut, out, *into = node.args
+        step_out = float(self._value(out))
+        site = f"{self.scope}{node.target}"
+        if into:
+            step_in = float(self._value(into[0]))
+            m, n = (float(part) for part in add.snap(self._value(into[0]).float() / self._value(out).float()))
+            assert add.high_in is not None
+            unit, zero = step_out / n, int(add.high_in * m)
+            addends = [self._branch(node, branch, Codes(unit, zero, 0, 255), f"{site}.branch")]
+            codes = Codes(step_in, 0, 0, add.high_in)
+            addends.append(
+                self._call(node, f"{node.target}_shortcut", Requantize(codes, f"{site}.shortcut", unit * m), shortcut)
+            )
+        else:
+            codes = Codes(step_out / add.unit, 128, 0, 255)
+            addends = [
+                self._branch(node, branch, codes, f"{site}.branch"),
+                self._branch(node, shortcut, codes, f"{site}.projection"),
+            ]
+        with self.gm.graph.inserting_before(node):
+            total = self.gm.graph.call_function(torch.add, tuple(addends))
+        node.replace_all_uses_with(total)
+        self.gm.graph.erase_node(node)
+
+    def _branch(self, before: Node, value: object, codes: Codes, site: str) -> Node:
+        absorbed = self._absorbed(value, codes, site, before=before)
+        if absorbed is not None:
+            return absorbed
+        return self._call(before, f"{before.target}_{site.rpartition('.')[2]}", Requantize(codes, site), value)
+
+    def _absorbed(self, value: object, codes: Codes, site: str, before: Node | None = None) -> Node | None:
+        """The convolution (and batch norm) that made ``value`` for this quantizer alone, as one integer convolution."""
+        assert isinstance(value, Node)
+        node, norm = value, None
+        if isinstance(self._module(node), _BatchNorm) and len(node.users) == 1:
+            norm, node = self._module(node), node.args[0]  # type: ignore[assignment]
+        layer = self._module(node)
+        plain = isinstance(layer, QuantizedLayer) and isinstance(layer, nn.modules.conv._ConvNd)
+        if not plain or len(node.users) != 1 or len(value.users) != 1 or layer.transposed:  # type: ignore[union-attr]
+            return None
+        x = self._input_codes(node)
+        if (
+            x is None
+            or layer.weight_quantizer is None
+            or layer.padding_mode != "zeros"
+            or isinstance(layer.padding, str)
+        ):  # type: ignore[union-attr]
+            return None
+        source = self._on_codes(node, x)
+        bits = layer.weight_quantizer.bits  # type: ignore[union-attr]
+        integer = IntegerConv(layer, fold(layer, norm, x), x, codes, bits, site)  # type: ignore[arg-type]
+        new = self._call(value, str(node.target), integer, source)
+        self.result.layers[f"{self.scope}{node.target}"] = integer
+        value.replace_all_uses_with(new)
+        for dead in dict.fromkeys((value, node)):
+            self.gm.graph.erase_node(dead)
+        return new
+
+    def _input_codes(self, node: Node) -> Codes | None:
+        """The grid that the input of a layer lies on."""
+        value = node.args[0] if node.args else None
+        while isinstance(value, Node):
+            if value in self.codes:
+                return self.codes[value]
+            grid = self.flows[value].grid if value in self.flows else None
+            if grid is None:
+                return None
+            if grid is value:
+                module = self._module(value)
+                return codes_of(module) if isinstance(module, LSQActivationQuantizer) else None
+            inputs = value.all_input_nodes
+            value = inputs[0] if inputs else None
+        return None
+
+    def _on_codes(self, node: Node, codes: Codes) -> object:
+        """The input of a layer, as the output of a quantizer: where max-pooling or a reshape lies between, put on
+        the grid where it is already."""
+        value = node.args[0]
+        if value in self.codes:
+            return value
+        again = self._call(node, f"{node.target}_input_again", Requantize(codes, ""), value)
+        self.codes[again] = codes
+        return again
+
+    def _layer(self, node: Node, layer: QuantizedLayer) -> None:
+        """What no quantizer behind absorbed."""
+        if layer.weight_quantizer is None:
+            self.result.float_layers[f"{self.scope}{node.target}"] = "its weight is FP32"
+            return
+        x = self._input_codes(node)
+        quantizer_behind = any(
+            isinstance(self._module(user), (LSQActivationQuantizer, AlignedAdd, _BatchNorm)) for user in node.users
+        )
+        if isinstance(layer, nn.Linear) and x is not None:
+            weight, step = codes_of_weight(layer)
+            scale = (step.flatten() * torch.tensor(x.scale)).float()
+            bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().clone()
+            integer = IntegerLinear(weight, scale, bias, x, layer.weight_quantizer.bits)
+            new = self._call(node, str(node.target), integer, self._on_codes(node, x))
+            self.result.layers[f"{self.scope}{node.target}"] = integer
+            node.replace_all_uses_with(new)
+            self.gm.graph.erase_node(node)
+        elif not (quantizer_behind and self._will_be_absorbed(node)):
+            set_module(self.gm, str(node.target), _float_layer(layer))
+            self.result.float_layers[f"{self.scope}{node.target}"] = (
+                "its input is on no grid: placement='deploy' puts it on one"
+                if x is None
+                else "no quantizer takes its output alone"
+            )
+
+    def _will_be_absorbed(self, node: Node) -> bool:
+        """Whether a later quantizer of this graph makes this convolution its own."""
+        users = list(node.users)
+        while len(users) == 1 and isinstance(self._module(users[0]), _BatchNorm):
+            users = list(users[0].users)
+        layer = self._module(node)
+        return (
+            len(users) == 1
+            and isinstance(self._module(users[0]), (LSQActivationQuantizer, AlignedAdd))
+            and self._input_codes(node) is not None
+            and isinstance(layer, nn.modules.conv._ConvNd)
+            and not layer.transposed
+            and layer.padding_mode == "zeros"
+            and not isinstance(layer.padding, str)
+        )
+
+    def _value(self, node: object) -> Tensor:
+        """A step, read as an attribute."""
+        assert isinstance(node, Node)
+        value: object = self.gm
+        for name in str(node.target).split("."):
+            value = getattr(value, name)
+        assert isinstance(value, Tensor)
+        return value.detach()
+
+    def _call(self, before: Node, name: str, module: nn.Module, source: object) -> Node:
+        current = self.gm._modules.get(name) if "." not in name else None
+        place = name if current is None and not _taken(self.gm, name) else free_name(self.gm, f"{name}_int")
+        set_module(self.gm, place, module)
+        with self.gm.graph.inserting_before(before):
+            return self.gm.graph.call_module(place, (source,))
+
+
+def _taken(gm: GraphModule, name: str) -> bool:
+    try:
+        gm.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def codes_of(quantizer: LSQActivationQuantizer) -> Codes | None:
+    """The uint8 codes of an activation quantizer; ``None`` for signs, which no clipped rounding makes."""
+    grid, step = quantizer.grid, float(quantizer.step)
+    if grid.binary:
+        return None
+    high = grid.high
+    if isinstance(quantizer, QuantizedClippedReLU) and quantizer.ceiling < math.inf:
+        high = min(high, int((torch.tensor(quantizer.ceiling) / quantizer.step.detach().cpu()).round()))
+    zero = -grid.low
+    return Codes(step, zero, 0, high + zero)
+
+
+def codes_of_weight(layer: QuantizedLayer) -> tuple[Tensor, Tensor]:
+    """int8 codes of a weight, and its step: one, or one an output channel in a shape that broadcasts."""
+    assert layer.weight_quantizer is not None
+    step = layer.weight_quantizer.step.detach()
+    return layer.weight_quantizer.grid.encode(layer.weight.detach(), step).to(torch.int8), step
+
+
+def fold(layer: QuantizedLayer, norm: nn.Module | None, x: Codes) -> Folded:
+    """A convolution and the batch norm behind it in integers.
+
+    The batch norm's factor goes into the scale, and everything else into the bias, an integer in units of the sums
+    (``x.scale * scale``). Codes of few bits are multiplied by a constant into the room that int8 has: the unit gets
+    finer, and rounding the bias moves fewer codes of the output.
+    """
+    codes, step = codes_of_weight(layer)
+    channels = len(codes)
+    factor, shift = torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
+    if layer.bias is not None:
+        shift = layer.bias.detach().double()
+    if norm is not None:
+        assert isinstance(norm, _BatchNorm) and norm.running_var is not None and norm.running_mean is not None
+        factor = (norm.running_var.double() + norm.eps).rsqrt()
+        if norm.affine:
+            factor = factor * norm.weight.detach().double()
+        shift = (shift - norm.running_mean.double()) * factor
+        if norm.affine:
+            shift = shift + norm.bias.detach().double()
+    reach = max(abs(x.low - x.zero_point), abs(x.high - x.zero_point))
+    headroom = max(1, min(127, 16383 // max(reach, 1)) // max(1, int(codes.abs().max())))  # sums of pairs in int16
+    scale = step.double().flatten().expand(channels) * factor / headroom
+    vanishing = scale.abs() * x.scale * 2**30 <= shift.abs()  # the weights of such a channel count for nothing
+    scale = torch.where(vanishing, (shift.abs() / (x.scale * 2**20)).clamp(min=1e-12), scale)
+    codes = torch.where(vanishing.view(-1, *[1] * (codes.dim() - 1)), 0, codes)
+    scale = scale.float()
+    bias = (shift / (scale.double() * torch.tensor(x.scale).double())).round()
+    return Folded((codes * headroom).to(torch.int8), scale, bias.to(torch.int32), headroom)
+
+
+def _float_layer(layer: QuantizedLayer) -> FloatLayer:
+    weight, step = codes_of_weight(layer)
+    assert layer.weight_quantizer is not None
+    return FloatLayer(layer, weight, step.float(), layer.weight_quantizer.bits)

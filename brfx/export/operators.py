@@ -1,0 +1,156 @@
+"""The quantized operators of an exported model: what each computes in integers, and how it is written in ONNX.
+
+They stand in the graph for the export alone. Values between them are floats that lie on a grid, ``code * scale``;
+inside they are integers, computed as ONNX Runtime's kernels compute them, so that running the graph in PyTorch is the
+reference that an exported file is held to, bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_DIMS = {3: torch.nn.functional.conv1d, 4: torch.nn.functional.conv2d, 5: torch.nn.functional.conv3d}
+
+
+class Codes(NamedTuple):
+    """An 8-bit grid of codes: ``value = (stored - zero_point) * scale`` with ``low <= stored <= high``, uint8."""
+
+    scale: float
+    zero_point: int
+    low: int
+    high: int
+
+
+def encode(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
+    """QuantizeLinear and Clip; stored codes, as floats."""
+    return ((x / _f32(scale)).round() + zero_point).clamp(low, high)
+
+
+def _f32(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32)
+
+
+@torch.library.custom_op("brfx::requantize", mutates_args=())
+def requantize(x: Tensor, scale: float, zero_point: int, low: int, high: int, scale_out: float) -> Tensor:
+    """Put ``x`` on the grid of ``scale``; its codes are then worth ``scale_out`` each."""
+    return (encode(x, scale, zero_point, low, high) - zero_point) * _f32(scale_out)
+
+
+@requantize.register_fake
+def _(x: Tensor, scale: float, zero_point: int, low: int, high: int, scale_out: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("brfx::convolution", mutates_args=())
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor,
+    x_scale: float,
+    x_zero_point: int,
+    y_scale: float,
+    y_zero_point: int,
+    y_low: int,
+    y_high: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """A convolution of codes with int8 weights and an int32 bias into 32 bits, requantized to the grid of ``y``."""
+    codes = (x / _f32(x_scale)).round().double()
+    total = _DIMS[x.dim()](codes, weight.double(), None, stride, padding, dilation, groups)
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    total = total + bias.double().view(shape)
+    factor = (_f32(x_scale) * weight_scale / _f32(y_scale)).view(shape)
+    stored = ((total.float() * factor).round() + y_zero_point).clamp(0, 255).clamp(y_low, y_high)
+    return (stored - y_zero_point) * _f32(y_scale)
+
+
+@convolution.register_fake
+def _(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    stride, padding, dilation, groups = args[-4:]
+    return _DIMS[x.dim()](x, torch.empty_like(weight, dtype=x.dtype), None, stride, padding, dilation, groups)
+
+
+@torch.library.custom_op("brfx::linear", mutates_args=())
+def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, x_scale: float, x_zero_point: int) -> Tensor:
+    """``x @ weight.T`` in integers, times ``scale`` (one or one a row of ``weight``), plus a float bias."""
+    codes = (x / _f32(x_scale)).round().double()
+    return (codes @ weight.double().t()).float() * scale + bias
+
+
+@linear.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, x_scale: float, x_zero_point: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def translations() -> dict[Any, Any]:
+    """How torch's exporter is to write the operators above: ``custom_translation_table``."""
+    import numpy as np
+    import onnx
+    from onnxscript import opset21 as op
+
+    def constant(value: float, kind: type) -> Any:
+        return op.Constant(value=onnx.numpy_helper.from_array(np.array(value, dtype=kind)))
+
+    def clipped(codes: Any, low: int, high: int) -> Any:
+        if (low, high) == (0, 255):
+            return codes
+        return op.Clip(codes, constant(low, np.uint8), constant(high, np.uint8))
+
+    def onnx_requantize(x: Any, scale: float, zero_point: int, low: int, high: int, scale_out: float) -> Any:
+        zero = constant(zero_point, np.uint8)
+        codes = clipped(op.QuantizeLinear(x, constant(scale, np.float32), zero), low, high)
+        return op.DequantizeLinear(codes, constant(scale_out, np.float32), zero)
+
+    def onnx_convolution(
+        x: Any,
+        weight: Any,
+        weight_scale: Any,
+        bias: Any,
+        x_scale: float,
+        x_zero_point: int,
+        y_scale: float,
+        y_zero_point: int,
+        y_low: int,
+        y_high: int,
+        stride: Any,
+        padding: Any,
+        dilation: Any,
+        groups: int,
+    ) -> Any:
+        x_unit, x_zero = constant(x_scale, np.float32), constant(x_zero_point, np.uint8)
+        y_unit, y_zero = constant(y_scale, np.float32), constant(y_zero_point, np.uint8)
+        codes = op.QLinearConv(
+            op.QuantizeLinear(x, x_unit, x_zero),
+            x_unit,
+            x_zero,
+            weight,
+            weight_scale,
+            constant(0, np.int8),
+            y_unit,
+            y_zero,
+            bias,
+            strides=list(stride),
+            pads=list(padding) * 2,
+            dilations=list(dilation),
+            group=groups,
+        )
+        return op.DequantizeLinear(clipped(codes, y_low, y_high), y_unit, y_zero)
+
+    def onnx_linear(x: Any, weight: Any, scale: Any, bias: Any, x_scale: float, x_zero_point: int) -> Any:
+        x_zero = constant(x_zero_point, np.uint8)
+        codes = op.QuantizeLinear(x, constant(x_scale, np.float32), x_zero)
+        total = op.MatMulInteger(codes, op.Transpose(weight, perm=[1, 0]), x_zero)
+        return op.Add(op.Mul(op.Cast(total, to=onnx.TensorProto.FLOAT), scale), bias)
+
+    return {
+        torch.ops.brfx.requantize.default: onnx_requantize,
+        torch.ops.brfx.convolution.default: onnx_convolution,
+        torch.ops.brfx.linear.default: onnx_linear,
+    }

@@ -1,0 +1,70 @@
+"""How far two forms of a model agree: codes layer by layer, outputs, decisions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx import GraphModule, Node
+
+from brfx.export.integer import IntegerConv, IntegerModel, Requantize
+from brfx.nn import LSQActivationQuantizer
+
+
+@dataclass(frozen=True)
+class SiteParity:
+    """One quantizer: of ``codes`` codes, ``flipped`` differ, by ``largest`` codes at most.
+
+    Each layer is given the trained model's own input, so that a difference shows where it arises.
+    """
+
+    site: str
+    codes: int
+    flipped: int
+    largest: int
+
+
+@torch.no_grad()
+def compare_codes(qmodel: nn.Module, integer: IntegerModel, *inputs: Tensor) -> list[SiteParity]:
+    """The trained model's codes against the integer form's, on one batch; for models that are one graph."""
+    if not isinstance(qmodel, GraphModule) or not isinstance(integer.model, GraphModule):
+        return []
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        module.register_forward_hook(lambda _, __, output, name=name: seen.__setitem__(name, output.detach()))
+        for name, module in qmodel.named_modules()
+        if isinstance(module, LSQActivationQuantizer)
+    ]
+    training = qmodel.training
+    try:
+        qmodel.eval()(*inputs)
+    finally:
+        qmodel.train(training)
+        for hook in hooks:
+            hook.remove()
+    comparing = _Comparing(integer.model, seen)
+    comparing.run(*inputs)
+    return comparing.found
+
+
+class _Comparing(fx.Interpreter):
+    """Runs the integer form, and goes on from the trained model's value at every site that has one."""
+
+    def __init__(self, module: GraphModule, seen: dict[str, Tensor]) -> None:
+        super().__init__(module)
+        self.seen, self.found = seen, list[SiteParity]()
+
+    def run_node(self, n: Node) -> Any:
+        output = super().run_node(n)
+        module = self.module.get_submodule(str(n.target)) if n.op == "call_module" else None
+        if not isinstance(module, (IntegerConv, Requantize)) or module.site not in self.seen:
+            return output
+        expected = self.seen[module.site]
+        scale = module.y.scale if isinstance(module, IntegerConv) else module.scale_out
+        distance = ((output - expected) / scale).round().abs()
+        self.found.append(
+            SiteParity(module.site, distance.numel(), int((distance > 0).sum()), int(distance.max()))
+        )
+        return expected
