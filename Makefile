@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: help demo test sweep lint check clean
+.PHONY: help demo test sweep lint check bench clean
 
 help:  ## show this
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -31,6 +31,10 @@ lint: .venv/installed  ## ruff and mypy
 	$(BIN)/mypy
 
 check: lint test  ## what CI runs
+
+bench: .venv/installed  ## what a training step costs, for docs/benchmarks.md (hours on two cores)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/train_step.py
 
 clean:  ## remove the environment and the demo's run
 	rm -rf .venv $(DEMO)

@@ -210,8 +210,9 @@ def _store_weights(proto: Any, integer: IntegerModel, narrowest: int) -> None:
         cast = f"{name}.codes" if scaled else name
         nodes = [onnx.helper.make_node("Cast", [packed], [cast], to=onnx.TensorProto.INT8)]
         if scaled:
-            factor = f"{name}.headroom"
-            proto.graph.initializer.append(onnx.numpy_helper.from_array(np.int8(layer.headroom), factor))  # type: ignore[arg-type]
+            factor = f"headroom{int(layer.headroom)}"  # type: ignore[arg-type]
+            if factor not in {value.name for value in proto.graph.initializer}:
+                proto.graph.initializer.append(onnx.numpy_helper.from_array(np.int8(layer.headroom), factor))  # type: ignore[arg-type]
             nodes.append(onnx.helper.make_node("Mul", [cast, factor], [name]))
         for node in nodes:
             proto.graph.node.insert(place, node)
@@ -244,9 +245,15 @@ def _strip(proto: Any) -> None:
                 short[name] = node.output[place] = f"v{index}" if not place else f"v{index}_{place}"
         for place, name in enumerate(node.input):
             node.input[place] = short.get(name, name)
-    for initializer in graph.initializer:
+    for index, initializer in enumerate(graph.initializer):
         del initializer.metadata_props[:]
         initializer.doc_string = ""
+        layer, _, part = initializer.name.rpartition(".")
+        if layer and part not in ("int2", "int4"):  # weights keep their layers' names for the reader
+            short[initializer.name] = initializer.name = f"p{index}"
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = short.get(name, name)
 
 
 def _describe(proto: Any, qmodel: nn.Module) -> None:

@@ -64,7 +64,5 @@ class _Comparing(fx.Interpreter):
         expected = self.seen[module.site]
         scale = module.y.scale if isinstance(module, IntegerConv) else module.scale_out
         distance = ((output - expected) / scale).round().abs()
-        self.found.append(
-            SiteParity(module.site, distance.numel(), int((distance > 0).sum()), int(distance.max()))
-        )
+        self.found.append(SiteParity(module.site, distance.numel(), int((distance > 0).sum()), int(distance.max())))
         return expected
