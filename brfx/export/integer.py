@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -249,21 +250,14 @@ class _Rewriting:
         node, norm = value, None
         if isinstance(self._module(node), _BatchNorm) and len(node.users) == 1:
             norm, node = self._module(node), node.args[0]  # type: ignore[assignment]
-        layer = self._module(node)
-        plain = isinstance(layer, QuantizedLayer) and isinstance(layer, nn.modules.conv._ConvNd)
-        if not plain or len(node.users) != 1 or len(value.users) != 1 or layer.transposed:  # type: ignore[union-attr]
+        layer: Any = self._module(node)
+        if not self._has_integer_form(layer) or len(node.users) != 1 or len(value.users) != 1:
             return None
         x = self._input_codes(node)
-        if (
-            x is None
-            or layer.weight_quantizer is None
-            or layer.padding_mode != "zeros"
-            or isinstance(layer.padding, str)
-        ):  # type: ignore[union-attr]
+        if x is None:
             return None
         source = self._on_codes(node, x)
-        bits = layer.weight_quantizer.bits  # type: ignore[union-attr]
-        integer = IntegerConv(layer, fold(layer, norm, x), x, codes, bits, site)  # type: ignore[arg-type]
+        integer = IntegerConv(layer, fold(layer, norm, x), x, codes, layer.weight_quantizer.bits, site)
         new = self._call(value, str(node.target), integer, source)
         self.result.layers[f"{self.scope}{node.target}"] = integer
         value.replace_all_uses_with(new)
@@ -328,12 +322,19 @@ class _Rewriting:
         users = list(node.users)
         while len(users) == 1 and isinstance(self._module(users[0]), _BatchNorm):
             users = list(users[0].users)
-        layer = self._module(node)
         return (
             len(users) == 1
             and isinstance(self._module(users[0]), (LSQActivationQuantizer, AlignedAdd))
             and self._input_codes(node) is not None
+            and self._has_integer_form(self._module(node))
+        )
+
+    @staticmethod
+    def _has_integer_form(layer: Any) -> bool:
+        return (
+            isinstance(layer, QuantizedLayer)
             and isinstance(layer, nn.modules.conv._ConvNd)
+            and layer.weight_quantizer is not None
             and not layer.transposed
             and layer.padding_mode == "zeros"
             and not isinstance(layer.padding, str)
@@ -349,11 +350,10 @@ class _Rewriting:
         return value.detach()
 
     def _call(self, before: Node, name: str, module: nn.Module, source: object) -> Node:
-        current = self.gm._modules.get(name) if "." not in name else None
-        place = name if current is None and not _taken(self.gm, name) else free_name(self.gm, f"{name}_int")
+        place = name if not _taken(self.gm, name) else free_name(self.gm, f"{name}_int")
         set_module(self.gm, place, module)
         with self.gm.graph.inserting_before(before):
-            return self.gm.graph.call_module(place, (source,))
+            return self.gm.graph.call_module(place, (source,))  # type: ignore[arg-type]
 
 
 def _taken(gm: GraphModule, name: str) -> bool:
@@ -397,7 +397,7 @@ def fold(layer: QuantizedLayer, norm: nn.Module | None, x: Codes) -> Folded:
         shift = layer.bias.detach().double()
     if norm is not None:
         assert isinstance(norm, _BatchNorm) and norm.running_var is not None and norm.running_mean is not None
-        factor = (norm.running_var.double() + norm.eps).rsqrt()
+        factor = (norm.running_var.double() + norm.eps).rsqrt()  # type: ignore[operator]
         if norm.affine:
             factor = factor * norm.weight.detach().double()
         shift = (shift - norm.running_mean.double()) * factor

@@ -1,4 +1,4 @@
-"""The integer form as ONNX: convolutions and linears on integer kernels, weights packed, all else torch's exporter's."""
+"""The integer form as ONNX: layers on integer kernels, weights packed, all else written by torch's exporter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -276,36 +276,59 @@ def _reference(integer: IntegerModel, inputs: tuple[Tensor, ...]) -> Any:
 def _compare(
     path: Path, inputs: tuple[Tensor, ...], qmodel: nn.Module, integer: IntegerModel, reference: Any
 ) -> OnnxReport:
-    sites = tuple(compare_codes(qmodel, integer, *inputs)) if _on_cpu(qmodel) else ()
-    report = OnnxReport(
-        path, path.stat().st_size, len(integer.layers), integer.float_layers, integer.largest_sum, sites
-    )
+    device = next(qmodel.parameters()).device
+    sites = tuple(compare_codes(qmodel, integer, *inputs)) if device.type == "cpu" else ()
+    size, layers = path.stat().st_size, len(integer.layers)
+    report = OnnxReport(path, size, layers, integer.float_layers, integer.largest_sum, sites)
     try:
-        import onnxruntime
+        found = tensors(onnx_runner(path)(*inputs))
     except ImportError:
         return report
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    feeds = {node.name: value.numpy() for node, value in zip(session.get_inputs(), inputs, strict=True)}
-    found = [torch.from_numpy(value) for value in session.run(None, feeds)]
     training = qmodel.training
-    device = next(qmodel.parameters()).device
     try:
-        trained = tensors(qmodel.eval()(*(value.to(device) for value in inputs)))
+        trained = [value.cpu() for value in tensors(qmodel.eval()(*(value.to(device) for value in inputs)))]
     finally:
         qmodel.train(training)
     same = None
     if found[0].dim() == 2:
-        same = float((found[0].argmax(1) == trained[0].cpu().argmax(1)).double().mean())
+        same = float((found[0].argmax(1) == trained[0].argmax(1)).double().mean())
     return dataclasses.replace(
         report,
-        reference_difference=_distance(found, tensors(reference)),
-        max_difference=_distance(found, trained),
+        reference_difference=distance(found, tensors(reference)),
+        max_difference=distance(found, trained),
         same_top1=same,
     )
 
 
-def _on_cpu(model: nn.Module) -> bool:
-    return next(model.parameters()).device.type == "cpu"
+def onnx_session(path: Path, threads: int = 0) -> Any:
+    """An ONNX Runtime session on the CPU, without threads that spin while they wait.
+
+    Raises:
+        ImportError: ONNX Runtime is not installed.
+        ExportError: it does not load the file.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ExportError(f"{path}: ONNX Runtime does not load this file ({_first_line(error)})") from error
+
+
+def onnx_runner(path: Path) -> Callable[..., list[Tensor]]:
+    """The file as a function of tensors."""
+    session = onnx_session(path)
+    names = [node.name for node in session.get_inputs()]
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        feeds = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
+        return [torch.from_numpy(value) for value in session.run(None, feeds)]
+
+    return run
 
 
 def tensors(output: Any) -> list[Tensor]:
@@ -313,7 +336,8 @@ def tensors(output: Any) -> list[Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def _distance(found: list[Tensor], expected: list[Tensor]) -> float:
+def distance(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest absolute difference of any element."""
     return max(
         (float((a.double() - b.cpu().double()).abs().max()) for a, b in zip(found, expected, strict=True) if a.numel()),
         default=0.0,

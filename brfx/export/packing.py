@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 #: ONNX's number of the signed type of so many bits (``TensorProto.INT2``, ``INT4``, ``INT8``).
 CONTAINERS = {2: 26, 4: 22, 8: 3}
 
 
-def pack(codes: np.ndarray, bits: int) -> bytes:
+def pack(codes: np.ndarray[Any, Any], bits: int) -> bytes:
     """Signed codes in two's complement, ``8 // bits`` of them a byte, the first in the low bits (ONNX's order).
 
     Args:
@@ -19,11 +21,12 @@ def pack(codes: np.ndarray, bits: int) -> bytes:
     flat = codes.astype(np.int8).view(np.uint8).reshape(-1) & (2**bits - 1)
     flat = np.concatenate([flat, np.zeros(-len(flat) % each, np.uint8)]).reshape(-1, each)
     shifts = np.arange(each, dtype=np.uint8) * bits
-    return np.bitwise_or.reduce(flat << shifts, axis=1).astype(np.uint8).tobytes()  # type: ignore[no-any-return]
+    return np.bitwise_or.reduce(flat << shifts, axis=1).astype(np.uint8).tobytes()
 
 
-def unpack(packed: bytes, bits: int, count: int) -> np.ndarray:
+def unpack(packed: bytes, bits: int, count: int) -> np.ndarray[Any, Any]:
     """The first ``count`` codes of :func:`pack`, int8."""
     shifts = np.arange(8 // bits, dtype=np.uint8) * bits
     fields = (np.frombuffer(packed, np.uint8)[:, None] >> shifts & (2**bits - 1)).reshape(-1)[:count].astype(np.int16)
-    return np.where(fields >= 2 ** (bits - 1), fields - 2**bits, fields).astype(np.int8)
+    codes: np.ndarray[Any, Any] = np.where(fields >= 2 ** (bits - 1), fields - 2**bits, fields).astype(np.int8)
+    return codes
