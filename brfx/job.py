@@ -161,21 +161,6 @@ def inspect(job: JobConfig) -> Audit:
     return audit(qmodel, *example_inputs(job.model, size))
 
 
-def export_file(ckpt: Path, output: Path, model: str = "") -> OnnxReport:
-    """``model.pt`` to ONNX. An output that exists is an error.
-
-    Raises:
-        ExportError: ``output`` exists, or the exporter failed.
-        CheckpointError: ``ckpt`` is not a model that brfx saved.
-    """
-    if output.exists():
-        raise ExportError(f"{output} exists already: choose another --output")
-    qmodel = load(ckpt, build_model(model) if ".py" in model else None)
-    preprocessing = card_of(qmodel).preprocessing
-    size = preprocessing.image_size if preprocessing else 224
-    return export_onnx(qmodel, output, torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)))
-
-
 def read_data(job: JobConfig, preprocessing: Preprocessing | None = None) -> Dataset:
     """The data set of a job; where none is named, the model's own."""
     source = job.data or _own_dataset(job.model)

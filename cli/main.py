@@ -85,15 +85,48 @@ def evaluate(**given: Any) -> None:
 @click.option("--ckpt", required=True, type=click.Path(path_type=Path), help="model.pt of a run.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="File to write; must not exist.")
 @click.option("--model", default="", help="path/to/file.py:factory, for a model of your own.")
-def export(ckpt: Path, output: Path, model: str) -> None:
-    """Write a run's model.pt as ONNX."""
-    from brfx import job as jobs
+@click.option(
+    "--profile",
+    type=click.Choice(["compact", "fast", "portable"]),
+    default="compact",
+    show_default=True,
+    help="Smallest file (opset 25), INT8 weights, or INT4 for older runtimes (opset 21).",
+)
+def export(ckpt: Path, output: Path, model: str, profile: str) -> None:
+    """Write a run's model.pt as ONNX with integer kernels, and compare the file with the model."""
+    from brfx import files
 
-    report = jobs.export_file(ckpt, output, model)
-    difference = (
-        "" if report.max_difference is None else f", largest difference in ONNX Runtime {report.max_difference:.2g}"
-    )
-    render.console.print(f"{report.path}  {render.size(report.bytes)}{difference}", markup=False)
+    render.exported(files.export_file(ckpt, output, model, profile))
+
+
+@cli.command()
+@click.argument("first", type=click.Path(path_type=Path))
+@click.argument("second", type=click.Path(path_type=Path))
+@click.option("--data", default="", help="Test images to compare on.  [default: random images]")
+@click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), help="Where named data sets lie.")
+@click.option("--images", type=click.IntRange(0), default=0, help="At most so many.  [default: all, or 64 random ones]")
+@click.option("--integer", is_flag=True, help="Run a model.pt in its integer form, the reference interpreter.")
+def verify(first: Path, second: Path, data: str, data_dir: Path, images: int, integer: bool) -> None:
+    """Compare two files of one model (.onnx, or brfx's .pt): outputs, decisions, accuracy, codes by layer."""
+    from brfx import files
+
+    render.verification(files.verify_files(first, second, data, data_dir, images, integer))
+
+
+@cli.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=50, show_default=True, help="How often each is timed.")
+@click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="Of ONNX Runtime.")
+@click.option("--image-size", type=click.IntRange(1), help="Pixels a side.  [default: the model's own, or 224]")
+def benchmark(paths: tuple[Path, ...], batch_size: int, rounds: int, threads: int, image_size: int | None) -> None:
+    """Time ONNX files in ONNX Runtime, in turns.
+
+    A model.pt among them adds its FP32 export and ONNX Runtime's own INT8 of that, to compare with.
+    """
+    from brfx import files
+
+    render.timings(files.benchmark_files(list(paths), batch_size, rounds, threads, image_size))
 
 
 @cli.command()

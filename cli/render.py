@@ -15,6 +15,9 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from brfx.auditing import Audit
+    from brfx.export import OnnxReport
+    from brfx.export.benchmark import Timing
+    from brfx.export.verify import Verification
     from brfx.job import JobResult
     from brfx.train import EpochMetrics, Evaluation
     from brfx.train import Progress as Where
@@ -110,14 +113,61 @@ def job_result(result: JobResult, kind: str) -> None:
     console.print(f"Test: {kind} {evaluation(result.test)}")
     if result.onnx_problem:
         console.print(f"No model.onnx: {result.onnx_problem}", style="yellow", markup=False)
-    if result.onnx is not None and result.onnx.max_difference is not None:
-        console.print(
-            f"ONNX Runtime against PyTorch on a batch: largest difference {result.onnx.max_difference:.2g}, "
-            f"same class for {result.onnx.same_top1:.0%}"
-        )
+    if result.onnx is not None:
+        exported(result.onnx)
     console.print("Files:")
     for path in sorted(result.run_dir.iterdir()):
         console.print(f"  {path}  {size(path.stat().st_size)}", markup=False)
+
+
+def exported(report: OnnxReport) -> None:
+    """What was written, what runs in integers, and how it compares."""
+    console.print(f"{report.path}  {size(report.bytes)}", markup=False)
+    console.print(
+        f"{report.integer_layers} layers on integer kernels, sums up to {report.largest_sum:,} of 2,147,483,647"
+    )
+    for name, reason in (report.float_layers or {}).items():
+        console.print(f"  stays in floating point: {name} ({reason})", style="yellow", markup=False)
+    flipped, codes = report.flipped
+    if codes:
+        console.print(f"PyTorch against integers: {flipped:,} of {codes:,} codes differ ({flipped / codes:.4%})")
+        for site in sorted(report.sites, key=lambda site: site.flipped / site.codes, reverse=True)[:3]:
+            if site.flipped:
+                console.print(f"  {site.site}: {site.flipped:,} of {site.codes:,}, by {site.largest}", markup=False)
+    if report.reference_difference is not None:
+        exact = "bit for bit" if report.reference_difference == 0 else f"difference {report.reference_difference:.2g}"
+        console.print(f"ONNX Runtime against the integer reference: {exact}")
+        same = "" if report.same_top1 is None else f", same class for {report.same_top1:.0%} of the example"
+        console.print(f"ONNX Runtime against PyTorch: largest difference {report.max_difference:.2g}{same}")
+
+
+def verification(result: Verification) -> None:
+    exact = "bit for bit" if result.bit_for_bit else f"largest difference {result.max_difference:.3g}"
+    console.print(f"{result.images:,} images: outputs {exact}, {result.different:,} decided differently")
+    if result.listed:
+        more = " ..." if result.different > len(result.listed) else ""
+        console.print(f"  images {', '.join(map(str, result.listed))}{more}")
+    if result.accuracy is not None:
+        console.print(f"Accuracy {result.accuracy[0]:.2%} and {result.accuracy[1]:.2%}")
+    flipped, codes = sum(site.flipped for site in result.sites), sum(site.codes for site in result.sites)
+    if codes:
+        console.print(f"PyTorch against integers: {flipped:,} of {codes:,} codes differ ({flipped / codes:.4%})")
+        table = Table(box=None, pad_edge=False)
+        for name in ("quantizer", "codes", "differ", "by at most"):
+            table.add_column(name, justify="left" if name == "quantizer" else "right")
+        for site in result.sites:
+            table.add_row(site.site, f"{site.codes:,}", f"{site.flipped:,}", str(site.largest))
+        console.print(table)
+
+
+def timings(rows: list[Timing]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for name in ("file", "size", "ms a batch", "images/s", "times as fast as the first"):
+        table.add_column(name, justify="left" if name == "file" else "right")
+    for row in rows:
+        speed = f"{row.speed:.2f}"
+        table.add_row(row.name, size(row.bytes), f"{row.milliseconds:.2f}", f"{row.images_per_second:.0f}", speed)
+    console.print(table)
 
 
 def evaluation(result: Evaluation) -> str:

@@ -397,7 +397,7 @@ def fold(layer: QuantizedLayer, norm: nn.Module | None, x: Codes) -> Folded:
         shift = layer.bias.detach().double()
     if norm is not None:
         assert isinstance(norm, _BatchNorm) and norm.running_var is not None and norm.running_mean is not None
-        factor = (norm.running_var.double() + norm.eps).rsqrt()  # type: ignore[operator]
+        factor = torch.rsqrt(norm.running_var.double() + norm.eps)
         if norm.affine:
             factor = factor * norm.weight.detach().double()
         shift = (shift - norm.running_mean.double()) * factor

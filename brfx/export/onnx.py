@@ -97,7 +97,7 @@ def export_onnx(
     expected = _reference(integer, inputs)
     opset, narrowest = PROFILES[profile]
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             batch = torch.export.Dim("batch")
             program = torch.onnx.export(
                 integer.model,
@@ -345,7 +345,7 @@ def distance(found: list[Tensor], expected: list[Tensor]) -> float:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporter prints its progress; keep it off the user's screen."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]

@@ -21,7 +21,8 @@ def pack(codes: np.ndarray[Any, Any], bits: int) -> bytes:
     flat = codes.astype(np.int8).view(np.uint8).reshape(-1) & (2**bits - 1)
     flat = np.concatenate([flat, np.zeros(-len(flat) % each, np.uint8)]).reshape(-1, each)
     shifts = np.arange(each, dtype=np.uint8) * bits
-    return np.bitwise_or.reduce(flat << shifts, axis=1).astype(np.uint8).tobytes()
+    packed: bytes = np.bitwise_or.reduce(flat << shifts, axis=1).astype(np.uint8).tobytes()
+    return packed
 
 
 def unpack(packed: bytes, bits: int, count: int) -> np.ndarray[Any, Any]:

@@ -25,6 +25,11 @@ class SiteParity:
     flipped: int
     largest: int
 
+    def __add__(self, other: SiteParity) -> SiteParity:
+        """The same site on more images."""
+        largest = max(self.largest, other.largest)
+        return SiteParity(self.site, self.codes + other.codes, self.flipped + other.flipped, largest)
+
 
 @torch.no_grad()
 def compare_codes(qmodel: nn.Module, integer: IntegerModel, *inputs: Tensor) -> list[SiteParity]:
