@@ -69,10 +69,10 @@ def parameters(name: str) -> int:
 def check_model(name: str) -> dict[str, Any]:
     """Export one model; a row of results.
 
-    Keys: model, revision (of git), parameter_bytes, outcome (exact, close, differs, not run: ONNX Runtime did not take the file, failed),
-    stage, reason, brfx_error, traceback (of what failed), integer_layers, float_layers (reason -> count), flipped,
-    codes, bytes, reference_difference, output_size, max_difference, same_top1, stacked (the reason why a detection
-    model failed as :class:`Stacked`), export_seconds, seconds, memory_gb.
+    Keys: model, revision (of git), parameter_bytes, outcome (exact, close, differs, not run: ONNX Runtime did not take
+    the file, failed), stage, reason, brfx_error, traceback (of what failed), integer_layers, float_layers (reason ->
+    count), flipped, codes, bytes, reference_difference, output_size, max_difference, same_top1, stacked (why a
+    detection model failed as :class:`Stacked`), export_seconds, seconds, memory_gb.
     """
     start = time.perf_counter()
     row: dict[str, Any] = {"model": name, "revision": _revision()}

@@ -6,6 +6,7 @@ import torch
 import brfx
 from brfx.card import card_of
 from brfx.data import Preprocessing
+from brfx.export.integer import integer_model
 from brfx.models import build_model
 
 onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
@@ -27,26 +28,51 @@ def exported(tmp_path_factory):
 def test_onnx_runtime_agrees_on_the_example(exported):
     _, path, report = exported
     assert report.path == path and report.bytes == path.stat().st_size
-    assert report.same_top1 == 1
-    assert report.max_difference < 1e-3
+    assert report.reference_difference == 0  # ONNX Runtime equals the integers bit for bit
+    flipped, codes = report.flipped
+    assert codes > 100_000 and flipped < 0.002 * codes
 
 
-def test_any_batch_size_runs(exported):
+def test_any_batch_size_runs_bit_for_bit(exported):
     qmodel, path, _ = exported
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    reference = integer_model(qmodel).model
     for batch in (1, 7):
         x = torch.randn(batch, 3, 32, 32)
         (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        agree = (torch.from_numpy(found).argmax(1) == qmodel(x).argmax(1)).float().mean()
-        assert found.shape == (batch, 10) and agree > 0.8
+        assert torch.equal(torch.from_numpy(found), reference(x))
 
 
-def test_weights_are_levels_and_the_file_says_how_to_feed_it(exported):
-    _, path, _ = exported
+@pytest.mark.parametrize("profile", ["compact", "fast", "portable"])
+def test_no_layer_runs_in_float(exported, tmp_path, profile):
+    qmodel, _, _ = exported
+    path = tmp_path / "model.onnx"
+    report = brfx.export_onnx(qmodel, path, torch.randn(2, 3, 32, 32), profile)
+    assert report.reference_difference == 0 and report.integer_layers == 20 and not report.float_layers
+    options = ort.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimized.onnx"), 3
+    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert kinds.count("QLinearConv") == 19 and kinds.count("QLinearAdd") == 9
+    assert not {"Conv", "FusedConv", "Gemm", "MatMul", "ConvInteger"} & set(kinds)
+    opset = onnx.load(path).opset_import[0].version
+    assert opset == 25 if profile == "compact" else opset <= 21
+
+
+def test_an_unknown_profile_and_a_folder_that_is_not_there(exported, tmp_path):
+    qmodel, _, _ = exported
+    with pytest.raises(brfx.BrfxError, match="compact, fast, portable"):
+        brfx.export_onnx(qmodel, tmp_path / "m.onnx", torch.randn(2, 3, 32, 32), "tiny")
+    with pytest.raises(brfx.BrfxError, match="there is no folder"):
+        brfx.export_onnx(qmodel, tmp_path / "no" / "m.onnx", torch.randn(2, 3, 32, 32))
+
+
+def test_weights_are_packed_and_the_file_says_how_to_feed_it(exported):
+    _, path, report = exported
     proto = onnx.load(path)
-    kernels = [onnx.numpy_helper.to_array(t) for t in proto.graph.initializer if len(t.dims) == 4]
-    assert len(kernels) == 19
-    assert all(len(set(kernel.flatten().tolist())) <= 4 for kernel in kernels)
+    kernels = [t for t in proto.graph.initializer if t.data_type == onnx.TensorProto.INT2]
+    assert len(kernels) == 20
+    assert report.bytes < 100_000
     metadata = {entry.key: json.loads(entry.value) for entry in proto.metadata_props}
     assert metadata["preprocessing"]["image_size"] == 32
     assert metadata["classes"] == list("abcdefghij")

@@ -1,0 +1,201 @@
+"""The trained model as QONNX: float convolutions between ``Quant`` nodes, for FINN, hls4ml and the like."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from brfx.calibration import require_calibrated
+from brfx.errors import ExportError
+from brfx.export.onnx import quiet
+from brfx.export.torch_export import card_entries, first_line
+from brfx.graph import set_module
+from brfx.grid import MIN_STEP, Grid
+from brfx.nn import AlignedAdd, LSQQuantizer
+from brfx.observing import graphs
+from brfx.trace import pruned
+
+DOMAIN = "qonnx.custom_op.general"
+_OPSET = 18
+
+
+def quant(x: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor, grid: Grid) -> Tensor:
+    """QONNX's ``Quant`` with ``rounding_mode="ROUND"`` (half to even), or its ``BipolarQuant``, for the exporter alone:
+    run in PyTorch it gives zeros.
+
+    Args:
+        x: any shape.
+        scale: one, or one a channel in a shape that broadcasts against ``x``.
+        zero_point: the code of zero; a scalar.
+        bits: those of ``grid``; a scalar.
+        grid: the codes.
+    """
+    like: Any = {"dtype": x.dtype, "shape": x.shape, "version": 1}
+    if grid.binary:
+        return torch.onnx.ops.symbolic(f"{DOMAIN}::BipolarQuant", (x, scale), **like)
+    attributes: Any = {"signed": int(grid.signed), "narrow": 0, "rounding_mode": "ROUND"}
+    return torch.onnx.ops.symbolic(f"{DOMAIN}::Quant", (x, scale, zero_point, bits), attributes, **like)
+
+
+class _Quant(nn.Module):
+    """Stands in for a quantizer: its ReLU and clip as operations of their own, then ``Quant``."""
+
+    scale: Tensor
+    zero_point: Tensor
+    bits: Tensor
+
+    def __init__(self, scale: Tensor, grid: Grid, zero_point: int = 0, prepare: Any = None) -> None:
+        super().__init__()
+        self.grid, self.prepare = grid, prepare
+        self.register_buffer("scale", scale.clone())
+        self.register_buffer("zero_point", torch.tensor(float(zero_point)))
+        self.register_buffer("bits", torch.tensor(float(grid.bits)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = x if self.prepare is None else self.prepare(x)
+        return quant(values, self.scale, self.zero_point, self.bits, self.grid)
+
+
+class _QuantAdd(nn.Module):
+    """Stands in for an aligned add: ``Quant`` of 8 bits on the branches, a factor on a shortcut that is on a grid."""
+
+    factor: Tensor
+
+    def __init__(self, add: AlignedAdd, step_out: Tensor, step_in: Tensor | None) -> None:
+        super().__init__()
+        step_out = step_out.clamp(min=MIN_STEP)
+        if step_in is None:
+            unit = step_out / add.unit
+            self.branch, self.shortcut = _Quant(unit, Grid(8, True)), _Quant(unit, Grid(8, True))
+            self.register_buffer("factor", None)
+            return
+        step_in = step_in.clamp(min=MIN_STEP)
+        numerator, denominator = add.snap(step_in / step_out)
+        assert add.high_in is not None
+        unit = step_out / denominator
+        self.branch = _Quant(unit, Grid(8, False), zero_point=add.high_in * int(numerator))
+        self.register_buffer("factor", unit * numerator / step_in)
+
+    def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
+        if self.factor is None:
+            return self.branch(branch) + self.shortcut(shortcut)  # type: ignore[no-any-return]
+        return self.branch(branch) + shortcut * self.factor  # type: ignore[no-any-return]
+
+
+def export_qonnx(qmodel: nn.Module, path: str | Path, example_inputs: Tensor | tuple[Tensor, ...]) -> Path:
+    """Write the trained model in eval mode as QONNX, with the batch size of the example (its tools want fixed shapes).
+
+    Weights and activations go through ``Quant`` (``BipolarQuant`` where they are signs), and everything between, batch
+    norms included, is ONNX in floating point.
+
+    Args:
+        qmodel: a calibrated model; it is left as it was.
+        path: of the file to write.
+        example_inputs: the model's inputs.
+
+    Returns:
+        The path.
+
+    Raises:
+        NotCalibratedError: a quantizer has no step.
+        ExportError: the extra ``onnx`` is not installed, the exporter failed, or the file cannot be written.
+    """
+    require_calibrated(qmodel)
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ExportError(f"{path}: there is no folder {path.parent}")
+    try:
+        import onnx
+        import onnxscript  # noqa: F401  (the exporter needs it)
+    except ImportError as error:
+        raise ExportError("QONNX export needs the extra: pip install 'brfx[onnx]'") from error
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    inputs = tuple(value.detach().cpu() for value in inputs)
+    model = _with_quant(qmodel)
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                model,
+                inputs,
+                dynamo=True,
+                input_names=["input"],
+                output_names=["output"],
+                opset_version=_OPSET,
+            )
+        assert program is not None
+        proto = program.model_proto
+    except Exception as error:
+        raise ExportError(f"torch's ONNX exporter failed: {first_line(error)}") from error
+    _tidy(proto)
+    for key, value in card_entries(qmodel).items():
+        proto.metadata_props.add(key=key, value=json.dumps(value))
+    try:
+        onnx.checker.check_model(proto)
+        partial = path.with_name(path.name + ".partial")
+        onnx.save(proto, partial)
+        partial.replace(path)
+    except Exception as error:
+        raise ExportError(f"{path}: cannot write this model ({first_line(error)})") from error
+    return path
+
+
+@torch.no_grad()
+def _with_quant(qmodel: nn.Module) -> nn.Module:
+    """A copy in eval mode on the CPU with ``Quant`` for its quantizers and aligned adds."""
+    model = copy.deepcopy(qmodel).eval().cpu()
+    for gm in graphs(model).values():
+        if getattr(gm, "twin", False):
+            gm.graph = pruned(gm, False)
+        for node in list(gm.graph.nodes):
+            add = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if isinstance(add, AlignedAdd):
+                steps = [_attribute(gm, value) for value in node.args[2:]]
+                set_module(gm, str(node.target), _QuantAdd(add, steps[0], steps[1] if len(steps) > 1 else None))
+                read = node.args[2:]
+                node.args = node.args[:2]
+                for value in read:
+                    if not value.users:
+                        gm.graph.erase_node(value)
+        gm.graph.lint()
+        gm.recompile()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LSQQuantizer) and module.calibrated:
+            step = module.step.detach().clamp(min=MIN_STEP)
+            stand_in = _Quant(step, module.grid, prepare=module.prepare)
+            parent, _, leaf = name.rpartition(".")
+            model.get_submodule(parent)._modules[leaf] = stand_in
+    return model.requires_grad_(False)
+
+
+def _attribute(gm: GraphModule, node: Any) -> Tensor:
+    """What a ``get_attr`` node reads."""
+    assert isinstance(node, Node)
+    value: Any = gm
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    assert isinstance(value, Tensor)
+    return value.detach()
+
+
+def _tidy(proto: Any) -> None:
+    """Take out what the exporter wrote for its own debugging; constants become initializers, which QONNX tools read."""
+    graph = proto.graph
+    del proto.functions[:], graph.metadata_props[:]
+    for node in list(graph.node):
+        del node.metadata_props[:]
+        node.doc_string = ""
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            tensor = node.attribute[0].t
+            tensor.name = node.output[0]
+            graph.initializer.append(tensor)
+            graph.node.remove(node)
+    for initializer in graph.initializer:
+        del initializer.metadata_props[:]
+    if DOMAIN not in {entry.domain for entry in proto.opset_import}:
+        proto.opset_import.add(domain=DOMAIN, version=1)

@@ -1,0 +1,102 @@
+"""The integer form against the trained model, layer by layer, and what it is made of."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import brfx
+from brfx.errors import NotCalibratedError
+from brfx.export.integer import IntegerConv, integer_model
+from brfx.export.parity import compare_codes
+from brfx.models import build_model
+from brfx.train import reestimate_batch_norm
+
+
+class Mixed(nn.Module):
+    """Batch norm, ReLU6, a residual add, a projection, max-pooling between a quantizer and its layer, a linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.a, self.bn_a = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.b, self.bn_b = nn.Conv2d(8, 16, 3, stride=2, padding=1, groups=2), nn.BatchNorm2d(16)
+        self.project, self.head = nn.Conv2d(8, 16, 1, stride=2), nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu6(self.bn(self.stem(x))), 2)
+        x = F.relu(self.bn_a(self.a(x)) + x)
+        x = F.relu(self.bn_b(self.b(x)) + self.project(x))
+        return self.head(x.mean((2, 3)))
+
+
+def trained(model, images, **config):
+    qmodel = brfx.prepare_qat(model, brfx.QATConfig(**config))
+    brfx.calibrate(qmodel, [images], batch_statistics=True)
+    reestimate_batch_norm(qmodel, [images])
+    return qmodel.eval()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_codes_are_the_trained_model_s_but_for_rounding_at_borders(images, bits, per_channel):
+    torch.manual_seed(bits)
+    qmodel = trained(Mixed(), images, bits=bits, per_channel=per_channel)
+    integer = integer_model(qmodel)
+    assert sorted(integer.layers) == ["a", "b", "head", "project", "stem"] and not integer.float_layers
+    sites = compare_codes(qmodel, integer, images)
+    assert len(sites) >= 4
+    codes, flipped = sum(site.codes for site in sites), sum(site.flipped for site in sites)
+    assert all(site.largest <= 1 for site in sites)
+    assert flipped <= 0.005 * codes, sites
+
+
+def test_the_model_is_left_as_it_was(images):
+    qmodel = trained(Mixed(), images)
+    before, keys = qmodel(images), list(qmodel.state_dict())
+    integer_model(qmodel)
+    assert torch.equal(qmodel(images), before) and list(qmodel.state_dict()) == keys
+
+
+def test_weights_are_codes_times_headroom_and_sums_are_bounded(images):
+    integer = integer_model(trained(Mixed(), images))
+    conv = integer.layers["a"]
+    assert isinstance(conv, IntegerConv) and conv.headroom == 63 and conv.weight.dtype == torch.int8
+    assert set(conv.weight.unique().tolist()) <= {-126, -63, 0, 63}
+    seen = F.conv2d(torch.full((1, 8, 9, 9), 3.0), conv.weight.float(), conv.bias.float(), padding=1).abs().max()
+    assert seen <= conv.largest_sum <= integer.largest_sum < 2**31
+
+
+def test_a_channel_that_batch_norm_switches_off_is_its_bias(images):
+    model = Mixed()
+    with torch.no_grad():
+        model.bn.weight[2], model.bn.bias[2] = 0.0, 0.7
+    qmodel = trained(model, images)
+    assert all(site.largest <= 1 for site in compare_codes(qmodel, integer_model(qmodel), images))
+
+
+def test_paper_placement_says_what_stays_float(images):
+    integer = integer_model(trained(Mixed(), images, placement="paper"))
+    assert "placement='deploy'" in integer.float_layers["stem"]
+
+
+def test_uncalibrated(images):
+    with pytest.raises(NotCalibratedError):
+        integer_model(brfx.prepare_qat(Mixed()))
+
+
+def test_the_real_network_flips_less_than_five_in_ten_thousand(real_checkpoint, cifar10_test):
+    from brfx.checkpoint import load_float
+    from brfx.data import Preprocessing
+
+    model = build_model("resnet20", 10)
+    load_float(model, real_checkpoint)
+    images = Preprocessing(32).normalize(cifar10_test.images[:128])
+    qmodel = trained(model, images, bits=4)
+    sites = compare_codes(qmodel, integer_model(qmodel), images)
+    assert sum(site.flipped for site in sites) < 0.0005 * sum(site.codes for site in sites)

@@ -1,0 +1,314 @@
+import json
+import struct
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from torch import nn
+from torch.nn import functional as F
+
+import brfx
+from brfx.card import card_of
+from brfx.config import QATConfig
+from brfx.data import Preprocessing
+from brfx.errors import ExportError
+from brfx.export.integer import integer_model
+from brfx.export.packed import export_packed, read_packed
+from brfx.models import build_model
+
+
+class Residual(nn.Module):
+    """ResNet-20 in small: a stem, a block with an identity shortcut, one with a projection, an average, a linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.BatchNorm2d(8)
+        self.conv3, self.bn3 = nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.down, self.bn4 = nn.Conv2d(8, 12, 1, stride=2, bias=False), nn.BatchNorm2d(12)
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = F.relu(self.bn(self.stem(x)))
+        x = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + x)
+        x = F.relu(self.bn3(self.conv3(x)) + self.bn4(self.down(x)))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    """Batch norms with statistics of their own, so that folding them has something to do."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, -1, 1.5)
+            nn.init.normal_(module.bias)
+    return model
+
+
+def quantized(model: nn.Module, size: int = 8, **settings: object) -> nn.Module:
+    qmodel = brfx.prepare_qat(randomized(model), QATConfig(**settings))
+    brfx.calibrate(qmodel, [torch.randn(8, 3, size, size)])
+    return qmodel.eval()
+
+
+class Interpreter:
+    """The network out of a file, in NumPy: what docs/packed-format.md says, and nothing from brfx."""
+
+    def __init__(self, header, tensors):
+        self.header, self.tensors = header, tensors
+
+    def __call__(self, x):
+        values = dict(zip(self.header["inputs"], [x], strict=True))
+        for node in self.header["nodes"]:
+            inputs = [values[name] for name in node["inputs"]]
+            values[node["name"]] = getattr(self, node["op"])(*inputs, **node["attributes"])
+        (output,) = self.header["outputs"]
+        return values[output]
+
+    def convolution(self, value, *, weight, headroom, weight_scale, bias, stride, padding, dilation, groups, **grids):
+        grid, out = grids["x"], grids["y"]
+        w = self.tensors[weight["tensor"]].astype(np.int32) * headroom
+        scale, bias = self.tensors[weight_scale["tensor"]], self.tensors[bias["tensor"]]
+        codes = np.rint(value / np.float32(grid["scale"])).astype(np.int32)
+        codes = np.pad(codes, [(0, 0), (0, 0), *[(p, p) for p in padding]])
+        (sy, sx), (dy, dx), (ky, kx) = stride, dilation, w.shape[2:]
+        rows = (codes.shape[2] - dy * (ky - 1) - 1) // sy + 1
+        columns = (codes.shape[3] - dx * (kx - 1) - 1) // sx + 1
+        total = np.zeros((len(codes), len(w), rows, columns), np.int32) + bias[:, None, None]
+        ins, outs = w.shape[1], len(w) // groups
+        for group in range(groups):
+            a, b = slice(group * ins, (group + 1) * ins), slice(group * outs, (group + 1) * outs)
+            for i in range(ky):
+                for j in range(kx):
+                    part = codes[:, a, i * dy :: sy, j * dx :: sx][:, :, :rows, :columns]
+                    total[:, b] += np.einsum("nchw,oc->nohw", part, w[b, :, i, j])
+        factor = np.float32(grid["scale"]) * scale / np.float32(out["scale"])
+        stored = np.rint(total.astype(np.float32) * factor[:, None, None]) + out["zero_point"]
+        stored = np.clip(stored, out["low"], out["high"])
+        return (stored - out["zero_point"]).astype(np.float32) * np.float32(out["scale"])
+
+    def linear(self, value, *, weight, scale, bias, x):
+        codes = np.rint(value / np.float32(x["scale"])).astype(np.int32)
+        total = codes @ self.tensors[weight["tensor"]].astype(np.int32).T
+        return total.astype(np.float32) * self.tensors[scale["tensor"]] + self.tensors[bias["tensor"]]
+
+    def requantize(self, value, *, y, scale_out):
+        stored = np.clip(np.rint(value / np.float32(y["scale"])) + y["zero_point"], y["low"], y["high"])
+        return (stored - y["zero_point"]).astype(np.float32) * np.float32(scale_out)
+
+    def add(self, a, b, *, input, other, alpha):
+        assert alpha == 1
+        return a + b
+
+    def adaptive_avg_pool2d(self, value, *, input, output_size):
+        assert output_size == 1
+        return value.astype(np.float64).mean((2, 3), keepdims=True).astype(np.float32)
+
+    def flatten(self, value, *, input, start_dim, end_dim):
+        assert (start_dim, end_dim) == (1, -1)
+        return value.reshape(len(value), -1)
+
+    def getitem(self, value, *, index):
+        return value[tuple(slice(*part["slice"]) for part in index)]
+
+    def pad(self, array, /, *, input, pad, mode, **rest):
+        assert mode == "constant"
+        pairs = [(0, 0)] * (array.ndim - len(pad) // 2) + [tuple(pad[i : i + 2]) for i in range(0, len(pad), 2)][::-1]
+        return np.pad(array, pairs)
+
+
+def run_by(path, x):
+    """Outputs of the file, and of the integer form that it was written from."""
+    packed = read_packed(path)
+    return Interpreter(packed.header, packed.tensors)(x.numpy())
+
+
+@pytest.mark.parametrize(
+    "settings", [{"bits": 2}, {"bits": 4, "per_channel": True}, {"weight_bits": 1, "act_bits": 3}, {"bits": 8}]
+)
+def test_the_file_alone_gives_the_outputs_bit_for_bit(tmp_path, settings):
+    torch.manual_seed(0)
+    qmodel = quantized(Residual(), **settings)
+    path = export_packed(qmodel, tmp_path / "model.safetensors")
+    x = torch.randn(4, 3, 8, 8)
+    expected = integer_model(qmodel).model(x).detach().numpy()
+    assert np.array_equal(run_by(path, x), expected)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.fixture(scope="module")
+def resnet20(tmp_path_factory):
+    torch.manual_seed(0)
+    qmodel = quantized(build_model("resnet20"), 32)
+    card_of(qmodel).preprocessing, card_of(qmodel).classes = Preprocessing(32), tuple("abcdefghij")
+    return qmodel, export_packed(qmodel, tmp_path_factory.mktemp("packed") / "resnet20.safetensors")
+
+
+def test_resnet20(resnet20):
+    qmodel, path = resnet20
+    x = torch.randn(2, 3, 32, 32)
+    assert np.array_equal(run_by(path, x), integer_model(qmodel).model(x).detach().numpy())
+    weights = sum(m.weight.numel() for m in qmodel.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
+    assert weights / 4 < path.stat().st_size < weights / 4 + 32_000
+    header = read_packed(path).header
+    assert header["preprocessing"]["image_size"] == 32 and header["classes"] == list("abcdefghij")
+    assert header["config"]["weight_bits"] == 2
+    assert sum(node["op"] == "convolution" for node in header["nodes"]) == 19
+
+
+def test_tensors_have_the_documented_types(resnet20):
+    _, path = resnet20
+    with safe_open(path, "np") as file:
+        kinds = {name.rpartition(".")[2]: file.get_tensor(name).dtype for name in file.keys() if "conv1" in name}  # noqa: SIM118
+    assert kinds == {"weight": np.uint8, "weight_scale": np.float32, "bias": np.int32}
+
+
+def test_what_stays_float_is_in_the_file(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.GELU(), nn.MaxPool2d(2), nn.Dropout(), nn.Flatten()
+    )
+    qmodel = quantized(model, bits=2, placement="paper")
+    packed = read_packed(export_packed(qmodel, tmp_path / "model.safetensors"))
+    nodes = packed.header["nodes"]
+    assert [node["op"] for node in nodes] == ["float_conv2d", "batch_norm", "gelu", "max_pool2d", "flatten"]
+    weight = nodes[0]["attributes"]["weight"]
+    scale = packed.tensors[nodes[0]["attributes"]["weight_scale"]["tensor"]]
+    expected = qmodel.get_submodule("0").quantized_weight().detach().numpy()
+    assert weight["field"] == 2 and np.array_equal(packed.tensors[weight["tensor"]] * scale, expected)
+    assert set(nodes[1]["attributes"]) >= {"eps", "weight", "bias", "running_mean", "running_var"}
+    assert nodes[3]["attributes"]["kernel_size"] == 2
+
+
+def test_signs_and_float_weights(tmp_path):
+    torch.manual_seed(0)
+    qmodel = quantized(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3)), bits=1, input_bits=1, skip=("0",)
+    )
+    packed = read_packed(export_packed(qmodel, tmp_path / "model.safetensors"))
+    ops = {node["op"]: node["attributes"] for node in packed.header["nodes"]}
+    assert ops["quantize"]["binary"] and (ops["quantize"]["low"], ops["quantize"]["high"]) == (-1, 1)
+    first = next(node for node in packed.header["nodes"] if node["op"] == "float_conv2d")
+    assert packed.tensors[first["attributes"]["weight"]["tensor"]].dtype == np.float32
+
+
+def test_what_it_cannot_hold(tmp_path):
+    class Own(nn.Module):
+        def forward(self, x):
+            return self.attention(x, x, x)[0]
+
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    qmodel = brfx.prepare_qat(Own())
+    brfx.calibrate(qmodel, [torch.randn(2, 5, 8)])
+    with pytest.raises(ExportError, match=r"^attention: "):
+        export_packed(qmodel, tmp_path / "model.safetensors")
+    with pytest.raises(ExportError, match="no folder"):
+        export_packed(qmodel, tmp_path / "absent" / "model.safetensors")
+
+
+def test_a_value_that_changes_in_place_is_refused(tmp_path):
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            x = self.conv(x)
+            y = x * 2
+            y.sigmoid_()
+            return y + x
+
+    qmodel = quantized(InPlace())
+    with pytest.raises(ExportError, match="in place"):
+        export_packed(qmodel, tmp_path / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A good file as header and stored tensors."""
+    torch.manual_seed(0)
+    path = export_packed(quantized(Residual()), tmp_path_factory.mktemp("good") / "model.safetensors")
+    with safe_open(path, "np") as file:
+        return file.metadata()["brfx"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _node(header, op):
+    return next(node for node in header["nodes"] if node["op"] == op)["attributes"]
+
+
+def _lowest(tensors):
+    """Make all codes of the stem -2."""
+    tensors["stem.weight"] = np.full_like(tensors["stem.weight"], 0b10101010)
+
+
+HOSTILE = {
+    "version": (lambda h, t: h.update(format_version=9), "format version 9"),
+    "no version": (lambda h, t: h.pop("format_version"), "format version None"),
+    "no nodes": (lambda h, t: h.pop("nodes"), "no 'nodes'"),
+    "nodes a number": (lambda h, t: h.update(nodes=3), "wrong 'nodes'"),
+    "node without op": (lambda h, t: h["nodes"][0].pop("op"), "node 0"),
+    "node twice": (lambda h, t: h["nodes"].append(h["nodes"][0]), "twice"),
+    "cycle": (lambda h, t: h["nodes"][0].update(inputs=[h["nodes"][0]["name"]]), "no node before"),
+    "output": (lambda h, t: h.update(outputs=["nowhere"]), "nowhere"),
+    "classes": (lambda h, t: h.update(classes=[1]), "classes"),
+    "tensor gone": (lambda h, t: t.pop("stem.weight"), "no tensor 'stem.weight'"),
+    "tensor short": (lambda h, t: t.update({"stem.weight": t["stem.weight"][:-1]}), "bytes"),
+    "tensor surplus": (lambda h, t: t.update(more=np.zeros(3)), "more"),
+    "code": (lambda h, t: (_lowest(t), _node(h, "convolution")["weight"].update(bits=1)), "codes beyond"),
+    "bits": (lambda h, t: _node(h, "convolution")["weight"].update(bits=2**40), "takes 1 to 8"),
+    "field": (lambda h, t: _node(h, "convolution")["weight"].update(field=8), "fields of 2"),
+    "shape": (lambda h, t: _node(h, "convolution")["weight"].update(shape=[2**30] * 4), "bytes"),
+    "negative shape": (lambda h, t: _node(h, "convolution")["weight"].update(shape=[-8, -27]), "shape"),
+    "stride": (lambda h, t: _node(h, "convolution").update(stride=[0, 1]), "stride"),
+    "padding": (lambda h, t: _node(h, "convolution").update(padding="same"), "padding"),
+    "groups": (lambda h, t: _node(h, "convolution").update(groups=True), "groups"),
+    "headroom": (lambda h, t: (_lowest(t), _node(h, "convolution").update(headroom=127)), "headroom"),
+    "grid": (lambda h, t: _node(h, "convolution")["x"].update(high=256), "x="),
+    "scale": (lambda h, t: _node(h, "convolution")["y"].update(scale=float("nan")), "y="),
+    "zero scale": (lambda h, t: _node(h, "requantize").update(scale_out=0), "scale_out"),
+    "no bias": (lambda h, t: _node(h, "linear").pop("bias"), "bias"),
+    "bias type": (lambda h, t: t.update({"stem.bias": t["stem.bias"].astype(np.float32)}), "int32"),
+    "bias size": (lambda h, t: t.update({"fc.bias": t["fc.bias"][:2]}), "bias"),
+    "overflow": (lambda h, t: t.update({"stem.bias": t["stem.bias"] | np.int32(2**31 - 1)}), "32 bits"),
+    "nan": (lambda h, t: t.update({"fc.scale": t["fc.scale"] * np.float32("nan")}), "finite"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_files_are_refused(tmp_path, parts, case):
+    header, tensors = json.loads(parts[0]), dict(parts[1])
+    change, message = HOSTILE[case]
+    change(header, tensors)
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path, metadata={"brfx": json.dumps(header)})
+    with pytest.raises(ExportError, match=message) as error:
+        read_packed(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "[" * 100_000, '{"format_version": 1'])
+def test_headers_that_are_none(tmp_path, text):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": np.zeros(1, np.uint8)}, path, metadata={"brfx": text})
+    with pytest.raises(ExportError):
+        read_packed(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 8, struct.pack("<Q", 2**60) + b"{}", b"PK\x03\x04 and so on"])
+def test_files_that_are_none(tmp_path, content):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ExportError):
+        read_packed(path)
+    save_file({"a": np.zeros(1)}, path)
+    with pytest.raises(ExportError, match="no key"):
+        read_packed(path)
+    with pytest.raises(ExportError, match="no such file"):
+        read_packed(tmp_path / "absent")

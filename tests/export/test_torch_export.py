@@ -1,0 +1,103 @@
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import brfx
+from brfx.card import card_of
+from brfx.config import QATConfig
+from brfx.data import Preprocessing
+from brfx.errors import ExportError, NotCalibratedError
+from brfx.export.torch_export import export_torch
+from brfx.models import build_model
+
+LOADER = """
+import sys
+sys.modules["brfx"] = None
+import torch
+model = torch.export.load(sys.argv[1]).module()
+torch.save([model(x) for x in torch.load(sys.argv[2])], sys.argv[3])
+assert not any(name.startswith("brfx.") for name in sys.modules)
+"""
+
+
+def outputs_without_brfx(path: Path, batches: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What the file gives in a process where brfx cannot be imported."""
+    given, found = path.with_name("given.pt"), path.with_name("found.pt")
+    torch.save(batches, given)
+    command = [sys.executable, "-I", "-c", LOADER, str(path), str(given), str(found)]
+    subprocess.run(command, check=True, cwd=path.parent, capture_output=True, text=True)
+    return torch.load(found)
+
+
+def test_loads_where_brfx_is_not_installed(tmp_path):
+    torch.manual_seed(0)
+    qmodel = brfx.prepare_qat(build_model("resnet20"))
+    brfx.calibrate(qmodel, [torch.randn(8, 3, 32, 32)])
+    card_of(qmodel).preprocessing, card_of(qmodel).classes = Preprocessing(32), tuple("abcdefghij")
+    state = {key: value.clone() for key, value in qmodel.state_dict().items()}
+    path = export_torch(qmodel.train(), tmp_path / "model.pt2", torch.randn(4, 3, 32, 32))
+    assert qmodel.training and all(torch.equal(state[key], value) for key, value in qmodel.state_dict().items())
+    batches = [torch.randn(size, 3, 32, 32) for size in (1, 3, 4)]
+    for x, found in zip(batches, outputs_without_brfx(path, batches), strict=True):
+        assert (found - qmodel.eval()(x)).abs().max() < 1e-6
+    assert not list(tmp_path.glob("*.partial"))
+    extra = {"brfx.json": ""}
+    torch.export.load(path, extra_files=extra)
+    card = json.loads(extra["brfx.json"])
+    assert card["preprocessing"]["image_size"] == 32 and card["classes"] == list("abcdefghij")
+    content = b"".join(zipfile.ZipFile(path).read(name) for name in zipfile.ZipFile(path).namelist())
+    assert str(Path(brfx.__file__).parent).encode() not in content
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bits": 1},
+        {"bits": 4, "per_channel": True, "clip_value": 6.0},
+        {"bits": 3, "placement": "paper"},
+        {"skip": ("fc",)},
+    ],
+)
+def test_outputs_are_the_models(tmp_path, tiny, images, settings):
+    qmodel = brfx.prepare_qat(tiny, QATConfig(**settings))
+    brfx.calibrate(qmodel, [images])
+    program = torch.export.load(export_torch(qmodel, tmp_path / "model.pt2", images))
+    assert not [node for node in program.graph.nodes if "brfx" in str(node.target)]
+    model, qmodel = program.module(), qmodel.eval()
+    for x in (images, images[:1], images[:5] * 2):
+        assert (model(x) - qmodel(x)).abs().max() < 1e-6
+
+
+def test_weights_are_levels(tmp_path, tiny, images):
+    qmodel = brfx.prepare_qat(tiny)
+    brfx.calibrate(qmodel, [images])
+    state = torch.export.load(export_torch(qmodel, tmp_path / "model.pt2", images)).state_dict
+    assert not [key for key in state if "weight_quantizer" in key]
+    assert len(state["conv1.weight"].unique()) <= 4
+
+
+def test_what_cannot_be_written(tmp_path, tiny, images):
+    qmodel = brfx.prepare_qat(tiny)
+    with pytest.raises(NotCalibratedError):
+        export_torch(qmodel, tmp_path / "model.pt2", images)
+    brfx.calibrate(qmodel, [images])
+    with pytest.raises(ExportError, match="no folder"):
+        export_torch(qmodel, tmp_path / "absent" / "model.pt2", images)
+    with pytest.raises(ExportError, match=r"torch\.export failed"):
+        export_torch(qmodel, tmp_path / "model.pt2", torch.randn(2, 5))
+    assert not list(tmp_path.iterdir())
+
+
+def test_attention(tmp_path):
+    torch.manual_seed(0)
+    qmodel = brfx.prepare_qat(nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)), QATConfig(bits=4))
+    x = torch.randn(4, 5, 8)
+    brfx.calibrate(qmodel, [x])
+    model = torch.export.load(export_torch(qmodel, tmp_path / "model.pt2", x)).module()
+    assert (model(x[:3]) - qmodel.eval()(x[:3])).abs().max() < 1e-6
