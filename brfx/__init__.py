@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from brfx.checkpoint import float_state_dict, load, save
     from brfx.config import QATConfig, TrainConfig
     from brfx.errors import BrfxError
-    from brfx.export import export_onnx
+    from brfx.export import export_onnx, export_packed, export_qonnx, export_torch
     from brfx.models import build_model
     from brfx.observing import observe
     from brfx.penalty import BinPenalty
@@ -31,6 +31,9 @@ _HOMES = {
     "calibrate": "brfx.calibration",
     "evaluate": "brfx.train",
     "export_onnx": "brfx.export",
+    "export_packed": "brfx.export",
+    "export_qonnx": "brfx.export",
+    "export_torch": "brfx.export",
     "fit": "brfx.train",
     "float_state_dict": "brfx.checkpoint",
     "load": "brfx.checkpoint",
@@ -57,6 +60,9 @@ __all__ = [  # noqa: RUF022  (in the order of use)
     "load",
     "float_state_dict",
     "export_onnx",
+    "export_packed",
+    "export_torch",
+    "export_qonnx",
     "BrfxError",
 ]
 

@@ -13,23 +13,39 @@ from brfx.card import card_of
 from brfx.checkpoint import load
 from brfx.data import DEFAULTS, BatchLoader, Preprocessing, load_dataset
 from brfx.errors import ExportError
-from brfx.export import OnnxReport, export_onnx
+from brfx.export import OnnxReport, export_onnx, export_packed, export_qonnx, export_torch
 from brfx.export.benchmark import Timing, benchmark, float_onnx, int8_onnx
 from brfx.export.verify import Verification, runner, verify
 from brfx.models import build_model
 
 
-def export_file(ckpt: Path, output: Path, model: str = "", profile: str = "compact") -> OnnxReport:
-    """``model.pt`` to ONNX. An output that exists is an error.
+def export_file(ckpt: Path, output: Path, model: str = "", profile: str = "compact") -> OnnxReport | None:
+    """Write ``model.pt`` in the form that ``output``'s suffix names; one that exists is an error.
+
+    ``.onnx`` (``.qonnx.onnx`` for QONNX), ``.safetensors`` (packed), ``.pt2`` (torch.export).
+
+    Returns:
+        The report of an ONNX file, else ``None``.
 
     Raises:
-        ExportError: ``output`` exists, or the exporter failed.
+        ExportError: ``output`` exists or has another suffix, or the exporter failed.
         CheckpointError: ``ckpt`` is not a model that brfx saved.
     """
     if output.exists():
         raise ExportError(f"{output} exists already: choose another --output")
     qmodel = _load_own(ckpt, model)
-    return export_onnx(qmodel, output, _random_images(_image_size(qmodel), 2), profile)
+    example = _random_images(_image_size(qmodel), 2)
+    if output.name.endswith(".qonnx.onnx"):
+        export_qonnx(qmodel, output, example)
+    elif output.suffix == ".onnx":
+        return export_onnx(qmodel, output, example, profile)
+    elif output.suffix == ".safetensors":
+        export_packed(qmodel, output)
+    elif output.suffix == ".pt2":
+        export_torch(qmodel, output, example)
+    else:
+        raise ExportError(f"{output}: the suffix says what to write: .onnx, .qonnx.onnx, .safetensors or .pt2")
+    return None
 
 
 def verify_files(

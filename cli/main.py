@@ -93,10 +93,18 @@ def evaluate(**given: Any) -> None:
     help="Smallest file (opset 25), INT8 weights, or INT4 for older runtimes (opset 21).",
 )
 def export(ckpt: Path, output: Path, model: str, profile: str) -> None:
-    """Write a run's model.pt as ONNX with integer kernels, and compare the file with the model."""
+    """Write a run's model.pt for other runtimes; the suffix of --output says how.
+
+    .onnx: integer kernels, compared with the model.  .safetensors: packed codes and a header (docs/packed-format.md).
+    .pt2: torch.export, loads without brfx.  .qonnx.onnx: QONNX.
+    """
     from brfx import files
 
-    render.exported(files.export_file(ckpt, output, model, profile))
+    report = files.export_file(ckpt, output, model, profile)
+    if report is None:
+        render.console.print(f"{output}  {render.size(output.stat().st_size)}", markup=False)
+    else:
+        render.exported(report)
 
 
 @cli.command()

@@ -383,7 +383,7 @@ def codes_of_weight(layer: QuantizedLayer) -> tuple[Tensor, Tensor]:
     return layer.weight_quantizer.grid.encode(layer.weight.detach(), step).to(torch.int8), step
 
 
-def fold(layer: QuantizedLayer, norm: nn.Module | None, x: Codes) -> Folded:
+def fold(layer: Any, norm: nn.Module | None, x: Codes) -> Folded:
     """A convolution and the batch norm behind it in integers.
 
     The batch norm's factor goes into the scale, and everything else into the bias, an integer in units of the sums
@@ -397,7 +397,8 @@ def fold(layer: QuantizedLayer, norm: nn.Module | None, x: Codes) -> Folded:
         shift = layer.bias.detach().double()
     if norm is not None:
         assert isinstance(norm, _BatchNorm) and norm.running_var is not None and norm.running_mean is not None
-        factor = torch.rsqrt(norm.running_var.double() + norm.eps)
+        variance: Tensor = norm.running_var.double()
+        factor = torch.rsqrt(variance + norm.eps)
         if norm.affine:
             factor = factor * norm.weight.detach().double()
         shift = (shift - norm.running_mean.double()) * factor
