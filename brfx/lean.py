@@ -107,7 +107,7 @@ def _in_one(count: int) -> Callable[..., list[Tensor]]:
     return weights
 
 
-_compiled_decode = torch.compile(decode)
+_compiled_decode = torch.compile(decode, dynamic=True)
 
 
 def _apply_with(layer: nn.Module, x: Coded, weight: Tensor) -> Tensor:
@@ -166,7 +166,8 @@ def _compile_chain(gm: GraphModule, graph: fx.Graph, chain: list[Node]) -> None:
             args = fx.node.map_arg((modules[node], *node.args), copied)
             copies[node] = inner.call_function(_call, args)
         else:
-            copies[node] = inner.node_copy(node, copied)
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), copied)
+            copies[node] = inner.create_node(node.op, node.target, args, kwargs)  # no name: equal chains, equal text
     results = [node for node in chain if not set(node.users) <= set(chain)]
     inner.output(tuple(copies[node] for node in results))
     kinds = tuple(_kind(gm, node) for node in arguments)
@@ -185,10 +186,11 @@ def _compiled(graph: fx.Graph, kinds: tuple[str, ...]) -> Callable[..., Any]:
     """The compiled function of a chain; chains of one text over modules of one kind share it."""
     key = (graph.python_code("self").src, kinds)
     if key not in _COMPILED:
-        compiled = torch.compile(generated(nn.Module(), graph))
+        compiled = torch.compile(generated(nn.Module(), graph), dynamic=False)  # one form for each shape
 
         def chain(*args: Any) -> Any:
-            return compiled(None, *args)  # type: ignore[no-untyped-call]
+            with torch._dynamo.config.patch(recompile_limit=256):
+                return compiled(None, *args)
 
         chain.__name__ = f"chain_{len(_COMPILED)}"  # what the graph around it calls it
         _COMPILED[key] = chain

@@ -158,12 +158,13 @@ def test_aligned_residuals_too(images):
     assert_forms_agree(qmodel, brfx.BinPenalty(qmodel, 1.0, 1.0), images.double())
 
 
-def test_a_smaller_batch_and_another_lambda_compile_nothing(tiny, images):
+@pytest.mark.parametrize("how", ["kernels", "whole"])
+def test_a_smaller_batch_and_another_lambda_compile_nothing(tiny, images, how):
     torch._dynamo.reset()
     qmodel = calibrated(tiny, images).train()
     penalty = brfx.BinPenalty(qmodel)
-    step = build_step(qmodel, penalty, "whole")
-    step(images, torch.arange(8) % 4)
+    step = build_step(qmodel, penalty, how)
+    step(images, torch.arange(8) % 4)[0].backward()
     with torch._dynamo.config.patch(error_on_recompile=True):
         step(images[:3], torch.arange(3))
         penalty.weight.fill_(0.25)

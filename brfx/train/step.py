@@ -84,21 +84,19 @@ def _can_compile(device: str) -> bool:
 def build_step(model: nn.Module, penalty: Any | None, how: str, precision: str = "fp32") -> LossStep:
     """:func:`loss_step` in the form that :func:`how_to_compile` chose.
 
-    The whole step is compiled as one graph for the shape of the first batch. Batches of another shape, such as a
-    smaller last one, go through the same function uncompiled, so that none causes a compilation.
+    What is compiled is so for the shape of the first batch. Batches of another shape, such as a smaller last one, go
+    through the same function uncompiled, so that none causes a compilation.
     """
-    if how != "whole":
-        return loss_step(model, penalty, kernels=True if how == "kernels" else None, precision=precision)
+    if how == "none":
+        return loss_step(model, penalty, precision=precision)
     eager = loss_step(model, penalty, kernels=False, precision=precision)
-    compiled = compile_whole(eager)
+    fast = compile_whole(eager) if how == "whole" else loss_step(model, penalty, kernels=True, precision=precision)
     shapes: list[torch.Size] = []
 
     def step(images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         if not shapes:
             shapes.append(images.shape)
-        if images.shape != shapes[0]:
-            return eager(images, labels)
-        return compiled(images, labels)
+        return (fast if images.shape == shapes[0] else eager)(images, labels)
 
     return step
 
