@@ -202,10 +202,11 @@ def _last(printed: bytes, name: str) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]], total: int) -> str:
     """The page's summary and table."""
     count = Counter(row["outcome"] for row in rows)
+    revisions = ", ".join(sorted({row["revision"] for row in rows if row.get("revision")}))
     summary = (
         f"Of {total} models, {count['exact'] + count['close']} are exported and verified ({count['exact']} of them bit "
         f"for bit), {count['differs'] + count['not run']} exported and not verified, {count['failed']} failed, and "
-        f"{total - len(rows)} are not measured."
+        f"{total - len(rows)} are not measured. Revision: {revisions}."
     )
     titles = ["model", "outcome", "integer / float layers", "float because", "codes flipped", "file", "FP32", "seconds"]
     lines = [summary, "", "| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
@@ -221,9 +222,10 @@ def _outcome(row: dict[str, Any]) -> str:
         share = difference / size if size else math.inf
         word = "verified, difference" if row["outcome"] == "close" else "not verified: difference"
         return f"{word} {difference:.1e} ({share:.0e} of the largest output)"
-    reason = row.get("reason", "ONNX Runtime is not installed").replace("|", "\\|")
+    reason = row.get("reason", "ONNX Runtime is not installed")[:120]
     if "stacked" in row:
-        reason += f"; images stacked: {row['stacked']}".replace("|", "\\|")
+        reason += f"; images stacked: {row['stacked'][:80]}"
+    reason = reason.replace("|", "\\|")
     return f"{'not verified' if row['outcome'] == 'not run' else 'failed, ' + row['stage']}: {reason}"
 
 

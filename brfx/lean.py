@@ -190,7 +190,7 @@ def _compiled(graph: fx.Graph, kinds: tuple[str, ...]) -> Callable[..., Any]:
 
         def chain(*args: Any) -> Any:
             with torch._dynamo.config.patch(recompile_limit=256):
-                return compiled(None, *args)
+                return compiled(None, *args)  # type: ignore[no-untyped-call]
 
         chain.__name__ = f"chain_{len(_COMPILED)}"  # what the graph around it calls it
         _COMPILED[key] = chain

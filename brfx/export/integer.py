@@ -14,16 +14,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torchvision.ops import StochasticDepth
 
 from brfx.calibration import require_calibrated
 from brfx.export.operators import Codes, convolution, linear, requantize
 from brfx.flow import analyse
-from brfx.graph import free_name, set_module
-from brfx.nn import ActivationObserver, AlignedAdd, LSQActivationQuantizer, QuantizedClippedReLU, QuantizedLayer
+from brfx.graph import call_counts, free_name, set_module
+from brfx.nn import (
+    ActivationObserver,
+    AlignedAdd,
+    LSQActivationQuantizer,
+    QuantizedAttention,
+    QuantizedClippedReLU,
+    QuantizedLayer,
+    QuantizedMultiheadAttention,
+)
 from brfx.observing import graphs
+from brfx.python_calls import QuantizedFunction
 from brfx.trace import pruned
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
+
+#: What lets values through in eval mode.
+_IDENTITIES = (ActivationObserver, nn.Identity, nn.modules.dropout._DropoutNd, StochasticDepth)
 
 
 class Requantize(nn.Module):
@@ -72,22 +85,27 @@ class IntegerConv(nn.Module):
 
 
 class IntegerLinear(nn.Module):
-    """A linear with int8 weights; sums in 32 bits, then one multiplication and a float bias."""
+    """A linear with int8 weights; sums in 32 bits, then one multiplication and a float bias.
+
+    ``transposed`` is ``weight`` as the matrix product wants it, under a name of its own in exported files.
+    """
 
     weight: Tensor
+    transposed: Tensor
     scale: Tensor
     bias: Tensor
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor, x: Codes, bits: int) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
+        self.register_buffer("transposed", weight.t().contiguous(), persistent=False)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
         self.x, self.bits, self.headroom = x, bits, 1
         self.largest_sum = largest_sum(weight, x)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.scale, self.bias, self.x.scale, self.x.zero_point)  # type: ignore[no-any-return]
+        return linear(x, self.transposed, self.scale, self.bias, self.x.scale, self.x.zero_point)  # type: ignore[no-any-return]
 
 
 class FloatLayer(nn.Module):
@@ -182,7 +200,7 @@ class _Rewriting:
     def run(self) -> None:
         for node in list(self.gm.graph.nodes):
             module = self._module(node)
-            if isinstance(module, ActivationObserver):
+            if isinstance(module, _IDENTITIES):
                 node.replace_all_uses_with(node.args[0])
                 self.gm.graph.erase_node(node)
         self.flows = analyse(self.gm)
@@ -196,6 +214,8 @@ class _Rewriting:
                     self._quantizer(node, codes)
             elif isinstance(module, QuantizedLayer):
                 self._layer(node, module)
+            elif isinstance(module, (QuantizedAttention, QuantizedMultiheadAttention, QuantizedFunction)):
+                self.result.float_layers[f"{self.scope}{node.target}"] = "attention is computed in floating point"
         self.gm.graph.lint()
         self.gm.recompile()
         self.gm.delete_all_unused_submodules()
@@ -350,7 +370,8 @@ class _Rewriting:
         return value.detach()
 
     def _call(self, before: Node, name: str, module: nn.Module, source: object) -> Node:
-        place = name if not _taken(self.gm, name) else free_name(self.gm, f"{name}_int")
+        replaces = isinstance(module, (IntegerConv, IntegerLinear)) and call_counts(self.gm)[name] == 1
+        place = name if replaces or not _taken(self.gm, name) else free_name(self.gm, f"{name}_int")
         set_module(self.gm, place, module)
         with self.gm.graph.inserting_before(before):
             return self.gm.graph.call_module(place, (source,))  # type: ignore[arg-type]

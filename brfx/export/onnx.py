@@ -84,6 +84,8 @@ def export_onnx(
     if not path.parent.is_dir():
         raise ExportError(f"{path}: there is no folder {path.parent}")
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    if not all(isinstance(value, Tensor) for value in inputs):
+        raise ExportError("the exporter takes models of tensors; a detection model's backbone can be exported alone")
     inputs = tuple(value.detach().cpu() for value in inputs)
     try:
         import onnx
@@ -189,9 +191,10 @@ def _store_weights(proto: Any, integer: IntegerModel, narrowest: int) -> None:
     import onnx
 
     layers = {
-        f"{name}.weight": module
+        f"{name}.{part}": module
         for name, module in integer.model.named_modules()
-        if hasattr(module, "headroom") and isinstance(getattr(module, "weight", None), Tensor)
+        for part in ("weight", "transposed")
+        if hasattr(module, "headroom") and part in module._buffers
     }
     place = 0
     for initializer in list(proto.graph.initializer):

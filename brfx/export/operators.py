@@ -79,14 +79,14 @@ def _(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
 
 @torch.library.custom_op("brfx::linear", mutates_args=())
 def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, x_scale: float, x_zero_point: int) -> Tensor:
-    """``x @ weight.T`` in integers, times ``scale`` (one or one a row of ``weight``), plus a float bias."""
+    """``x @ weight`` in integers, times ``scale`` (one or one a column of ``weight``), plus a float bias."""
     codes = (x / _f32(x_scale)).round().double()
-    return (codes @ weight.double().t()).float() * scale + bias
+    return (codes @ weight.double()).float() * scale + bias
 
 
 @linear.register_fake
 def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, x_scale: float, x_zero_point: int) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return x.new_empty((*x.shape[:-1], weight.shape[1]))
 
 
 def translations() -> dict[Any, Any]:
@@ -146,7 +146,7 @@ def translations() -> dict[Any, Any]:
     def onnx_linear(x: Any, weight: Any, scale: Any, bias: Any, x_scale: float, x_zero_point: int) -> Any:
         x_zero = constant(x_zero_point, np.uint8)
         codes = op.QuantizeLinear(x, constant(x_scale, np.float32), x_zero)
-        total = op.MatMulInteger(codes, op.Transpose(weight, perm=[1, 0]), x_zero)
+        total = op.MatMulInteger(codes, weight, x_zero)
         return op.Add(op.Mul(op.Cast(total, to=onnx.TensorProto.FLOAT), scale), bias)
 
     return {
