@@ -95,8 +95,8 @@ class ImageFiles:
                 if isinstance(images, DataError):
                     raise images
                 yield images
-        except RuntimeError as error:
-            why = str(error).strip().splitlines()[-1]
+        except (RuntimeError, EOFError, OSError) as error:  # a worker that dies may leave its pipe half read
+            why = (str(error).strip().splitlines() or ["DataLoader worker process exited unexpectedly"])[-1]
             raise DataError(f"decoding images in worker processes failed ({why}): try fewer --workers") from error
 
     def take(self, indices: Tensor) -> ImageFiles:

@@ -109,7 +109,7 @@ def test_a_worker_that_dies_is_a_data_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(brfx.data, "_square", deadly)
     monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))  # looks each 5 s else
-    with pytest.raises(DataError, match=r"^decoding .* failed \(DataLoader worker .* exited unexpectedly\): .*$"):
+    with pytest.raises(DataError, match=r"^decoding .* failed \(.+\): .*$"):
         list(folder_batches(tmp_path, 2))
     assert not active_children()
 

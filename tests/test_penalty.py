@@ -130,7 +130,7 @@ def assert_forms_agree(qmodel, penalty, images):
             torch.testing.assert_close(grad, expected[name], rtol=1e-8, atol=1e-12, msg=f"{form}: {name}")
 
 
-@pytest.mark.parametrize("penalized", [False, True])
+@pytest.mark.parametrize("penalized", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_every_form_of_the_step_has_the_gradients_of_plain_calls(tiny, images, penalized):
     qmodel = calibrated(tiny.double(), images.double()).train()
     assert_forms_agree(qmodel, brfx.BinPenalty(qmodel, 1.0, 1.0) if penalized else None, images.double())
@@ -174,7 +174,7 @@ def test_a_smaller_batch_and_another_lambda_compile_nothing(tiny, images, how):
     torch.testing.assert_close(loss.detach(), expected)
 
 
-@pytest.mark.parametrize("how", ["none", "kernels", "whole"])
+@pytest.mark.parametrize("how", ["none", pytest.param("kernels", marks=pytest.mark.slow), "whole"])
 def test_bfloat16_trains_with_codes_in_full_precision(tiny, images, how):
     torch._dynamo.reset()
     qmodel = calibrated(tiny, images).train()
