@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchvision.ops import StochasticDepth
 
 import brfx
 from brfx.errors import NotCalibratedError
@@ -100,3 +101,16 @@ def test_the_real_network_flips_less_than_five_in_ten_thousand(real_checkpoint, 
     qmodel = trained(model, images, bits=4)
     sites = compare_codes(qmodel, integer_model(qmodel), images)
     assert sum(site.flipped for site in sites) < 0.0005 * sum(site.codes for site in sites)
+
+
+def test_what_is_an_identity_in_eval_stands_in_no_layer_s_way(images):
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        StochasticDepth(0.5, "row"),
+        nn.Dropout(0.5),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 3),
+    )
+    integer = integer_model(trained(model, images))
+    assert list(integer.layers) == ["0"] and list(integer.float_layers) == ["5"]
