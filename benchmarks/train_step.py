@@ -586,7 +586,8 @@ with 95 % probability (of fewer than 6 rounds: the least and the greatest ratio)
 - **brfx** has {BITS}-bit weights and ReLUs, the first and the last layer included (`placement="paper"`), as the
   published way and Brevitas have here; `"deploy"`, the default, has every operand of a product on a grid. Eager is
   `compile="kernels"` of `fit`, compiled is `compile="on"`. Before anything is timed, the gradients of each case are
-  compared with those of the plain eager step in float64 on a small batch, to 1e-6 of each one's norm.
+  compared with those of the plain eager step in float64 on a small batch, to 1e-6 of each one's norm (`--no-check`
+  leaves that to `tests/test_penalty.py`).
 - **published** is LSQ from autograd operations with `detach`, and the regularizer's loop over bins, mean and variance
   of the values that a mask selects, as the papers print them.
 - **Brevitas** has learned scales for weights and ReLUs, {BITS} bits. **torchao** is `prepare_qat_pt2e` with
