@@ -107,11 +107,16 @@ class _Linear(torch.autograd.Function):
 
 
 def takes_codes(layer: nn.Module) -> bool:
-    """Whether :func:`apply_coded` has a form for this layer."""
+    """Whether :func:`apply_coded` computes what calling this layer computes: hooks and code of the user's own are
+    reached by calls alone."""
     if not isinstance(layer, QuantizedLayer) or layer.input_quantizer is not None:
         return False
-    plain = isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and layer.padding_mode == "zeros"
-    return (plain and not isinstance(layer.padding, str)) or isinstance(layer, nn.Linear)
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return False
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        own = type(layer)._conv_forward in (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward, nn.Conv3d._conv_forward)
+        return own and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return isinstance(layer, nn.Linear)
 
 
 def apply_coded(layer: Any, coded: Coded, weight: Tensor | None = None, decode: Decode = decode) -> Tensor:
