@@ -31,3 +31,9 @@ class TrainingError(BrfxError, RuntimeError):
 
 class ExportError(BrfxError):
     """A model cannot be written in the format asked for."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, cut to what fits into one of ours."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return (lines or [repr(error)])[0][:200]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import count
+from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -25,6 +26,14 @@ def scope(node: Node) -> str:
     """Dotted name of the module whose ``forward`` made this node; ``""`` for the model itself."""
     stack = node.meta.get("nn_module_stack")
     return next(reversed(stack)) if stack else ""
+
+
+def attribute(gm: GraphModule, node: Node) -> Any:
+    """What a ``get_attr`` node reads: a parameter, a buffer or a module."""
+    value: Any = gm
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value
 
 
 def free_name(gm: GraphModule, name: str) -> str:

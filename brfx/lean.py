@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from operator import getitem
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.fx import GraphModule, Node
 
+from brfx.compiling import compiled
+from brfx.graph import attribute
 from brfx.nn import ActivationObserver, AlignedAdd, LSQActivationQuantizer
 from brfx.nn.codes import Coded, apply_coded, coded, decode, remade, takes_codes
 from brfx.observing import Look, watched
@@ -62,7 +64,7 @@ def keep_codes(gm: GraphModule, graph: fx.Graph) -> None:
             continue
         with graph.inserting_before(node):
             pair = graph.call_function(coded, (graph.get_attr(str(node.target)), *node.args))
-            values = graph.call_function(_item, (pair, 0))
+            values = graph.call_function(getitem, (pair, 0))
         for user in list(node.users):
             if user.op == "call_module" and takes_codes(gm.get_submodule(str(user.target))) and user.args == (node,):
                 with graph.inserting_before(user):
@@ -80,46 +82,40 @@ def keep_codes(gm: GraphModule, graph: fx.Graph) -> None:
 def compile_weights(gm: GraphModule, graph: fx.Graph) -> None:
     """Quantize the weights of all layers that read codes in one compiled call, and decode with a compiled function.
 
-    y = apply_coded(conv, c)  ->  w = all_weights(conv, ...); y = _apply_with(conv, c, w[0])
+    y = apply_coded(conv, c)  ->  w = _all_weights(conv, ...); y = _apply_with(conv, c, w[0])
     """
     users = [node for node in graph.nodes if node.target is apply_coded]
     names = list(dict.fromkeys(_module_of(node) for node in users))
     if not names:
         return
     with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
-        weights = graph.call_function(_in_one(len(names)), tuple(graph.get_attr(name) for name in names))
-        each = {name: graph.call_function(_item, (weights, index)) for index, name in enumerate(names)}
+        weights = graph.call_function(_all_weights, tuple(graph.get_attr(name) for name in names))
+        each = {name: graph.call_function(getitem, (weights, index)) for index, name in enumerate(names)}
     for node in users:
         node.target, node.args = _apply_with, (*node.args, each[_module_of(node)])
 
 
-def _in_one(count: int) -> Callable[..., list[Tensor]]:
-    """A compiled function of ``count`` layers to their weights; each model has its own, of static shapes."""
-
-    def quantized_weights(*layers: Any) -> list[Tensor]:
-        return [layer.quantized_weight() for layer in layers]
-
-    compiled = torch.compile(quantized_weights, dynamic=False)
-
-    def weights(*layers: Any) -> list[Tensor]:
-        return compiled(*layers)
-
+def _all_weights(*layers: Any) -> list[Tensor]:
+    weights: list[Tensor] = _compiled_weights(*layers)
     return weights
 
 
-_compiled_decode = torch.compile(decode, dynamic=True)
+def _quantized_weights(*layers: Any) -> list[Tensor]:
+    return [layer.quantized_weight() for layer in layers]
+
+
+_compiled_weights = compiled(_quantized_weights)
+_compiled_decode = compiled(decode, dynamic=True)
 
 
 def _apply_with(layer: nn.Module, x: Coded, weight: Tensor) -> Tensor:
     return apply_coded(layer, x, weight, _compiled_decode)
 
 
-def compile_chains(gm: GraphModule, graph: fx.Graph) -> int:
-    """Make each chain that ends in a quantizer one call of a compiled function; returns how many there are."""
-    sinks = [node for node in graph.nodes if node.target is coded]
-    for sink in sinks:
+def compile_chains(gm: GraphModule, graph: fx.Graph) -> None:
+    """Make each chain that ends in a quantizer one call of a compiled function."""
+    for sink in [node for node in graph.nodes if node.target is coded]:
         _compile_chain(gm, graph, _chain(gm, sink))
-    return len(sinks)
 
 
 def _chain(gm: GraphModule, sink: Node) -> list[Node]:
@@ -174,7 +170,7 @@ def _compile_chain(gm: GraphModule, graph: fx.Graph, chain: list[Node]) -> None:
     with graph.inserting_before(chain[-1]):
         call = graph.call_function(_compiled(inner, kinds), tuple(arguments))
         for index, node in enumerate(results):
-            node.replace_all_uses_with(graph.call_function(_item, (call, index)))
+            node.replace_all_uses_with(graph.call_function(getitem, (call, index)))
     for node in reversed(chain):
         graph.erase_node(node)
 
@@ -186,11 +182,10 @@ def _compiled(graph: fx.Graph, kinds: tuple[str, ...]) -> Callable[..., Any]:
     """The compiled function of a chain; chains of one text over modules of one kind share it."""
     key = (graph.python_code("self").src, kinds)
     if key not in _COMPILED:
-        compiled = torch.compile(generated(nn.Module(), graph), dynamic=False)  # one form for each shape
+        run = compiled(generated(nn.Module(), graph))
 
         def chain(*args: Any) -> Any:
-            with torch._dynamo.config.patch(recompile_limit=256):
-                return compiled(None, *args)  # type: ignore[no-untyped-call]
+            return run(None, *args)
 
         chain.__name__ = f"chain_{len(_COMPILED)}"  # what the graph around it calls it
         _COMPILED[key] = chain
@@ -200,9 +195,7 @@ def _compiled(graph: fx.Graph, kinds: tuple[str, ...]) -> Callable[..., Any]:
 def _kind(gm: GraphModule, node: Node) -> str:
     if node.op != "get_attr":
         return ""
-    value = gm
-    for name in str(node.target).split("."):
-        value = getattr(value, name)
+    value = attribute(gm, node)
     if isinstance(value, LSQActivationQuantizer):
         return repr(value)
     return type(value).__name__
@@ -210,10 +203,6 @@ def _kind(gm: GraphModule, node: Node) -> str:
 
 def _call(module: Callable[..., Any], *args: Any) -> Any:
     return module(*args)
-
-
-def _item(values: Any, index: int) -> Any:
-    return values[index]
 
 
 def _is(gm: GraphModule, node: Node, kind: type[nn.Module]) -> bool:
@@ -227,4 +216,4 @@ def _module_of(node: Node) -> str:
 
 def _impure(node: Node) -> bool:
     """What must not be taken for dead: only ``get_attr`` and the items of tuples may go."""
-    return node.op != "get_attr" and node.target is not _item
+    return node.op != "get_attr" and node.target is not getitem

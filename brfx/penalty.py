@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from brfx.binreg import bin_loss, bin_sums, joint_bin_sums
 from brfx.calibration import quantizers
+from brfx.compiling import compiled
 from brfx.errors import ConfigError
 from brfx.grid import Grid
 from brfx.lean import lean_forward
@@ -62,13 +63,13 @@ class BinPenalty(nn.Module):
             if not value >= 0:
                 raise ConfigError(f"{name}={value!r}: a lambda takes 0 or more")
         self.model = qmodel
-        self.register_buffer("weight", torch.tensor(float(weight)), persistent=False)
-        self.register_buffer("act", torch.tensor(float(act)), persistent=False)
+        device = next(qmodel.parameters()).device
+        self.register_buffer("weight", torch.tensor(float(weight), device=device), persistent=False)
+        self.register_buffer("act", torch.tensor(float(act), device=device), persistent=False)
         self._train_weight, self._train_act = weight > 0, act > 0
-        self.act_gradient_to_step = act_gradient_to_step
         self.freeze_weight_steps, self.freeze_act_steps = freeze_weight_steps, freeze_act_steps
-        look = bins_that_train_steps if act_gradient_to_step else bins
-        self._observed_forward = observed_forward(qmodel, look)
+        self._look = bins_that_train_steps if act_gradient_to_step else bins
+        self._observed_forward = observed_forward(qmodel, self._look)
         self._sites = observed_sites(qmodel)
         self._layers = [
             module for module in qmodel.modules() if isinstance(module, (QuantizedLayer, QuantizedMultiheadAttention))
@@ -93,9 +94,8 @@ class BinPenalty(nn.Module):
         """
         if not isinstance(self.model, GraphModule):
             return self
-        look = bins_that_train_steps if self.act_gradient_to_step else bins
-        forward = lean_forward(self.model, look, kernels=kernels)
-        weight_loss = torch.compile(self.weight_loss, dynamic=False) if kernels else self.weight_loss
+        forward = lean_forward(self.model, self._look, kernels=kernels)
+        weight_loss = compiled(self.weight_loss) if kernels else self.weight_loss
 
         def run(*inputs: Any) -> tuple[Any, BinLoss]:
             output, seen = forward(self.model, *inputs)

@@ -151,6 +151,14 @@ class Residual(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+def test_hooks_of_a_layer_run_in_every_form(tiny, images):
+    tiny.conv2.register_forward_hook(lambda layer, inputs, output: 3 * output)
+    qmodel = calibrated(tiny, images).train()
+    steps = [loss_step(qmodel, None, kernels=kernels) for kernels in (None, False)]
+    (loss, grads), (coded_loss, coded_grads) = [gradients(qmodel, step, images, torch.arange(8) % 4) for step in steps]
+    assert loss == coded_loss and all(torch.equal(grad, coded_grads[name]) for name, grad in grads.items())
+
+
 def test_aligned_residuals_too(images):
     torch.manual_seed(0)
     qmodel = calibrated(Residual().double(), images.double()).train()

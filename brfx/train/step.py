@@ -16,13 +16,16 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy
 
+from brfx.compiling import compiled
+
 log = logging.getLogger(__name__)
 
 #: ``(images, labels) -> (loss, {"task": .., "correct": .., and one entry per term of the penalty})``
 LossStep = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
-#: Batches that a run must have before ``compile="auto"`` compiles the whole step, or its kernels: the compilation of
-#: ResNet-20 takes about the time of 300 and of 50 of its batches.
+#: Batches that a run must have before ``compile="auto"`` compiles the whole step, or its kernels. From an empty cache
+#: both compilations take about the time of 200 to 300 compiled batches of ResNet-20 (docs/benchmarks.md); an
+#: uncompiled batch takes three times as long as either.
 WORTH_COMPILING, WORTH_KERNELS = 1000, 150
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -104,14 +107,15 @@ def build_step(model: nn.Module, penalty: Any | None, how: str, precision: str =
 def compile_whole(step: LossStep) -> LossStep:
     """``step`` through ``torch.compile`` as one graph that makes again in backward what is cheap to make.
 
-    PyTorch's partitioner keeps what a later kernel reads whole, and what was made long ago, to save time; measured on
-    ResNet-20, keeping less costs 1-3 % of a step and saves 20-50 % of the memory. Bytes are kept: they are codes.
+    PyTorch's partitioner by default keeps what a later kernel reads whole, and what was made long ago. Here both are
+    made again; bytes are kept, as they are codes. docs/benchmarks.md has the memory.
     """
-    compiled = torch.compile(step, fullgraph=True, dynamic=False, options={"joint_custom_pre_pass": _KeepBytes()})
+    whole = compiled(step, fullgraph=True, options={"joint_custom_pre_pass": _KeepBytes()})
 
     def run(images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with torch._functorch.config.patch(_RECOMPUTE):
-            return compiled(images, labels)
+            loss, numbers = whole(images, labels)
+            return loss, numbers
 
     return run
 

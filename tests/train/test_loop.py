@@ -7,7 +7,7 @@ from torch import nn
 import brfx
 from brfx.data import BatchLoader
 from brfx.models import build_model
-from brfx.train import Callback, fit
+from brfx.train import Callback, fit, step
 from brfx.train.optim import build_optimizer, rate_factor
 from brfx.train.step import how_to_compile
 
@@ -131,6 +131,18 @@ def test_the_rate_rises_and_falls():
     assert factors[10:] == sorted(factors[10:], reverse=True)
     assert factors[-1] < 0.001
     assert rate_factor(0, 10, 0) == 1
+
+
+def test_without_a_compiler_nothing_is_compiled_and_the_log_says_so_once(monkeypatch, caplog):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    step._can_compile.cache_clear()
+    try:
+        assert {how_to_compile(choice, 10**6, "cpu") for choice in ("auto", "on", "kernels", "off")} == {"none"}
+    finally:
+        step._can_compile.cache_clear()
+    assert [record.message for record in caplog.records] == [
+        "nothing is compiled, training is slower: a C++ compiler (g++ or clang++) was not found"
+    ]
 
 
 def test_compile_is_decided_by_the_length_of_the_run():
