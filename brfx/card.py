@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
 
 from torch import nn
 
@@ -29,6 +31,17 @@ class ModelCard:
     source: ModelSource | None = None
     preprocessing: Preprocessing | None = None
     classes: tuple[str, ...] | None = None
+
+
+def card_entries(qmodel: nn.Module) -> dict[str, Any]:
+    """What an exported file says of the model in it: what it was made with, and how to feed it; plain data."""
+    card = card_of(qmodel)
+    return {
+        "brfx": version("brfx"),
+        "config": asdict(card.config),
+        "preprocessing": card.preprocessing and asdict(card.preprocessing),
+        "classes": card.classes and list(card.classes),
+    }
 
 
 def attach(qmodel: nn.Module, card: ModelCard) -> None:

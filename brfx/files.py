@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -76,6 +77,8 @@ def verify_files(
 
 def benchmark_files(files: list[Path], batch_size: int, rounds: int, threads: int, size: int | None) -> list[Timing]:
     """Time ONNX files; a ``model.pt`` among them adds its FP32 export and ONNX Runtime's INT8 of that, in front."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise ExportError("timing needs the extra: pip install 'brfx[onnx]'")
     with tempfile.TemporaryDirectory() as folder:
         named: list[tuple[str, Path]] = []
         for path in files:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from brfx.calibration import quantization_disabled
-from brfx.errors import ExportError
+from brfx.errors import ExportError, first_line
 from brfx.export.onnx import onnx_session, quiet
 
 
@@ -80,7 +80,7 @@ def benchmark(files: Sequence[tuple[str, Path]], example: Tensor, rounds: int, t
             for _ in range(3):
                 session.run(None, feeds)
         except Exception as error:
-            raise ExportError(f"{path}: does not run on {tuple(example.shape)} ({str(error)[:200]})") from error
+            raise ExportError(f"{path}: does not run on {tuple(example.shape)} ({first_line(error)})") from error
         runs.append((name, path, session, feeds))
     seconds: list[list[float]] = [[] for _ in runs]
     for turn in range(rounds):

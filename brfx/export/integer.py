@@ -17,9 +17,11 @@ from torch.fx import GraphModule, Node
 from torchvision.ops import StochasticDepth
 
 from brfx.calibration import require_calibrated
+from brfx.errors import ExportError
 from brfx.export.operators import Codes, convolution, linear, requantize
 from brfx.flow import analyse
-from brfx.graph import call_counts, free_name, set_module
+from brfx.graph import attribute, call_counts, free_name, set_module
+from brfx.grid import MIN_STEP
 from brfx.nn import (
     ActivationObserver,
     AlignedAdd,
@@ -27,6 +29,7 @@ from brfx.nn import (
     QuantizedAttention,
     QuantizedClippedReLU,
     QuantizedLayer,
+    QuantizedLinear,
     QuantizedMultiheadAttention,
 )
 from brfx.observing import graphs
@@ -169,6 +172,7 @@ def integer_model(qmodel: nn.Module) -> IntegerModel:
 
     Raises:
         NotCalibratedError: a quantizer has no step.
+        ExportError: a sum could leave 32 bits; names the layer.
     """
     require_calibrated(qmodel)
     model = copy.deepcopy(qmodel).eval().cpu()
@@ -185,7 +189,10 @@ def integer_model(qmodel: nn.Module) -> IntegerModel:
                 if not child.weight_quantizer.calibrated:
                     continue
                 setattr(module, child_name, _float_layer(child))
-                result.float_layers.setdefault(path, "called by Python code, outside every graph")
+                result.float_layers[path] = "called by Python code, outside every graph"
+    for name, layer in result.layers.items():
+        if layer.largest_sum >= 2**31:
+            raise ExportError(f"{name}: its sums can reach {layer.largest_sum}, more than 32 bits hold; use fewer bits")
     return result
 
 
@@ -194,7 +201,6 @@ class _Rewriting:
 
     def __init__(self, gm: GraphModule, scope: str, result: IntegerModel) -> None:
         self.gm, self.scope, self.result = gm, scope, result
-        self.flows = analyse(gm)
         self.codes: dict[Node, Codes] = {}  # of quantizers and of what replaced them
 
     def run(self) -> None:
@@ -212,10 +218,14 @@ class _Rewriting:
                 codes = codes_of(module)
                 if codes is not None:
                     self._quantizer(node, codes)
-            elif isinstance(module, QuantizedLayer):
-                self._layer(node, module)
+            elif isinstance(module, QuantizedLinear):
+                self._linear(node, module)
             elif isinstance(module, (QuantizedAttention, QuantizedMultiheadAttention, QuantizedFunction)):
                 self.result.float_layers[f"{self.scope}{node.target}"] = "attention is computed in floating point"
+        for node in list(self.gm.graph.nodes):
+            module = self._module(node)
+            if isinstance(module, QuantizedLayer):
+                self._left_in_float(node, module)
         self.gm.graph.lint()
         self.gm.recompile()
         self.gm.delete_all_unused_submodules()
@@ -235,11 +245,11 @@ class _Rewriting:
 
     def _aligned_add(self, node: Node, add: AlignedAdd) -> None:
         branch, shortcut, out, *into = node.args
-        step_out = float(self._value(out))
+        step_out = float(self._step(out))
         site = f"{self.scope}{node.target}"
         if into:
-            step_in = float(self._value(into[0]))
-            m, n = (float(part) for part in add.snap(self._value(into[0]).float() / self._value(out).float()))
+            step_in = float(self._step(into[0]))
+            m, n = (float(part) for part in add.snap(self._step(into[0]).float() / self._step(out).float()))
             assert add.high_in is not None
             unit, zero = step_out / n, int(add.high_in * m)
             addends = [self._branch(node, branch, Codes(unit, zero, 0, 255), f"{site}.branch")]
@@ -259,12 +269,12 @@ class _Rewriting:
         self.gm.graph.erase_node(node)
 
     def _branch(self, before: Node, value: object, codes: Codes, site: str) -> Node:
-        absorbed = self._absorbed(value, codes, site, before=before)
+        absorbed = self._absorbed(value, codes, site)
         if absorbed is not None:
             return absorbed
         return self._call(before, f"{before.target}_{site.rpartition('.')[2]}", Requantize(codes, site), value)
 
-    def _absorbed(self, value: object, codes: Codes, site: str, before: Node | None = None) -> Node | None:
+    def _absorbed(self, value: object, codes: Codes, site: str) -> Node | None:
         """The convolution (and batch norm) that made ``value`` for this quantizer alone, as one integer convolution."""
         assert isinstance(value, Node)
         node, norm = value, None
@@ -311,43 +321,29 @@ class _Rewriting:
         self.codes[again] = codes
         return again
 
-    def _layer(self, node: Node, layer: QuantizedLayer) -> None:
-        """What no quantizer behind absorbed."""
-        if layer.weight_quantizer is None:
-            self.result.float_layers[f"{self.scope}{node.target}"] = "its weight is FP32"
-            return
+    def _linear(self, node: Node, layer: QuantizedLinear) -> None:
         x = self._input_codes(node)
-        quantizer_behind = any(
-            isinstance(self._module(user), (LSQActivationQuantizer, AlignedAdd, _BatchNorm)) for user in node.users
-        )
-        if isinstance(layer, nn.Linear) and x is not None:
-            weight, step = codes_of_weight(layer)
-            scale = (step.flatten() * torch.tensor(x.scale)).float()
-            bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().clone()
-            integer = IntegerLinear(weight, scale, bias, x, layer.weight_quantizer.bits)
-            new = self._call(node, str(node.target), integer, self._on_codes(node, x))
-            self.result.layers[f"{self.scope}{node.target}"] = integer
-            node.replace_all_uses_with(new)
-            self.gm.graph.erase_node(node)
-        elif not (quantizer_behind and self._will_be_absorbed(node)):
-            set_module(self.gm, str(node.target), _float_layer(layer))
-            self.result.float_layers[f"{self.scope}{node.target}"] = (
-                "its input is on no grid: placement='deploy' puts it on one"
-                if x is None
-                else "no quantizer takes its output alone"
-            )
+        if x is None or layer.weight_quantizer is None:
+            return
+        weight, step = codes_of_weight(layer)
+        scale = (step.flatten() * torch.tensor(x.scale)).float()
+        bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().clone()
+        integer = IntegerLinear(weight, scale, bias, x, layer.weight_quantizer.bits)
+        new = self._call(node, str(node.target), integer, self._on_codes(node, x))
+        self.result.layers[f"{self.scope}{node.target}"] = integer
+        node.replace_all_uses_with(new)
+        self.gm.graph.erase_node(node)
 
-    def _will_be_absorbed(self, node: Node) -> bool:
-        """Whether a later quantizer of this graph makes this convolution its own."""
-        users = list(node.users)
-        while len(users) == 1 and isinstance(self._module(users[0]), _BatchNorm):
-            users = list(users[0].users)
-        return (
-            len(users) == 1
-            and isinstance(self._module(users[0]), (LSQActivationQuantizer, AlignedAdd))
-            and self._input_codes(node) is not None
-            and self._has_integer_form(self._module(node))
-        )
+    def _left_in_float(self, node: Node, layer: QuantizedLayer) -> None:
+        """A layer that no quantizer behind it has made its own."""
+        name = f"{self.scope}{node.target}"
+        if layer.weight_quantizer is None:
+            self.result.float_layers[name] = "its weight is FP32"
+            return
+        on_grid = self._input_codes(node) is not None
+        off = "its input is on no grid: placement='deploy' puts it on one"
+        self.result.float_layers[name] = "no quantizer takes its output alone" if on_grid else off
+        set_module(self.gm, str(node.target), _float_layer(layer))
 
     @staticmethod
     def _has_integer_form(layer: Any) -> bool:
@@ -360,14 +356,11 @@ class _Rewriting:
             and not isinstance(layer.padding, str)
         )
 
-    def _value(self, node: object) -> Tensor:
-        """A step, read as an attribute."""
+    def _step(self, node: object) -> Tensor:
+        """A step that the graph reads."""
         assert isinstance(node, Node)
-        value: object = self.gm
-        for name in str(node.target).split("."):
-            value = getattr(value, name)
-        assert isinstance(value, Tensor)
-        return value.detach()
+        step: Tensor = attribute(self.gm, node).detach().clamp(min=MIN_STEP)
+        return step
 
     def _call(self, before: Node, name: str, module: nn.Module, source: object) -> Node:
         replaces = isinstance(module, (IntegerConv, IntegerLinear)) and call_counts(self.gm)[name] == 1
@@ -387,12 +380,12 @@ def _taken(gm: GraphModule, name: str) -> bool:
 
 def codes_of(quantizer: LSQActivationQuantizer) -> Codes | None:
     """The uint8 codes of an activation quantizer; ``None`` for signs, which no clipped rounding makes."""
-    grid, step = quantizer.grid, float(quantizer.step)
+    grid, step = quantizer.grid, float(quantizer.step.detach().clamp(min=MIN_STEP))
     if grid.binary:
         return None
     high = grid.high
     if isinstance(quantizer, QuantizedClippedReLU) and quantizer.ceiling < math.inf:
-        high = min(high, int((torch.tensor(quantizer.ceiling) / quantizer.step.detach().cpu()).round()))
+        high = min(high, int((torch.tensor(quantizer.ceiling) / step).round()))
     zero = -grid.low
     return Codes(step, zero, 0, high + zero)
 
@@ -400,7 +393,7 @@ def codes_of(quantizer: LSQActivationQuantizer) -> Codes | None:
 def codes_of_weight(layer: QuantizedLayer) -> tuple[Tensor, Tensor]:
     """int8 codes of a weight, and its step: one, or one an output channel in a shape that broadcasts."""
     assert layer.weight_quantizer is not None
-    step = layer.weight_quantizer.step.detach()
+    step = layer.weight_quantizer.step.detach().clamp(min=MIN_STEP)
     return layer.weight_quantizer.grid.encode(layer.weight.detach(), step).to(torch.int8), step
 
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from brfx.card import card_of
-from brfx.errors import ExportError
+from brfx.errors import ExportError, first_line
+from brfx.export.destination import as_inputs, destination, replacing
 from brfx.export.integer import IntegerModel, integer_model
 from brfx.export.operators import translations
 from brfx.export.packing import CONTAINERS, pack
@@ -80,22 +81,13 @@ def export_onnx(
     """
     if profile not in PROFILES:
         raise ExportError(f"profile={profile!r}: takes {', '.join(PROFILES)}")
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise ExportError(f"{path}: there is no folder {path.parent}")
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    if not all(isinstance(value, Tensor) for value in inputs):
-        raise ExportError("the exporter takes models of tensors; a detection model's backbone can be exported alone")
-    inputs = tuple(value.detach().cpu() for value in inputs)
+    path, inputs = destination(path), as_inputs(example_inputs)
     try:
         import onnx
         import onnxscript  # noqa: F401  (the exporter needs it)
     except ImportError as error:
         raise ExportError("ONNX export needs the extra: pip install 'brfx[onnx]'") from error
     integer = integer_model(qmodel)
-    if integer.largest_sum >= 2**31:
-        layer = max(integer.layers, key=lambda name: integer.layers[name].largest_sum)
-        raise ExportError(f"{layer}: its sums can reach {integer.largest_sum}, more than 32 bits hold; use fewer bits")
     expected = _reference(integer, inputs)
     opset, narrowest = PROFILES[profile]
     try:
@@ -114,24 +106,15 @@ def export_onnx(
         assert program is not None
         proto = program.model_proto
     except Exception as error:
-        raise ExportError(f"torch's ONNX exporter failed: {_first_line(error)}") from error
+        raise ExportError(f"torch's ONNX exporter failed: {first_line(error)}") from error
     _share_codes(proto)
     _store_weights(proto, integer, narrowest)
     _strip(proto)
     _describe(proto, qmodel)
-    try:
+    with replacing(path) as partial:
         onnx.checker.check_model(proto, full_check=True)
-        partial = path.with_name(path.name + ".partial")
         onnx.save(proto, partial)
-        partial.replace(path)
-    except Exception as error:
-        raise ExportError(f"{path}: cannot write this model ({_first_line(error)})") from error
     return _compare(path, inputs, qmodel, integer, expected)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return (lines or [repr(error)])[0][:200]
 
 
 def _share_codes(proto: Any) -> None:
@@ -319,17 +302,21 @@ def onnx_session(path: Path, threads: int = 0) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ExportError(f"{path}: ONNX Runtime does not load this file ({_first_line(error)})") from error
+        raise ExportError(f"{path}: ONNX Runtime does not load this file ({first_line(error)})") from error
 
 
 def onnx_runner(path: Path) -> Callable[..., list[Tensor]]:
-    """The file as a function of tensors."""
+    """The file as a function of tensors; ExportError where it does not run on those it is given."""
     session = onnx_session(path)
     names = [node.name for node in session.get_inputs()]
 
     def run(*inputs: Tensor) -> list[Tensor]:
         feeds = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
-        return [torch.from_numpy(value) for value in session.run(None, feeds)]
+        try:
+            return [torch.from_numpy(value) for value in session.run(None, feeds)]
+        except Exception as error:
+            shapes = ", ".join(str(tuple(value.shape)) for value in inputs)
+            raise ExportError(f"{path}: does not run on {shapes} ({first_line(error)})") from error
 
     return run
 

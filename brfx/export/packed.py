@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.operator_schemas import normalize_function
 
-from brfx.errors import ExportError
+from brfx.card import card_entries
+from brfx.errors import ExportError, first_line
+from brfx.export.destination import destination, replacing
 from brfx.export.integer import FloatLayer, IntegerConv, IntegerLinear, Requantize, integer_model
 from brfx.export.operators import Codes
 from brfx.export.packing import pack, unpack
-from brfx.export.torch_export import card_entries, first_line
 from brfx.nn import QUANTIZED_LAYERS, LSQQuantizer, QuantizedLayer
 from brfx.operators import name_of
 
@@ -69,25 +70,19 @@ def export_packed(qmodel: nn.Module, path: str | Path) -> Path:
     """
     from safetensors.torch import save_file
 
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise ExportError(f"{path}: there is no folder {path.parent}")
+    path = destination(path)
     if not isinstance(qmodel, GraphModule):
         raise ExportError("a packed file holds one graph, and Python code runs between the parts of this model")
     integer = integer_model(qmodel)
-    if integer.largest_sum >= 2**31:
-        layer = max(integer.layers, key=lambda name: integer.layers[name].largest_sum)
-        raise ExportError(f"{layer}: its sums can reach {integer.largest_sum}, more than 32 bits hold; use fewer bits")
     assert isinstance(integer.model, GraphModule)
     writing = _Writing(integer.model, {id(module): name for name, module in integer.layers.items()})
     header = {"format_version": FORMAT_VERSION, **card_entries(qmodel), **writing.run()}
     try:
         text = json.dumps(header, allow_nan=False)
-        partial = path.with_name(path.name + ".partial")
-        save_file(writing.tensors, partial, metadata={"brfx": text})
-        partial.replace(path)
-    except Exception as error:
+    except ValueError as error:
         raise ExportError(f"{path}: cannot write this model ({first_line(error)})") from error
+    with replacing(path) as partial:
+        save_file(writing.tensors, partial, metadata={"brfx": text})
     return path
 
 

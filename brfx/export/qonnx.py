@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
 
 from brfx.calibration import require_calibrated
-from brfx.errors import ExportError
+from brfx.card import card_entries
+from brfx.errors import ExportError, first_line
+from brfx.export.destination import as_inputs, destination, replacing
 from brfx.export.onnx import quiet
-from brfx.export.torch_export import card_entries, first_line
-from brfx.graph import set_module
+from brfx.graph import attribute, set_module
 from brfx.grid import MIN_STEP, Grid
 from brfx.nn import AlignedAdd, LSQQuantizer
 from brfx.observing import graphs
@@ -107,16 +107,12 @@ def export_qonnx(qmodel: nn.Module, path: str | Path, example_inputs: Tensor | t
         ExportError: the extra ``onnx`` is not installed, the exporter failed, or the file cannot be written.
     """
     require_calibrated(qmodel)
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise ExportError(f"{path}: there is no folder {path.parent}")
+    path, inputs = destination(path), as_inputs(example_inputs)
     try:
         import onnx
         import onnxscript  # noqa: F401  (the exporter needs it)
     except ImportError as error:
         raise ExportError("QONNX export needs the extra: pip install 'brfx[onnx]'") from error
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    inputs = tuple(value.detach().cpu() for value in inputs)
     model = _with_quant(qmodel)
     try:
         with quiet(), torch.no_grad():
@@ -135,13 +131,9 @@ def export_qonnx(qmodel: nn.Module, path: str | Path, example_inputs: Tensor | t
     _tidy(proto)
     for key, value in card_entries(qmodel).items():
         proto.metadata_props.add(key=key, value=json.dumps(value))
-    try:
+    with replacing(path) as partial:
         onnx.checker.check_model(proto)
-        partial = path.with_name(path.name + ".partial")
         onnx.save(proto, partial)
-        partial.replace(path)
-    except Exception as error:
-        raise ExportError(f"{path}: cannot write this model ({first_line(error)})") from error
     return path
 
 
@@ -155,7 +147,7 @@ def _with_quant(qmodel: nn.Module) -> nn.Module:
         for node in list(gm.graph.nodes):
             add = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
             if isinstance(add, AlignedAdd):
-                steps = [_attribute(gm, value) for value in node.args[2:]]
+                steps = [attribute(gm, value).detach() for value in node.args[2:]]
                 set_module(gm, str(node.target), _QuantAdd(add, steps[0], steps[1] if len(steps) > 1 else None))
                 read = node.args[2:]
                 node.args = node.args[:2]
@@ -171,16 +163,6 @@ def _with_quant(qmodel: nn.Module) -> nn.Module:
             parent, _, leaf = name.rpartition(".")
             model.get_submodule(parent)._modules[leaf] = stand_in
     return model.requires_grad_(False)
-
-
-def _attribute(gm: GraphModule, node: Any) -> Tensor:
-    """What a ``get_attr`` node reads."""
-    assert isinstance(node, Node)
-    value: Any = gm
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    assert isinstance(value, Tensor)
-    return value.detach()
 
 
 def _tidy(proto: Any) -> None:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from brfx.calibration import require_calibrated
-from brfx.card import card_of
-from brfx.errors import ExportError
+from brfx.card import card_entries
+from brfx.errors import ExportError, first_line
+from brfx.export.destination import as_inputs, destination, replacing
 from brfx.nn import QuantizedLayer
 
 
@@ -38,11 +36,7 @@ def export_torch(qmodel: nn.Module, path: str | Path, example_inputs: Tensor | t
         ExportError: ``torch.export`` failed, or the file cannot be written.
     """
     require_calibrated(qmodel)
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise ExportError(f"{path}: there is no folder {path.parent}")
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    inputs = tuple(value.detach().cpu() for value in inputs)
+    path, inputs = destination(path), as_inputs(example_inputs)
     batch = torch.export.Dim("batch")
     try:
         with torch.no_grad():
@@ -52,13 +46,8 @@ def export_torch(qmodel: nn.Module, path: str | Path, example_inputs: Tensor | t
     except Exception as error:
         raise ExportError(f"torch.export failed: {first_line(error)}") from error
     _strip(program)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            torch.export.save(program, file, extra_files={"brfx.json": json.dumps(card_entries(qmodel))})
-        partial.replace(path)
-    except Exception as error:
-        raise ExportError(f"{path}: cannot write this model ({first_line(error)})") from error
+    with replacing(path) as partial, partial.open("wb") as file:
+        torch.export.save(program, file, extra_files={"brfx.json": json.dumps(card_entries(qmodel))})
     return path
 
 
@@ -79,20 +68,3 @@ def _strip(program: torch.export.ExportedProgram) -> None:
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
         node.meta.pop("from_node", None)
-
-
-def card_entries(qmodel: nn.Module) -> dict[str, Any]:
-    """What a file says of the model in it: what it was made with, and how to feed it."""
-    card = card_of(qmodel)
-    return {
-        "brfx": version("brfx"),
-        "config": asdict(card.config),
-        "preprocessing": card.preprocessing and asdict(card.preprocessing),
-        "classes": card.classes and list(card.classes),
-    }
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, cut to what fits a line."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return (lines or [repr(error)])[0][:200]

@@ -89,6 +89,9 @@ def verify(
     integer = None if trained is None else integer_model(trained)
     for batch, labels in batches:
         a, b = first(batch), second(batch)
+        shapes = [[tuple(value.shape) for value in outputs] for outputs in (a, b)]
+        if shapes[0] != shapes[1]:
+            raise ExportError(f"these are not files of one model: their outputs are {shapes[0]} and {shapes[1]}")
         largest = max(largest, distance(a, b))
         if a[0].dim() == 2:
             decided = a[0].argmax(1), b[0].argmax(1)
