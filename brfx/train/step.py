@@ -25,8 +25,8 @@ LossStep = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 #: Batches that a run must have before ``compile="auto"`` compiles the whole step, or its kernels. From an empty cache
 #: both compilations take about the time of 200 to 300 compiled batches of ResNet-20 (docs/benchmarks.md); an
-#: uncompiled batch takes three times as long as either.
-WORTH_COMPILING, WORTH_KERNELS = 1000, 150
+#: uncompiled batch takes three times as long as either, and the step is compiled anew when the warm-up is over.
+WORTH_COMPILING, WORTH_KERNELS = 1000, 500
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
