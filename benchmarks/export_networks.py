@@ -5,7 +5,8 @@
 
 NAME=FILE is a run's ``model.pt``; a name alone is that model with random weights at 2 bits, calibrated on four random
 images. The files are exported, timed in turns with the FP32 export and ONNX Runtime's INT8 of the same network, and
-those with a FILE are compared with it on the test images of ``--data``. What stands between the two marker lines is replaced.
+those with a FILE are compared with it on the test images of ``--data``. What stands between the two marker lines is
+replaced.
 """
 
 from __future__ import annotations
@@ -79,6 +80,10 @@ def measure(spec: str, args: argparse.Namespace, folder: Path) -> tuple[str, lis
     ]
 
 
+def _parted(spec: str) -> tuple[str, str, str]:
+    return spec.partition("=")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="+", metavar="NAME[=FILE]")
@@ -89,13 +94,14 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         measured = [measure(spec, args, Path(folder)) for spec in args.networks]
+    shown = " ".join(f"{name}=model.pt" if file else name for name, _, file in map(_parted, args.networks))
     text = [
         "## Networks at their own size",
         "",
-        f"`python benchmarks/export_networks.py {' '.join(args.networks)}`, {date.today()}; torch {torch.__version__}, "
+        f"`python benchmarks/export_networks.py {shown}`, {date.today()}; torch {torch.__version__}, "
         f"torchvision {torchvision.__version__}. W2A2, placement `deploy`, profile `compact`; sizes in MB; speed is "
-        f"the median of {args.rounds} paired ratios to FP32, batch 1, two threads. FP32 is the network exported with its "
-        "quantizers letting values through, INT8 ONNX Runtime's own static quantization of that.",
+        f"the median of {args.rounds} paired ratios to FP32, batch 1, two threads. FP32 is the network exported with "
+        "its quantizers letting values through, INT8 ONNX Runtime's own static quantization of that.",
         "",
         "| network, weights | FP32 | INT8 | brfx | times smaller | INT8's speed | brfx's speed | float layers | "
         "codes flipped | ONNX Runtime against the reference |",
