@@ -110,7 +110,7 @@ def compile_whole(step: LossStep) -> LossStep:
     PyTorch's partitioner by default keeps what a later kernel reads whole, and what was made long ago. Here both are
     made again; bytes are kept, as they are codes. docs/benchmarks.md has the memory.
     """
-    whole = compiled(step, fullgraph=True, options={"joint_custom_pre_pass": _KeepBytes()})
+    whole = compiled(step, fullgraph=True, joint_custom_pre_pass=_KeepBytes())
 
     def run(images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with torch._functorch.config.patch(_RECOMPUTE):
