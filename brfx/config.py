@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
@@ -150,6 +151,7 @@ OPTIMIZERS = ("sgd", "adamw")
 STARTS = ("lsq", "mse")
 COMPILE = ("auto", "on", "kernels", "off")
 PRECISION = ("fp32", "bf16", "fp16")
+ON_NONFINITE = ("stop", "skip")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +176,16 @@ class TrainConfig:
         precision: ``"bf16"`` or ``"fp16"`` (with loss scaling) train under autocast; steps, codes and bins are
             computed in FP32 all the same.
         channels_last: keep images and 4-d weights in that memory format, which convolutions run faster in.
+        label_smoothing: share of the target that goes to all classes alike.
+        distill: share of the loss that is distillation from a teacher, in :func:`brfx.fit` given as such; 0: none.
+        temperature: of distillation's softmax.
+        clip_grad: the gradients' total norm is scaled down to this; ``None``: never.
+        ema: decay of a moving average of the weights, which is then what is validated and kept; 0: none.
+        reestimate_bn: training batches from which batch norms' statistics are estimated anew before each validation;
+            0: the running ones are used.
+        on_nonfinite: at a loss or gradient that is not finite, ``"stop"`` the run, or ``"skip"`` the batch.
+        checkpoint_minutes: time between two checkpoints inside an epoch; each epoch ends with one anyway.
+        keep_checkpoints: how many of the newest stay.
 
     Raises:
         ConfigError: a value is out of range, or the warm-up leaves no epoch for the penalty.
@@ -192,26 +204,40 @@ class TrainConfig:
     compile: str = "auto"
     precision: str = "fp32"
     channels_last: bool = True
+    label_smoothing: float = 0.0
+    distill: float = 0.0
+    temperature: float = 4.0
+    clip_grad: float | None = None
+    ema: float = 0.0
+    reestimate_bn: int = 0
+    on_nonfinite: str = "stop"
+    checkpoint_minutes: float = 10.0
+    keep_checkpoints: int = 3
 
     def __post_init__(self) -> None:
         if self.warmup_epochs is None:
             object.__setattr__(self, "warmup_epochs", int(0.3 * self.epochs))
         if self.step_lr is None:
             object.__setattr__(self, "step_lr", self.lr)
-        for name in ("epochs", "warmup_epochs", "weight_decay", "momentum", "lr_warmup"):
+        for name in ("epochs", "warmup_epochs", "weight_decay", "momentum", "reestimate_bn"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: takes 0 or more")
-        for name in ("lr", "step_lr"):
-            if not getattr(self, name) > 0:
+        for name in ("lr", "step_lr", "temperature", "clip_grad", "checkpoint_minutes", "keep_checkpoints"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: takes a number above 0")
-        if not self.lr_warmup < 1:
-            raise ConfigError(f"lr_warmup={self.lr_warmup!r}: takes a share below 1")
-        if self.optimizer not in OPTIMIZERS:
-            raise ConfigError(f"optimizer={self.optimizer!r}: takes {' or '.join(OPTIMIZERS)}")
-        if self.compile not in COMPILE:
-            raise ConfigError(f"compile={self.compile!r}: takes {', '.join(COMPILE)}")
-        if self.precision not in PRECISION:
-            raise ConfigError(f"precision={self.precision!r}: takes {', '.join(PRECISION)}")
+        for name in ("lr_warmup", "label_smoothing", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: takes 0 or a share below 1")
+        if not 0 <= self.distill <= 1:
+            raise ConfigError(f"distill={self.distill!r}: takes 0 to 1")
+        for name, choices in (
+            ("optimizer", OPTIMIZERS),
+            ("compile", COMPILE),
+            ("precision", PRECISION),
+            ("on_nonfinite", ON_NONFINITE),
+        ):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: takes {' or '.join(choices)}")
 
 
 #: What training an FP32 network from random weights wants instead of the defaults, which are for quantization.
@@ -243,6 +269,7 @@ class JobConfig:
         start: rule by which the steps start, see :func:`brfx.calibrate`.
         calibration_batches: training batches that the steps start from.
         output_dir: run folder, new or empty; default a free name under ``runs/``.
+        tensorboard: write TensorBoard's event files beside ``metrics.jsonl``.
 
     Raises:
         ConfigError: a value is out of range.
@@ -272,6 +299,7 @@ class JobConfig:
     start: str = "mse"
     calibration_batches: int = 8
     output_dir: Path | None = None
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data_dir", self.data_dir.expanduser())
@@ -289,3 +317,35 @@ class JobConfig:
             raise ConfigError(f"std={self.std!r}: takes three numbers above 0")
         if self.image_size is not None and self.image_size < 1:
             raise ConfigError(f"image_size={self.image_size!r}: takes 1 or more pixels")
+
+
+def read_job_config(run_dir: Path) -> JobConfig:
+    """The settings of a run from its ``config.json``; its folder is ``run_dir``, whatever the file says.
+
+    Raises:
+        ConfigError: no such file, damaged, or with settings that are none.
+    """
+    path = run_dir / "config.json"
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot read the settings of a run ({error})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: not the settings of a run")
+    for beside in ("versions", "python", "command_line"):
+        content.pop(beside, None)
+    content["output_dir"] = run_dir
+    try:
+        for name in ("ckpt", "data_dir"):
+            if content.get(name) is not None:
+                content[name] = Path(content[name])
+        for name in ("mean", "std"):
+            if content.get(name) is not None:
+                content[name] = tuple(content[name])
+        qat = dict(content.pop("qat"))
+        qat["overrides"] = tuple((pattern, settings) for pattern, settings in qat.get("overrides", ()))
+        return JobConfig(qat=QATConfig(**qat), train=TrainConfig(**content.pop("train")), **content)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{path}: not the settings of a run ({error})") from error

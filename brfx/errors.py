@@ -29,6 +29,14 @@ class TrainingError(BrfxError, RuntimeError):
     """Training cannot go on, or would not mean anything."""
 
 
+class Interrupted(BrfxError):
+    """Ctrl-C or SIGTERM stopped a run between two batches; ``signal`` is its number."""
+
+    def __init__(self, signal: int, message: str) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
 class ExportError(BrfxError):
     """A model cannot be written in the format asked for."""
 

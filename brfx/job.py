@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from brfx.auditing import Audit, audit
 from brfx.calibration import calibrate
@@ -27,8 +27,11 @@ from brfx.grid import Grid
 from brfx.models import CIFAR_RESNETS, build_model, example_inputs, require_model
 from brfx.penalty import BinPenalty
 from brfx.pipeline import prepare_qat
+from brfx.ranks import from_first, rank, ranks, share_state, together
 from brfx.train import Callback, Evaluation, FitResult, evaluate, fit, reestimate_batch_norm
+from brfx.train.checkpoint import has_checkpoints, write_text_atomically
 from brfx.train.loop import seed_everything
+from brfx.train.tensorboard import TensorBoard
 
 log = logging.getLogger(__name__)
 
@@ -45,69 +48,111 @@ class JobResult:
     onnx_problem: str | None = None
 
 
-def train_float(job: JobConfig, callbacks: Iterable[Callback] = ()) -> JobResult:
+def train_float(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool = False) -> JobResult:
     """Train an FP32 baseline; leaves ``best.pth``, ``last.pth``, ``config.json`` and ``metrics.jsonl`` in its folder.
+
+    Args:
+        job: the settings. Of processes that ``torchrun`` started, each calls this; rank 0 alone writes.
+        callbacks: told of batches and epochs.
+        resume: go on with the unfinished run in ``job.output_dir``.
 
     Raises:
         BrfxError: a setting, the data or the output folder is not right; nothing has been written then.
     """
-    _require_device(job.train.device)
-    run_dir = _free_run_dir(job)
-    require_model(job.model)
-    dataset = read_data(job)
-    seed_everything(job.train.seed)
-    model = _float_model(job, dataset, job.ckpt)
-    train_data, val_data = _loaders(job, dataset)
-    _open_run(job, run_dir)
-    result = fit(model, train_data, val_data, job.train, run_dir=run_dir, callbacks=callbacks)
-    return _close_run(JobResult(run_dir, result, evaluate(model, _test_loader(job, dataset))))
+    with together(job.train.device) as device:
+        job = replace(job, train=replace(job.train, device=device))
+        _require_device(device)
+        run_dir = _run_dir(job, resume)
+        require_model(job.model)
+        dataset = read_data(job)
+        seed_everything(job.train.seed)
+        model = _float_model(job, dataset, job.ckpt)
+        train_data, val_data = _loaders(job, dataset)
+        _open_run(job, run_dir, resume)
+        callbacks = _with_tensorboard(job, run_dir, callbacks)
+        result = fit(model, train_data, val_data, job.train, run_dir=run_dir, resume=resume, callbacks=callbacks)
+        return _close_run(JobResult(run_dir, result, evaluate(model, _test_loader(job, dataset))))
 
 
-def quantize(job: JobConfig, callbacks: Iterable[Callback] = ()) -> JobResult:
+def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool = False) -> JobResult:
     """The main job; leaves ``model.pt``, ``model.onnx``, ``best.pth``, ``last.pth``, ``config.json``,
     ``metrics.jsonl`` and ``result.json`` in the run folder.
+
+    Args:
+        job: the settings. Of processes that ``torchrun`` started, each calls this; rank 0 alone writes.
+        callbacks: told of batches and epochs.
+        resume: go on with the unfinished run in ``job.output_dir``.
 
     Raises:
         BrfxError: a setting, the checkpoint, the data or the output folder is not right; nothing has been written then.
     """
     if job.ckpt is None:
         raise ConfigError("quantize starts from an FP32 checkpoint: --ckpt FILE (`brfx train` makes one)")
-    _require_penalty_epochs(job)
-    _require_device(job.train.device)
-    run_dir = _free_run_dir(job)
-    require_model(job.model)
-    read_state_dict(job.ckpt)
-    dataset = read_data(job)
-    model = _float_model(job, dataset, job.ckpt)
-    qmodel = prepare_qat(model, job.qat)
-    card = card_of(qmodel)
-    card.preprocessing, card.classes = dataset.preprocessing, dataset.classes
-    train_data, val_data = _loaders(job, dataset)
-    _open_run(job, run_dir)
-    model.to(job.train.device)
-    qmodel.to(job.train.device)
-    log.info("FP32 on validation: %.2f %%", 100 * evaluate(model, val_data).accuracy)
-    batches = [images.to(job.train.device) for images, _ in islice(iter(train_data), job.calibration_batches)]
-    calibrate(qmodel, batches, start=job.start, batch_statistics=True)
-    reestimate_batch_norm(qmodel, batches)
-    log.info("Calibrated on %d batches: %.2f %% on validation", len(batches), 100 * evaluate(qmodel, val_data).accuracy)
-    for line in banner(job):
-        log.info(line)
-    result = None
-    if job.train.epochs:
-        penalty = _penalty(job, qmodel)
-        result = fit(qmodel, train_data, val_data, job.train, penalty=penalty, run_dir=run_dir, callbacks=callbacks)
+    with together(job.train.device) as device:
+        job = replace(job, train=replace(job.train, device=device))
+        _require_penalty_epochs(job)
+        _require_device(device)
+        run_dir = _run_dir(job, resume)
+        require_model(job.model)
+        read_state_dict(job.ckpt)
+        dataset = read_data(job)
+        model = _float_model(job, dataset, job.ckpt)
+        qmodel = prepare_qat(model, job.qat)
+        card = card_of(qmodel)
+        card.preprocessing, card.classes = dataset.preprocessing, dataset.classes
+        train_data, val_data = _loaders(job, dataset)
+        _open_run(job, run_dir, resume)
+        model.to(device)
+        qmodel.to(device)
+        if not (resume and has_checkpoints(run_dir)):
+            _calibrate(job, model, qmodel, dataset, val_data)
+        for line in banner(job):
+            log.info(line)
+        result = None
+        if job.train.epochs:
+            result = fit(
+                qmodel,
+                train_data,
+                val_data,
+                job.train,
+                penalty=_penalty(job, qmodel),
+                teacher=model if job.train.distill else None,
+                run_dir=run_dir,
+                resume=resume,
+                callbacks=_with_tensorboard(job, run_dir, callbacks),
+            )
+        onnx_report, problem = None, None
+        if rank() == 0:
+            onnx_report, problem = _write_model(qmodel, run_dir, next(iter(val_data))[0][:8])
+        test_data = _test_loader(job, dataset)
+        test, test_float = evaluate(qmodel, test_data), evaluate(model, test_data)
+        return _close_run(JobResult(run_dir, result, test, test_float, onnx_report, problem))
 
+
+def _calibrate(job: JobConfig, model: nn.Module, qmodel: nn.Module, dataset: Dataset, val_data: BatchLoader) -> None:
+    """Start the steps and the batch norms' statistics of ``qmodel`` from whole batches, on rank 0 for all."""
+    log.info("FP32 on validation: %.2f %%", 100 * evaluate(model, val_data).accuracy)
+    if rank() == 0:
+        whole, _ = _loaders(job, dataset, shared=False)
+        batches = [images.to(job.train.device) for images, _ in islice(iter(whole), job.calibration_batches)]
+        calibrate(qmodel, batches, start=job.start, batch_statistics=True)
+        reestimate_batch_norm(qmodel, batches)
+    share_state(qmodel)
+    accuracy = evaluate(qmodel, val_data).accuracy
+    log.info("Calibrated on %d batches: %.2f %% on validation", job.calibration_batches, 100 * accuracy)
+
+
+def _write_model(qmodel: nn.Module, run_dir: Path, example: Tensor) -> tuple[OnnxReport | None, str | None]:
+    """Write ``model.pt`` and ``model.onnx``; the report, or why there is no ONNX file."""
     save(qmodel, run_dir / "model.pt")
-    example = next(iter(val_data))[0][:8]
-    onnx_report, problem = None, None
     try:
-        onnx_report = export_onnx(qmodel, run_dir / "model.onnx", example)
+        return export_onnx(qmodel, run_dir / "model.onnx", example), None
     except ExportError as error:
-        problem = str(error)
-    test_data = _test_loader(job, dataset)
-    test, test_float = evaluate(qmodel, test_data), evaluate(model, test_data)
-    return _close_run(JobResult(run_dir, result, test, test_float, onnx_report, problem))
+        return None, str(error)
+
+
+def _with_tensorboard(job: JobConfig, run_dir: Path, callbacks: Iterable[Callback]) -> list[Callback]:
+    return [*callbacks, *([TensorBoard(run_dir / "tensorboard")] if job.tensorboard and rank() == 0 else [])]
 
 
 def dry_run(job: JobConfig) -> Audit:
@@ -276,7 +321,8 @@ def _require_classifier(model: nn.Module, job: JobConfig, dataset: Dataset) -> N
         raise DataError(f"{job.model} has {output.shape[1]} classes, {dataset.name} has {len(dataset.classes)}")
 
 
-def _loaders(job: JobConfig, dataset: Dataset) -> tuple[BatchLoader, BatchLoader]:
+def _loaders(job: JobConfig, dataset: Dataset, *, shared: bool = True) -> tuple[BatchLoader, BatchLoader]:
+    """Of training and validation; a ``shared`` one gives each rank its part of every training batch."""
     train = BatchLoader(
         dataset.train,
         dataset.preprocessing,
@@ -286,6 +332,8 @@ def _loaders(job: JobConfig, dataset: Dataset) -> tuple[BatchLoader, BatchLoader
         drop_last=len(dataset.train) >= job.batch_size,
         seed=job.train.seed,
         device=job.train.device,
+        rank=rank() if shared else 0,
+        ranks=ranks() if shared else 1,
     )
     return train, BatchLoader(dataset.val, dataset.preprocessing, job.batch_size, device=job.train.device)
 
@@ -294,43 +342,67 @@ def _test_loader(job: JobConfig, dataset: Dataset) -> BatchLoader:
     return BatchLoader(dataset.test, dataset.preprocessing, job.batch_size, device=job.train.device)
 
 
-def _free_run_dir(job: JobConfig) -> Path:
-    """The folder of this run: the one named, or a free name under ``runs/``. Nothing is written yet.
+def _run_dir(job: JobConfig, resume: bool) -> Path:
+    """The folder of this run, the same on all ranks. Nothing is written yet.
 
     Raises:
-        ConfigError: the folder named holds something already.
+        ConfigError: a new run's folder holds something already; one to resume is not there, or complete.
     """
+    return from_first(_resumed_run_dir(job) if resume else _free_run_dir(job))
+
+
+def _resumed_run_dir(job: JobConfig) -> Path:
+    run_dir = job.output_dir
+    if run_dir is None or not run_dir.is_dir():
+        raise ConfigError(f"{run_dir}: there is no such run to resume")
+    if (run_dir / "result.json").exists():
+        raise ConfigError(f"{run_dir}: this run is complete, there is nothing to resume")
+    return run_dir
+
+
+def _free_run_dir(job: JobConfig) -> Path:
+    """The folder named, or a free name under ``runs/``."""
     run_dir = job.output_dir
     if run_dir is None:
         bits = "fp32" if job.command == "train" else f"w{job.qat.weight_bits}a{job.qat.act_bits}"
         name = f"runs/{Path(job.model.partition(':')[0]).stem}-{bits}"
         return next(path for i in count(1) if not (path := Path(name if i == 1 else f"{name}-{i}")).exists())
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise ConfigError(f"{run_dir} is not empty: choose another --output-dir, or move it away; nothing was changed")
+    if rank() == 0 and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise ConfigError(
+            f"{run_dir} is not empty: choose another --output-dir, or move it away; nothing was changed "
+            "(an unfinished run goes on with --resume)"
+        )
     return run_dir
 
 
-def _open_run(job: JobConfig, run_dir: Path) -> None:
-    """Make the run folder and write ``config.json``."""
+def _open_run(job: JobConfig, run_dir: Path, resume: bool) -> None:
+    """Make the run folder and write ``config.json``; of a run that is resumed the first one stays."""
+    if rank() > 0 or resume:
+        return
     run_dir.mkdir(parents=True, exist_ok=True)
     settings = asdict(job) | {
         "versions": {name: version(name) for name in ("brfx", "torch", "torchvision")},
         "python": sys.version.split()[0],
         "command_line": sys.argv,
     }
-    (run_dir / "config.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")
+    write_text_atomically(run_dir / "config.json", json.dumps(settings, indent=2, default=str) + "\n")
 
 
 def _close_run(result: JobResult) -> JobResult:
     """Write ``result.json``: accuracies on the test images, the best epoch, and what each file weighs."""
+    if rank() > 0:
+        return result
     run_dir = result.run_dir
+    files = [path for path in sorted(run_dir.iterdir()) if path.is_file()]
     content = {
         "test": asdict(result.test),
         "test_float": result.test_float and asdict(result.test_float),
         "best_epoch": result.fit and result.fit.best_epoch,
+        "best_accuracy": result.fit and result.fit.best_accuracy,
         "compiled": result.fit and result.fit.compiled,
+        "skipped_batches": result.fit and result.fit.skipped,
         "onnx": result.onnx and asdict(result.onnx),
-        "bytes": {path.name: path.stat().st_size for path in sorted(run_dir.iterdir())},
+        "bytes": {path.name: path.stat().st_size for path in files},
     }
-    (run_dir / "result.json").write_text(json.dumps(content, indent=2, default=str) + "\n")
+    write_text_atomically(run_dir / "result.json", json.dumps(content, indent=2, default=str) + "\n")
     return result

@@ -17,6 +17,7 @@ from brfx.grid import Grid
 from brfx.lean import lean_forward
 from brfx.nn import LSQQuantizer, LSQWeightQuantizer, QuantizedLayer, QuantizedMultiheadAttention
 from brfx.observing import observed_forward, observed_sites
+from brfx.ranks import ranks, summed
 
 
 class BinLoss(NamedTuple):
@@ -122,11 +123,20 @@ class BinPenalty(nn.Module):
             weight = weight_loss() + self._total(read)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._train_act):
             acts = [sums for sums, weight in zip(seen.values(), of_functions, strict=True) if not weight]
-            act = self._total([bin_loss(*sums) for sums in acts])
+            act = self._total([bin_loss(*sums) for sums in of_global_batch(acts)])
         return BinLoss(self.weight * weight + self.act * act, weight.detach(), act.detach())
 
     def _total(self, losses: list[Tensor]) -> Tensor:
         return torch.stack(losses).sum() if losses else self.weight.new_zeros(())
+
+
+def of_global_batch(sums: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """The bins' counts and squares of all ranks' batches together, in one exchange."""
+    if ranks() == 1 or not sums:
+        return sums
+    flat = [part for counts, squares in sums for part in (counts, squares)]
+    parts = torch.split(summed(torch.cat(flat)), [len(part) for part in flat])
+    return [(parts[i].detach(), parts[i + 1]) for i in range(0, len(parts), 2)]
 
 
 def bins(quantizer: LSQQuantizer, values: Tensor) -> tuple[Tensor, Tensor]:

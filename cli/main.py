@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import click
 
 from brfx.config import FLOAT_TRAINING, TrainConfig
-from brfx.errors import BrfxError
+from brfx.errors import BrfxError, Interrupted
 
 from . import render
 from .options import (
@@ -41,6 +42,7 @@ def cli(debug: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Show what would be quantized, train nothing, write nothing.")
 def quantize(dry_run: bool, **given: Any) -> None:
     """Train a low-bit network from an FP32 checkpoint and export it."""
+    resume = given["resume"] is not None
     job = build_job("quantize", given)
     from brfx import job as jobs
 
@@ -49,7 +51,7 @@ def quantize(dry_run: bool, **given: Any) -> None:
         return
     render.show_log()
     with render.progress("QAT") as callback:
-        result = jobs.quantize(job, [callback])
+        result = jobs.quantize(job, [callback], resume=resume)
     render.job_result(result, f"W{job.qat.weight_bits}A{job.qat.act_bits}")
 
 
@@ -60,12 +62,13 @@ def quantize(dry_run: bool, **given: Any) -> None:
 @data_options
 def train(**given: Any) -> None:
     """Train an FP32 baseline (best.pth is what `quantize --ckpt` takes)."""
+    resume = given["resume"] is not None
     job = build_job("train", given)
     from brfx import job as jobs
 
     render.show_log()
     with render.progress("FP32") as callback:
-        result = jobs.train_float(job, [callback])
+        result = jobs.train_float(job, [callback], resume=resume)
     render.job_result(result, "FP32")
 
 
@@ -164,6 +167,8 @@ def inspect(**given: Any) -> None:
 def main() -> None:
     """Entry point: a mistake of the user's is one red line and exit code 2; ``--debug`` shows where it arose."""
     debug = "--debug" in sys.argv
+    if os.environ.get("RANK", "0") != "0":  # of processes that torchrun started, the first one speaks
+        render.console.quiet = True
     try:
         cli(standalone_mode=False)
     except click.exceptions.Abort:
@@ -178,6 +183,9 @@ def main() -> None:
         sys.exit(2)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
+    except Interrupted as error:
+        render.error(str(error))
+        sys.exit(128 + error.signal)
     except (BrfxError, OSError) as error:
         if debug:
             raise

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from brfx.config import (
     COMPILE,
+    ON_NONFINITE,
     OPTIMIZERS,
     PLACEMENTS,
     PRECISION,
@@ -18,8 +20,10 @@ from brfx.config import (
     JobConfig,
     QATConfig,
     TrainConfig,
+    read_job_config,
     read_qat_config,
 )
+from brfx.errors import ConfigError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -124,6 +128,17 @@ def train_options(preset: TrainConfig) -> Callable[[F], F]:
         option("--seed", "seed", type=int, help="Of order, augmentation, initialization and the validation split."),
         option("--compile", "compile", type=click.Choice(COMPILE), help="torch.compile the training step."),
         option("--precision", "precision", type=click.Choice(PRECISION), help="Autocast the model's forward."),
+        option("--label-smoothing", "label_smoothing", type=float, help="Share of the target for all classes alike."),
+        option("--clip-grad", "clip_grad", type=float, help="Scale gradients down to this norm."),
+        option("--ema", "ema", type=float, help="Decay of a moving average of the weights, such as 0.999; 0: none."),
+        option("--reestimate-bn", "reestimate_bn", type=int, help="Batches to estimate batch norms from, each epoch."),
+        option("--on-nonfinite", "on_nonfinite", type=click.Choice(ON_NONFINITE), help="At a NaN: stop, or skip it."),
+        option("--checkpoint-minutes", "checkpoint_minutes", type=float, help="Time between checkpoints in an epoch."),
+        option("--keep-checkpoints", "keep_checkpoints", type=int, help="How many of the newest stay."),
+        _job("--tensorboard", "tensorboard", is_flag=True, help="Write TensorBoard event files too."),
+        click.option(
+            "--resume", type=click.Path(path_type=Path), help="Go on with this unfinished run, with its own settings."
+        ),
         _job(
             "--val-fraction", "val_fraction", type=float, help="Share of training images to choose the best epoch on."
         ),
@@ -170,6 +185,8 @@ penalty_options = combine(
         type=int,
         help="Epochs with LSQ alone.  [default: 30 % of --qat-epochs]",
     ),
+    _train("--distill", name="distill", type=float, help="Share of the loss that is distilled from the FP32 model."),
+    _train("--temperature", name="temperature", type=float, help="Of distillation."),
     _job(
         "--start", "start", type=click.Choice(STARTS), help="Steps start by LSQ's formula, or at least squared error."
     ),
@@ -185,8 +202,15 @@ penalty_options = combine(
 )
 
 
+#: What a resumed run may be given anew: where things are, and how often it is saved.
+_MAY_CHANGE = {"resume", "model", "ckpt", "data", "data_dir", "download", "workers", "device", "checkpoint_minutes"}
+
+
 def build_job(command: str, given: dict[str, Any]) -> JobConfig:
-    """Sort the parsed options into the settings they belong to."""
+    """Sort the parsed options into the settings they belong to; of a run that is resumed they are its own."""
+    resume = given.pop("resume", None)
+    if resume is not None:
+        return _resumed_job(command, resume, given)
     if given.pop("freeze_alpha", False):
         given["freeze_weight_alpha"] = given["freeze_act_alpha"] = True
 
@@ -197,3 +221,19 @@ def build_job(command: str, given: dict[str, Any]) -> JobConfig:
     names = {field.name for field in fields(TrainConfig)} & set(given)
     train = TrainConfig(**{name: given.pop(name) for name in names})
     return JobConfig(command=command, qat=QATConfig(**settings), train=train, **given)
+
+
+def _resumed_job(command: str, run_dir: Path, given: dict[str, Any]) -> JobConfig:
+    context = click.get_current_context()
+    new = {name: given[name] for name in given if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
+    fixed = sorted(set(new) - _MAY_CHANGE)
+    if fixed:
+        raise ConfigError(f"--resume goes on with the run's own settings: leave --{fixed[0].replace('_', '-')} out")
+    job = read_job_config(run_dir)
+    if job.command != command:
+        raise ConfigError(f"{run_dir}: was begun by `brfx {job.command}`, so resume it with that")
+    if ".py" in job.model and new.get("model") != job.model:
+        raise ConfigError(f"{run_dir}: its model is code, which runs only if you name it: --model {job.model}")
+    names = {field.name for field in fields(TrainConfig)} & set(new)
+    train = replace(job.train, **{name: new.pop(name) for name in names})
+    return replace(job, train=train, **new)

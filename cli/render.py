@@ -64,11 +64,12 @@ def progress(title: str) -> Iterator[Any]:
     class Shown(Callback):
         def __init__(self) -> None:
             self.task = bar.add_task(title, total=None, numbers="")
-            self.started = time.perf_counter()
+            self.started, self.before = time.perf_counter(), None  # type: float, int | None
 
         def on_batch(self, where: Where) -> None:
             done = (where.epoch - 1) * where.batches + where.batch
-            rate = done / (time.perf_counter() - self.started)
+            self.before = done if self.before is None else self.before  # of a resumed run
+            rate = (done - self.before) / (time.perf_counter() - self.started)
             numbers = (
                 f"loss={where.means.loss:.4f} acc={where.means.accuracy:.2%}{_terms(where.means.terms)} "
                 f"lr={where.lr:.5f} {rate:.1f} it/s"
@@ -116,7 +117,7 @@ def job_result(result: JobResult, kind: str) -> None:
     if result.onnx is not None:
         exported(result.onnx)
     console.print("Files:")
-    for path in sorted(result.run_dir.iterdir()):
+    for path in sorted(path for path in result.run_dir.iterdir() if path.is_file()):
         console.print(f"  {path}  {size(path.stat().st_size)}", markup=False)
 
 

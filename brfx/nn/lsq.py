@@ -93,6 +93,8 @@ class LSQQuantizer(nn.Module):
 
     #: Parameters that the trainer gives the steps' own learning rate and no weight decay.
     own_rate: ClassVar[tuple[str, ...]] = ("step",)
+    #: Parameters that the trainer keeps from falling below a value, and that value.
+    positive: ClassVar[dict[str, float]] = {"step": MIN_STEP}
     #: Whether Python code decides if it is reached at all: calibration may then leave it without a step.
     optional: bool = False
 

@@ -3,7 +3,8 @@
 from brfx.config import TrainConfig
 from brfx.train.batch_norm import reestimate_batch_norm
 from brfx.train.evaluate import Evaluation, evaluate
-from brfx.train.loop import Callback, EpochMetrics, FitResult, Means, Penalty, Progress, fit, seed_everything
+from brfx.train.loop import Penalty, fit, seed_everything
+from brfx.train.report import Callback, EpochMetrics, FitResult, Means, Progress
 
 __all__ = [
     "Callback",

@@ -1,19 +1,138 @@
-"""Checkpoints of a run in progress, written so that a crash leaves the old one or the new one."""
+"""Files of a run in progress, written so that a crash leaves the old one or the new one, and read so that a damaged
+one is noticed."""
 
 from __future__ import annotations
 
+import hashlib
+import io
+import logging
 import os
+import pickle
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+
+from brfx.errors import CheckpointError, first_line
+
+log = logging.getLogger(__name__)
+
+#: What a checkpoint begins with; the SHA-256 of the rest in hexadecimal, and a line break, follow.
+_MAGIC = b"brfx checkpoint 1 "
+_HEADER = len(_MAGIC) + 64 + 1
+
+#: Where a run folder has its checkpoints.
+FOLDER = "checkpoints"
 
 
 def write_atomically(path: Path, content: Any) -> None:
     """``torch.save`` to a file beside ``path``, flushed to disk, then renamed over it."""
+    _atomically(path, lambda file: torch.save(content, file))
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """``text`` to a file beside ``path``, flushed to disk, then renamed over it."""
+    _atomically(path, lambda file: file.write(text.encode()))
+
+
+def _atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write plain data and tensors behind their SHA-256, atomically.
+
+    Raises:
+        OSError: no room, or no permission; what was at ``path`` is still there.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getbuffer()
+    digest = hashlib.sha256(content).hexdigest().encode()
+
+    def write(file: BinaryIO) -> None:
+        file.write(_MAGIC + digest + b"\n")
+        file.write(content)
+
+    _atomically(path, write)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What :func:`write_checkpoint` wrote; tensors and plain containers only, so that no file can run code.
+
+    Raises:
+        CheckpointError: absent, truncated, changed by as much as a bit, or holding pickled code, which is refused.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read it ({error.strerror})") from error
+    header, payload = content[:_HEADER], memoryview(content)[_HEADER:]
+    if not header.startswith(_MAGIC):
+        raise CheckpointError(f"{path}: not a checkpoint of a run, or a damaged one")
+    if header != _MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n":
+        raise CheckpointError(f"{path}: truncated or damaged, its checksum differs")
+    try:
+        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: refused, it holds Python objects besides tensors, and reading these could run code"
+        ) from error
+    except Exception as error:  # a checksum that fits proves no good intentions
+        raise CheckpointError(f"{path}: not a checkpoint of a run ({first_line(error)})") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: not a checkpoint of a run (it holds a {type(state).__name__})")
+    return state
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest ``keep`` of a folder, named by the batches that went before.
+
+    Args:
+        folder: made when the first is written.
+        keep: how many stay; at least 1.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def write(self, batches: int, state: dict[str, Any]) -> None:
+        self.folder.mkdir(exist_ok=True)
+        write_checkpoint(self.folder / f"{batches:09}.ckpt", state)
+        for path in self.paths()[self.keep :]:
+            path.unlink(missing_ok=True)
+
+    def newest(self) -> dict[str, Any] | None:
+        """The newest that is whole, with a warning for each damaged one; ``None`` where none was ever written.
+
+        Raises:
+            CheckpointError: there are some and all are damaged.
+        """
+        paths = self.paths()
+        for path in paths:
+            try:
+                return read_checkpoint(path)
+            except CheckpointError as error:
+                log.warning("%s; trying the one before", error)
+        if paths:
+            raise CheckpointError(f"{self.folder}: none of {len(paths)} checkpoints is whole; start the run anew")
+        return None
+
+    def paths(self) -> list[Path]:
+        """The newest first."""
+        return sorted(self.folder.glob("*.ckpt"), reverse=True)
+
+
+def has_checkpoints(run_dir: Path) -> bool:
+    """Whether a run that is resumed has anything to go on from."""
+    return any((run_dir / FOLDER).glob("*.ckpt"))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from time import perf_counter
+from time import monotonic
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,18 +18,28 @@ import torch
 from torch import Tensor, nn
 
 from brfx.config import TrainConfig
-from brfx.errors import ConfigError, DataError, TrainingError
-from brfx.train.checkpoint import write_atomically
+from brfx.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError, first_line
+from brfx.ranks import from_all, from_first, largest, lost_ranks_named, rank, ranks, share_buffers
+from brfx.train.batch_norm import reestimate_batch_norm
+from brfx.train.checkpoint import FOLDER, Checkpoints, write_atomically, write_text_atomically
+from brfx.train.ema import WeightAverage
 from brfx.train.evaluate import Evaluation, evaluate
-from brfx.train.optim import build_optimizer, rate_factor
-from brfx.train.step import LossStep, build_step, how_to_compile
+from brfx.train.finite import culprit
+from brfx.train.random_state import random_state, set_random_state
+from brfx.train.report import Callback, EpochMetrics, FitResult, Means, Progress, Sums
+from brfx.train.step import LossStep, build_step, how_to_compile, objective
+from brfx.train.stopping import StopRequest, stop_requests
+from brfx.train.update import Update
+
+log = logging.getLogger(__name__)
 
 #: Batches between two looks at the numbers on the device.
 LOG_EVERY = 10
 
 
 class Batches(Protocol):
-    """What ``fit`` trains on: sized, iterable once an epoch. ``set_epoch(epoch)`` is called where it exists."""
+    """What ``fit`` trains on: sized, iterable once an epoch. ``set_epoch(epoch)`` is called where it exists, and
+    ``starting_at(batch)`` instead of dropping batches where a resumed run continues inside an epoch."""
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Any]: ...
@@ -43,62 +56,6 @@ class Penalty(Protocol):
     def begin(self) -> None: ...
 
 
-@dataclass(frozen=True)
-class Means:
-    """Training figures averaged since the epoch began. ``accuracy`` is 0 to 1, ``terms`` are the penalty's parts."""
-
-    loss: float
-    accuracy: float
-    terms: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run is, told to callbacks every few batches."""
-
-    epoch: int  #: from 1
-    epochs: int
-    batch: int  #: from 1
-    batches: int  #: in each epoch
-    stage: str  #: ``"warm-up"``, ``"penalty"``, or ``"plain"`` where there is no penalty
-    lr: float
-    means: Means
-
-
-@dataclass(frozen=True)
-class EpochMetrics:
-    """One line of ``metrics.jsonl``."""
-
-    epoch: int  #: from 1
-    stage: str
-    lr: float  #: of the last batch
-    train: Means
-    val_loss: float
-    val_accuracy: float
-    seconds: float  #: of the training part
-    images_per_second: float
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """What :func:`fit` returns. The model holds the weights of ``best_epoch``."""
-
-    history: tuple[EpochMetrics, ...]
-    best_epoch: int
-    best_accuracy: float
-    compiled: str  #: ``"whole"`` step, its ``"kernels"``, or ``"none"``
-
-
-class Callback:
-    """Override what you need."""
-
-    def on_batch(self, progress: Progress) -> None:
-        """Some batches went by."""
-
-    def on_epoch(self, metrics: EpochMetrics) -> None:
-        """An epoch and its validation are over."""
-
-
 def fit(
     model: nn.Module,
     train_data: Batches,
@@ -106,10 +63,16 @@ def fit(
     config: TrainConfig,
     *,
     penalty: Penalty | None = None,
+    teacher: nn.Module | None = None,
     run_dir: Path | None = None,
+    resume: bool = False,
     callbacks: Iterable[Callback] = (),
 ) -> FitResult:
     """Train a classifier; afterwards ``model`` holds the weights that did best on ``val_data``.
+
+    With a ``run_dir`` a run that is cut off anywhere goes on with ``resume=True``, and on the same machine ends with
+    the weights, bit for bit, that it would have had (docs/reliability.md). Ctrl-C and SIGTERM leave a checkpoint.
+    Where ``torchrun`` started several processes, each calls this with its share of every batch.
 
     Args:
         model: logits ``(batch, classes)`` from images; trained in place and moved to ``config.device``.
@@ -117,13 +80,19 @@ def fit(
         val_data: batches to choose the best epoch on. Give images cut from the training set, not the test set.
         config: the settings.
         penalty: a module around ``model`` whose total joins the loss after ``config.warmup_epochs``.
-        run_dir: where ``metrics.jsonl``, ``best.pth`` and ``last.pth`` are written; nothing is when ``None``.
+        teacher: the FP32 model to distill from, with ``config.distill`` above 0; it is run in eval mode.
+        run_dir: where ``metrics.jsonl``, ``best.pth``, ``last.pth`` and ``checkpoints/`` are written; nothing is when
+            ``None``.
+        resume: go on from the newest whole checkpoint in ``run_dir``; where there is none, start from ``model``.
         callbacks: told of batches and epochs.
 
     Raises:
-        ConfigError: the warm-up leaves the penalty no epoch.
+        ConfigError: the warm-up leaves the penalty no epoch; distillation without a teacher or the reverse; or the
+            settings are not those that the checkpoint was written under.
+        CheckpointError: every checkpoint is damaged, or the newest is of another model.
         DataError: ``train_data`` is empty.
-        TrainingError: the loss is not finite; names the epoch and batch.
+        TrainingError: a loss or gradient is not finite; names epoch, batch and layer. Another rank is gone.
+        Interrupted: Ctrl-C or SIGTERM; there is a checkpoint if there is a ``run_dir``.
         NotCalibratedError: ``model`` holds a quantizer without a step.
     """
     warmup = config.warmup_epochs if penalty is not None else 0
@@ -133,99 +102,297 @@ def fit(
             f"a warm-up of {warmup} epochs leaves none of {config.epochs} for the regularizer: "
             "lower --warmup-epochs, raise --qat-epochs, or set both lambdas to 0"
         )
-    batches = len(train_data)
-    if not batches:
+    if (teacher is None) != (config.distill == 0):
+        raise ConfigError(f"distill={config.distill} and {'no' if teacher is None else 'a'} teacher: give both or none")
+    if not len(train_data):
         raise DataError("there is no training batch: are there fewer images than --batch-size?")
     seed_everything(config.seed)
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    model.to(config.device, memory_format=layout)  # type: ignore[call-overload]
-    optimizer = build_optimizer(model, config)
-    total = config.epochs * batches
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rate_factor(i, total, config.lr_warmup))
-    compiled = how_to_compile(config.compile, total, config.device)
-    scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.precision == "fp16")
-    callbacks = tuple(callbacks)
+    run = _Run(model, train_data, config, penalty, teacher, run_dir, tuple(callbacks))
+    if resume:
+        run.resume()
+    with stop_requests() as stop, lost_ranks_named():
+        while run.epoch <= config.epochs:
+            stage = "plain" if penalty is None else "penalty" if run.epoch > warmup else "warm-up"
+            run.train_epoch(stage, stop)
+            run.end_epoch(stage, val_data)
+    return run.result()
 
-    history: list[EpochMetrics] = []
-    best, best_weights = -1.0, {}
-    for epoch in range(1, config.epochs + 1):
-        stage = "plain" if penalty is None else "penalty" if epoch > warmup else "warm-up"
-        if epoch in (1, warmup + 1):
-            active = penalty if stage == "penalty" else None
-            if active is not None:
-                active.begin()
-            step = build_step(model, active, compiled, config.precision)
-        where = _Where(epoch, config.epochs, batches, stage, config.device, layout)
-        trained = _train_epoch(model, train_data, step, optimizer, scheduler, scaler, where, callbacks)
-        metrics = _epoch_metrics(where, trained, evaluate(model, val_data))
-        history.append(metrics)
-        improved = metrics.val_accuracy > best
+
+class _Run:
+    """A run between two batches: everything that decides how it goes on."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Batches,
+        config: TrainConfig,
+        penalty: Penalty | None,
+        teacher: nn.Module | None,
+        run_dir: Path | None,
+        callbacks: tuple[Callback, ...],
+    ) -> None:
+        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        model.to(config.device, memory_format=self.layout)  # type: ignore[call-overload]
+        self.model, self.data, self.config, self.penalty, self.run_dir = model, data, config, penalty, run_dir
+        self.callbacks = callbacks
+        self.teacher = None if teacher is None else teacher.to(config.device, memory_format=self.layout).eval()  # type: ignore[call-overload]
+        self.checkpoints = None if run_dir is None else Checkpoints(run_dir / FOLDER, config.keep_checkpoints)
+        self.batches = len(data)
+        total = config.epochs * self.batches
+        self.update = Update(model, config, total)
+        self.lr = 0.0  # of the last batch
+        self.compiled = how_to_compile(config.compile, total, config.device)
+        self.average = WeightAverage(model, config.ema) if config.ema else None
+        self.epoch, self.batch = 1, 0  # the epoch from 1, and how many of its batches are done
+        self.shape: torch.Size | None = None  # of the first batch, for which the step is compiled
+        self.epoch_random = self.random = random_state()  # when the epoch began, and now
+        self.sums, self.seconds = Sums(), 0.0
+        self.history: list[EpochMetrics] = []
+        self.best, self.best_weights = -1.0, dict[str, Tensor]()
+        self.skipped = 0
+        self.stage = ""
+        self.step: LossStep | None = None
+
+    # From and to a checkpoint.
+
+    def state(self) -> dict[str, Any]:
+        """Plain data and tensors, from which :meth:`restore` makes this run again."""
+        return {
+            "config": asdict(self.config),
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "batches": self.batches,
+            "model": self.model.state_dict(),
+            "optimizer": self.update.optimizer.state_dict(),
+            "scheduler": self.update.scheduler.state_dict(),
+            "scaler": self.update.scaler.state_dict(),
+            "average": self.average and {"values": self.average.average, "updates": self.average.updates},
+            "random": from_all((self.epoch_random, random_state())),
+            "compiled": self.compiled,
+            "shape": None if self.shape is None else list(self.shape),
+            "sums": vars(self.sums),
+            "seconds": self.seconds,
+            "history": [asdict(metrics) for metrics in self.history],
+            "best": self.best,
+            "best_weights": self.best_weights,
+            "skipped": self.skipped,
+        }
+
+    def resume(self) -> None:
+        """Go on from the newest whole checkpoint, if there is one."""
+        state = None
+        if self.run_dir is not None and rank() == 0:
+            assert self.checkpoints is not None
+            state = self.checkpoints.newest()
+        state = from_first(state)
+        if state is None:
+            return
+        try:
+            self._check(state)
+            self.restore(state)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise CheckpointError(
+                f"{self.run_dir}: the checkpoint does not fit this model ({first_line(error)})"
+            ) from error
+        log.info("Resumed at epoch %d, batch %d of %d", self.epoch, self.batch, self.batches)
+
+    def _check(self, state: dict[str, Any]) -> None:
+        """What may change between the parts of a run: where it runs, and how often it is saved."""
+        free = {"device", "checkpoint_minutes", "keep_checkpoints"}
+        now = asdict(self.config) | {"batches": self.batches, "ranks": ranks()}
+        then = state["config"] | {"batches": state["batches"], "ranks": len(state["random"])}
+        for name in now:
+            if name not in free and now[name] != then[name]:
+                raise ConfigError(
+                    f"{self.run_dir}: the run was begun with {name}={then[name]!r}, now it is {now[name]!r}: "
+                    "resume with the settings of the start, or begin a new run"
+                )
+
+    def restore(self, state: dict[str, Any]) -> None:
+        device = self.config.device
+        self.epoch, self.batch = int(state["epoch"]), int(state["batch"])
+        self.model.load_state_dict(state["model"])
+        self.update.optimizer.load_state_dict(state["optimizer"])
+        self.update.scheduler.load_state_dict(state["scheduler"])
+        self.update.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.updates = state["average"]["updates"]
+            self.average.average = {k: v.to(device) for k, v in state["average"]["values"].items()}
+        self.epoch_random, self.random = state["random"][rank()]
+        set_random_state(self.random)
+        self.compiled = state["compiled"]
+        self.shape = None if state["shape"] is None else torch.Size(state["shape"])
+        self.sums = Sums(**state["sums"]).to(device)
+        self.seconds = float(state["seconds"])
+        self.history = [
+            EpochMetrics(**(metrics | {"train": Means(**metrics["train"])})) for metrics in state["history"]
+        ]
+        self.best = float(state["best"])
+        self.best_weights = {k: v.to(device) for k, v in state["best_weights"].items()}
+        self.skipped = int(state["skipped"])
+
+    def save(self) -> None:
+        state = self.state()
+        if self.checkpoints is not None and rank() == 0:
+            self.checkpoints.write((self.epoch - 1) * self.batches + self.batch, state)
+
+    # An epoch.
+
+    def train_epoch(self, stage: str, stop: StopRequest) -> None:
+        """Train from batch ``self.batch`` to the epoch's end."""
+        if stage != self.stage:
+            self._begin(stage)
+        self.model.train()
+        saved = started = monotonic()
+        before = self.seconds
+        for images, labels in self._remaining():
+            self._train_batch(images, labels)
+            self.batch += 1
+            self.seconds = before + monotonic() - started
+            at_end = self.batch == self.batches
+            if self.batch % LOG_EVERY == 0 or at_end:
+                self._tell(stage)
+            if at_end:
+                break
+            due = monotonic() - saved >= 60 * self.config.checkpoint_minutes
+            if self._asked(stop):
+                self.save()
+                more = f"; go on with --resume {self.run_dir}" if self.run_dir else ""
+                raise Interrupted(stop.signal, f"stopped at {self._where()}{more}")
+            if self._agreed(due):
+                self.save()
+                saved = monotonic()
+
+    def _begin(self, stage: str) -> None:
+        active = self.penalty if stage == "penalty" else None
+        if active is not None:
+            active.begin()
+        config = self.config
+        self.step = build_step(
+            self.model, active, self.compiled, config.precision, loss=objective(config), shape=self.shape
+        )
+        self.stage = stage
+
+    def _remaining(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The epoch's batches from ``self.batch`` on, on the device."""
+        if hasattr(self.data, "set_epoch"):
+            self.data.set_epoch(self.epoch)
+        if not self.batch:
+            self.epoch_random = random_state()
+            batches = iter(self.data)
+        elif hasattr(self.data, "starting_at"):
+            batches = self.data.starting_at(self.batch)
+        else:  # draw again what was drawn, then be where the run was
+            set_random_state(self.epoch_random)
+            batches = islice(iter(self.data), self.batch, None)
+        first = bool(self.batch)
+        for images, labels in batches:
+            if first:
+                set_random_state(self.random)
+                first = False
+            images = images.to(self.config.device, non_blocking=True, memory_format=self.layout)
+            yield images, labels.to(self.config.device, non_blocking=True)
+
+    def _train_batch(self, images: Tensor, labels: Tensor) -> None:
+        assert self.step is not None
+        self.shape = self.shape or images.shape
+        soft = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                soft = self.teacher(images)
+        skips = self.config.on_nonfinite == "skip"
+        buffers = [buffer.clone() for buffer in self.model.buffers()] if skips else []
+        self.lr = self.update.lr
+        loss, numbers = self.step(images, labels, soft)
+        if self.update(loss):
+            self.sums.add(numbers, len(labels))
+            if self.average is not None:
+                self.average.update(self.model)
+            return
+        where = f"{self._where(1)}: {culprit(self.model, images, loss)}"
+        if not skips:
+            raise TrainingError(f"{where}; try a lower --lr or --clip-grad, or --on-nonfinite skip")
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        self.update.skip()
+        self.skipped += 1
+        log.warning("%s; the batch was skipped", where)
+
+    def _where(self, more: int = 0) -> str:
+        return f"epoch {self.epoch}, batch {self.batch + more}"
+
+    def _asked(self, stop: StopRequest) -> bool:
+        """Whether any rank was asked to stop; they agree on it every few batches."""
+        if ranks() > 1 and self.batch % LOG_EVERY:
+            return False
+        number = int(largest(stop.signal, self.config.device))
+        stop.signal = number
+        return number > 0
+
+    def _agreed(self, due: bool) -> bool:
+        """Whether rank 0 says that it is time; the ranks ask every few batches."""
+        if self.run_dir is None and ranks() == 1:
+            return False
+        if ranks() > 1 and self.batch % LOG_EVERY:
+            return False
+        return from_first(due)
+
+    def _tell(self, stage: str) -> None:
+        means = self.sums.means()
+        progress = Progress(self.epoch, self.config.epochs, self.batch, self.batches, stage, self.lr, means)
+        for callback in self.callbacks:
+            callback.on_batch(progress)
+
+    def end_epoch(self, stage: str, val_data: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Validate, write, and be at the start of the next epoch."""
+        share_buffers(self.model)
+        with self.average.applied(self.model) if self.average is not None else nullcontext():
+            if self.config.reestimate_bn:
+                self._reestimate()
+            metrics = self._metrics(stage, evaluate(self.model, val_data))
+            weights = {k: v.clone() for k, v in self.model.state_dict().items()}
+        self.history.append(metrics)
+        improved = metrics.val_accuracy > self.best
         if improved:
-            best, best_weights = metrics.val_accuracy, {k: v.clone() for k, v in model.state_dict().items()}
-        if run_dir is not None:
-            _record(run_dir, model, metrics, is_best=improved)
-        for callback in callbacks:
+            self.best, self.best_weights = metrics.val_accuracy, weights
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.sums, self.seconds = Sums(), 0.0
+        if self.run_dir is not None and rank() == 0:
+            write_metrics(self.run_dir, self.history)
+            content = {"state_dict": weights, "metrics": asdict(metrics)}
+            for name in ("last.pth", "best.pth") if improved else ("last.pth",):
+                write_atomically(self.run_dir / name, content)
+        self.save()
+        for callback in self.callbacks:
             callback.on_epoch(metrics)
-    if history:
-        model.load_state_dict(best_weights)
-    best_epoch = next((metrics.epoch for metrics in history if metrics.val_accuracy == best), 0)
-    return FitResult(tuple(history), best_epoch, best, compiled)
 
+    def _reestimate(self) -> None:
+        """Batch norms' statistics from the first batches of the epoch; nothing random moves on."""
+        before = random_state()
+        batches = islice(iter(self.data), self.config.reestimate_bn)
+        reestimate_batch_norm(self.model, (images.to(self.config.device) for images, _ in batches))
+        share_buffers(self.model)
+        set_random_state(before)
 
-@dataclass(frozen=True)
-class _Where:
-    """An epoch's place in the run, and where its batches go."""
+    def _metrics(self, stage: str, result: Evaluation) -> EpochMetrics:
+        return EpochMetrics(
+            epoch=self.epoch,
+            stage=stage,
+            lr=self.lr,
+            train=self.sums.means(),
+            val_loss=result.loss,
+            val_accuracy=result.accuracy,
+            seconds=self.seconds,
+            images_per_second=self.sums.images / self.seconds if self.seconds else 0.0,
+        )
 
-    epoch: int
-    epochs: int
-    batches: int
-    stage: str
-    device: str
-    layout: torch.memory_format
-
-
-@dataclass(frozen=True)
-class _Trained:
-    """What an epoch's training came to."""
-
-    means: Means
-    lr: float
-    seconds: float
-    images: int
-
-
-def _train_epoch(
-    model: nn.Module,
-    data: Batches,
-    step: LossStep,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    scaler: torch.amp.GradScaler,
-    where: _Where,
-    callbacks: tuple[Callback, ...],
-) -> _Trained:
-    if hasattr(data, "set_epoch"):
-        data.set_epoch(where.epoch)
-    model.train()
-    sums, means, lr = _Sums(), Means(0.0, 0.0), 0.0
-    started = perf_counter()
-    for batch, (images, labels) in enumerate(data, start=1):
-        images = images.to(where.device, non_blocking=True, memory_format=where.layout)
-        labels = labels.to(where.device, non_blocking=True)
-        lr = float(scheduler.get_last_lr()[0])
-        loss, numbers = step(images, labels)
-        torch.autograd.backward(scaler.scale(loss))
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        scheduler.step()
-        sums.add(numbers, len(labels))
-        if batch % LOG_EVERY == 0 or batch == where.batches:
-            means = sums.means(f"epoch {where.epoch}, batch {batch}")
-            progress = Progress(where.epoch, where.epochs, batch, where.batches, where.stage, lr, means)
-            for callback in callbacks:
-                callback.on_batch(progress)
-    return _Trained(means, lr, perf_counter() - started, sums.images)
+    def result(self) -> FitResult:
+        if self.history:
+            self.model.load_state_dict(self.best_weights)
+        best_epoch = next((metrics.epoch for metrics in self.history if metrics.val_accuracy == self.best), 0)
+        return FitResult(tuple(self.history), best_epoch, self.best, self.compiled, self.skipped)
 
 
 def seed_everything(seed: int) -> None:
@@ -235,42 +402,7 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _epoch_metrics(where: _Where, trained: _Trained, result: Evaluation) -> EpochMetrics:
-    return EpochMetrics(
-        epoch=where.epoch,
-        stage=where.stage,
-        lr=trained.lr,
-        train=trained.means,
-        val_loss=result.loss,
-        val_accuracy=result.accuracy,
-        seconds=trained.seconds,
-        images_per_second=trained.images / trained.seconds,
-    )
-
-
-def _record(run_dir: Path, model: nn.Module, metrics: EpochMetrics, *, is_best: bool) -> None:
-    with (run_dir / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(asdict(metrics)) + "\n")
-    content = {"state_dict": model.state_dict(), "metrics": asdict(metrics)}
-    for name in ("last.pth", "best.pth") if is_best else ("last.pth",):
-        write_atomically(run_dir / name, content)
-
-
-class _Sums:
-    """Running sums of one epoch; they stay on the device until ``means`` reads them."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[str, Tensor] = {}
-        self.batches = self.images = 0
-
-    def add(self, numbers: dict[str, Tensor], images: int) -> None:
-        self.numbers = {name: self.numbers.get(name, 0) + value for name, value in numbers.items()}
-        self.batches += 1
-        self.images += images
-
-    def means(self, where: str) -> Means:
-        numbers = {name: float(value) / self.batches for name, value in self.numbers.items()}
-        if not all(np.isfinite(value) for value in numbers.values()):
-            raise TrainingError(f"{where}: the loss is not finite ({numbers}); try a lower --lr")
-        accuracy = numbers.pop("correct") * self.batches / self.images
-        return Means(numbers.pop("task"), accuracy, numbers)
+def write_metrics(run_dir: Path, history: Iterable[EpochMetrics]) -> None:
+    """``metrics.jsonl``, whole and at once, so that no line is ever cut or doubled."""
+    lines = [json.dumps(asdict(metrics)) + "\n" for metrics in history]
+    write_text_atomically(run_dir / "metrics.jsonl", "".join(lines))

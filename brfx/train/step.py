@@ -14,14 +14,21 @@ import torch._functorch.config
 from torch import Tensor, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy
 
 from brfx.compiling import compiled
+from brfx.config import TrainConfig
+from brfx.ranks import ranks
 
 log = logging.getLogger(__name__)
 
-#: ``(images, labels) -> (loss, {"task": .., "correct": .., and one entry per term of the penalty})``
-LossStep = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+#: ``(images, labels, soft=None) -> (loss, {"task": .., "correct": .., and one entry per term of the penalty})``;
+#: ``soft`` are a teacher's logits.
+LossStep = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+
+#: ``(logits, labels, soft) -> loss``, a mean over the batch.
+Objective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 #: Batches that a run must have before ``compile="auto"`` compiles the whole step, or its kernels. From an empty cache
 #: both compilations take about the time of 200 to 300 compiled batches of ResNet-20 (docs/benchmarks.md); an
@@ -31,27 +38,53 @@ WORTH_COMPILING, WORTH_KERNELS = 1000, 500
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def objective(config: TrainConfig) -> Objective:
+    """Cross-entropy with label smoothing, mixed with distillation where there are a teacher's logits.
+
+    ``(1 - distill) * CE(logits, labels) + distill * T^2 * KL(softmax(soft / T) || softmax(logits / T))``, the
+    temperature T (Hinton et al., "Distilling the Knowledge in a Neural Network", 2015).
+    """
+    smoothing, mix, temperature = config.label_smoothing, config.distill, config.temperature
+
+    def loss(logits: Tensor, labels: Tensor, soft: Tensor | None) -> Tensor:
+        task = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        if soft is None:
+            return task
+        student, teacher = F.log_softmax(logits / temperature, 1), F.log_softmax(soft / temperature, 1)
+        divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        return (1 - mix) * task + mix * temperature**2 * divergence
+
+    return loss
+
+
 def loss_step(
-    model: nn.Module, penalty: Any | None, *, kernels: bool | None = None, precision: str = "fp32"
+    model: nn.Module,
+    penalty: Any | None,
+    *,
+    kernels: bool | None = None,
+    precision: str = "fp32",
+    loss: Objective | None = None,
 ) -> LossStep:
-    """The function that is differentiated: cross-entropy, plus ``terms.total`` if there is a penalty.
+    """The function that is differentiated: ``loss``, plus ``terms.total`` if there is a penalty.
 
     Args:
         model, penalty: as in :func:`brfx.fit`. One that has a method ``training_form(kernels)`` gives a function that
             computes the same and trains faster.
         kernels: what ``training_form`` is asked for; ``None``: the modules are called as they are.
         precision: ``"bf16"`` and ``"fp16"`` run the model under autocast; the loss is in FP32.
+        loss: default cross-entropy.
     """
     module: Any = model if penalty is None else penalty
     run: Callable[[Tensor], Any] = module
     if kernels is not None and hasattr(module, "training_form"):
         run = module.training_form(kernels)
     device = next(model.parameters()).device.type
+    loss = loss or objective(TrainConfig())
 
-    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def step(images: Tensor, labels: Tensor, soft: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.autocast(device, PRECISIONS[precision], enabled=precision != "fp32"):
             logits, terms = (run(images), None) if penalty is None else run(images)
-        task = F.cross_entropy(logits if precision == "fp32" else logits.float(), labels)
+        task = loss(logits if precision == "fp32" else logits.float(), labels, soft)
         numbers = {"task": task.detach(), "correct": (logits.argmax(1) == labels).sum()}
         if terms is None:
             return task, numbers
@@ -69,7 +102,8 @@ def how_to_compile(choice: str, batches: int, device: str) -> str:
         return "none"
     if not _can_compile(torch.device(device).type):
         return "none"
-    return "kernels" if choice == "kernels" or (choice == "auto" and batches < WORTH_COMPILING) else "whole"
+    small = choice == "kernels" or (choice == "auto" and batches < WORTH_COMPILING)
+    return "kernels" if small or ranks() > 1 else "whole"  # bins are summed over ranks between the kernels
 
 
 @cache
@@ -84,24 +118,54 @@ def _can_compile(device: str) -> bool:
     return missing is None
 
 
-def build_step(model: nn.Module, penalty: Any | None, how: str, precision: str = "fp32") -> LossStep:
-    """:func:`loss_step` in the form that :func:`how_to_compile` chose.
+def build_step(
+    model: nn.Module,
+    penalty: Any | None,
+    how: str,
+    precision: str = "fp32",
+    *,
+    loss: Objective | None = None,
+    shape: torch.Size | None = None,
+) -> LossStep:
+    """:func:`loss_step` in the form that :func:`how_to_compile` chose, inside DDP where several processes train.
 
-    What is compiled is so for the shape of the first batch. Batches of another shape, such as a smaller last one, go
-    through the same function uncompiled, so that none causes a compilation.
+    What is compiled is so for images of ``shape``, by default that of the first batch. Batches of another shape, such
+    as a smaller last one, go through the same function uncompiled, so that none causes a compilation.
     """
+    common: dict[str, Any] = {"precision": precision, "loss": loss}
     if how == "none":
-        return loss_step(model, penalty, precision=precision)
-    eager = loss_step(model, penalty, kernels=False, precision=precision)
-    fast = compile_whole(eager) if how == "whole" else loss_step(model, penalty, kernels=True, precision=precision)
-    shapes: list[torch.Size] = []
+        return in_ranks(model, penalty, loss_step(model, penalty, **common))
+    eager = loss_step(model, penalty, kernels=False, **common)
+    fast = compile_whole(eager) if how == "whole" else loss_step(model, penalty, kernels=True, **common)
+    shapes = [] if shape is None else [shape]
 
-    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def step(images: Tensor, labels: Tensor, soft: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         if not shapes:
             shapes.append(images.shape)
-        return (fast if images.shape == shapes[0] else eager)(images, labels)
+        return (fast if images.shape == shapes[0] else eager)(images, labels, soft)
 
-    return step
+    return in_ranks(model, penalty, step)
+
+
+def in_ranks(model: nn.Module, penalty: Any | None, step: LossStep) -> LossStep:
+    """``step`` as the forward of a DDP module, which averages gradients over the processes that train together."""
+    if ranks() == 1:
+        return step
+    trained = model if penalty is None else penalty
+    device = next(model.parameters()).device
+    ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(_Stepping(trained, step), device_ids=ids, find_unused_parameters=True)
+
+
+class _Stepping(nn.Module):
+    """A step that DDP can wrap, beside the module whose parameters it trains."""
+
+    def __init__(self, trained: nn.Module, step: LossStep) -> None:
+        super().__init__()
+        self.trained, self.step = trained, step
+
+    def forward(self, images: Tensor, labels: Tensor, soft: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.step(images, labels, soft)
 
 
 def compile_whole(step: LossStep) -> LossStep:
@@ -112,9 +176,9 @@ def compile_whole(step: LossStep) -> LossStep:
     """
     whole = compiled(step, fullgraph=True, joint_custom_pre_pass=_KeepBytes())
 
-    def run(images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(images: Tensor, labels: Tensor, soft: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         with torch._functorch.config.patch(_RECOMPUTE):
-            loss, numbers = whole(images, labels)
+            loss, numbers = whole(images, labels, soft)
             return loss, numbers
 
     return run

@@ -1,0 +1,130 @@
+"""Several processes that train one model, started by ``torchrun``. Without them every function here does nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from brfx.errors import TrainingError, first_line
+
+T = TypeVar("T")
+
+#: A rank waits for the others no longer than this: a validation on the slowest machine takes less.
+_PATIENCE = timedelta(minutes=30)
+
+
+def rank() -> int:
+    """This process's number, 0 of 1 where there is one process."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def ranks() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@contextmanager
+def together(device: str) -> Iterator[str]:
+    """Join the processes that ``torchrun`` started, and yield this one's device: ``cuda`` becomes ``cuda:LOCAL_RANK``.
+
+    The backend is nccl on CUDA, else gloo. Where torchrun did not start this process, or the group is there already,
+    ``device`` is yielded as it is.
+
+    Raises:
+        TrainingError: another process stopped or cannot be reached.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+        yield device
+        return
+    kind = torch.device(device).type
+    if kind == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=_PATIENCE)
+    with lost_ranks_named():
+        yield device
+    dist.destroy_process_group()
+
+
+@contextmanager
+def lost_ranks_named() -> Iterator[None]:
+    """An error of a collective operation says that another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if ranks() > 1 and any(word in text for word in ("Connection", "gloo", "NCCL", "ncclRemoteError", "peer")):
+            raise TrainingError(
+                f"rank {rank()}: another process of this run has stopped ({first_line(error)}); "
+                "start them again with --resume"
+            ) from error
+        raise
+
+
+def from_first(value: T) -> T:
+    """What rank 0 has, on every rank."""
+    if ranks() == 1:
+        return value
+    held: list[Any] = [value if rank() == 0 else None]
+    dist.broadcast_object_list(held)
+    return held[0]  # type: ignore[no-any-return]
+
+
+def from_all(value: T) -> list[T]:
+    """What each rank has, in their order."""
+    if ranks() == 1:
+        return [value]
+    held: list[Any] = [None] * ranks()
+    dist.all_gather_object(held, value)
+    return held
+
+
+def largest(value: float, device: torch.device | str = "cpu") -> float:
+    """The largest of the ranks' values."""
+    if ranks() == 1:
+        return value
+    held = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(held, dist.ReduceOp.MAX)
+    return float(held)
+
+
+@torch.no_grad()
+def share_buffers(model: nn.Module) -> None:
+    """Give every rank rank 0's buffers, such as running statistics, which each rank estimates from its own batches."""
+    if ranks() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def share_state(model: nn.Module) -> None:
+    """Give every rank rank 0's parameters and buffers."""
+    if ranks() > 1:
+        model.load_state_dict(from_first({name: value.cpu() for name, value in model.state_dict().items()}))
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum of the ranks' ``values``; differentiable under gradients that are *averaged* over ranks, as DDP does.
+
+    Every rank's loss is the same function of the sum. The gradient of a rank's own part is that of the loss times the
+    number of ranks, so that the average over ranks is the sum over all parts.
+    """
+    return _Summed.apply(values) if ranks() > 1 else values  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * dist.get_world_size()

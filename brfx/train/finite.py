@@ -1,0 +1,57 @@
+"""Where a number that is not finite came from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+def culprit(model: nn.Module, images: Tensor, loss: Tensor) -> str:
+    """What is not finite first: an image, a weight, a layer's output, the loss, or a layer's gradient.
+
+    Args:
+        model: with its gradients as backward left them.
+        images: the batch, ``(batch, ...)``; forward runs on it once more, which moves batch norms' running statistics.
+        loss: of the batch.
+    """
+    bad = (~torch.isfinite(images.flatten(1)).all(1)).nonzero().flatten().tolist()
+    if bad:
+        return f"image {bad[0]} of the batch holds NaN or infinity"
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            return f"{name} holds NaN or infinity"
+    if not bool(torch.isfinite(loss)):
+        layer = _first_layer(model, images)
+        return f"the output of {layer} is not finite" if layer else f"the loss is {float(loss.detach())}"
+    names = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
+    ]
+    return f"the gradient of {names[-1]} is not finite" if names else "the gradient's norm overflows"
+
+
+@torch.no_grad()
+def _first_layer(model: nn.Module, images: Tensor) -> str | None:
+    found: list[str] = []
+    handles: list[RemovableHandle] = []
+
+    def watch(name: str) -> Any:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not found and isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+                found.append(name)
+
+        return look
+
+    for name, module in model.named_modules():
+        if not list(module.children()):
+            handles.append(module.register_forward_hook(watch(name)))
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None

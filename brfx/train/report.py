@@ -1,0 +1,85 @@
+"""What a run tells: sums while an epoch goes on, means of it, and what it came to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Means:
+    """Training figures averaged since the epoch began. ``accuracy`` is 0 to 1, ``terms`` are the penalty's parts."""
+
+    loss: float
+    accuracy: float
+    terms: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is, told to callbacks every few batches."""
+
+    epoch: int  #: from 1
+    epochs: int
+    batch: int  #: from 1
+    batches: int  #: in each epoch
+    stage: str  #: ``"warm-up"``, ``"penalty"``, or ``"plain"`` where there is no penalty
+    lr: float
+    means: Means
+
+
+@dataclass(frozen=True)
+class EpochMetrics:
+    """One line of ``metrics.jsonl``."""
+
+    epoch: int  #: from 1
+    stage: str
+    lr: float  #: of the last batch
+    train: Means
+    val_loss: float
+    val_accuracy: float
+    seconds: float  #: of the training part
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What :func:`fit` returns. The model holds the weights of ``best_epoch``."""
+
+    history: tuple[EpochMetrics, ...]
+    best_epoch: int
+    best_accuracy: float
+    compiled: str  #: ``"whole"`` step, its ``"kernels"``, or ``"none"``
+    skipped: int = 0  #: batches left out because a loss or gradient was not finite
+
+
+class Callback:
+    """Override what you need."""
+
+    def on_batch(self, progress: Progress) -> None:
+        """Some batches went by."""
+
+    def on_epoch(self, metrics: EpochMetrics) -> None:
+        """An epoch and its validation are over."""
+
+
+class Sums:
+    """Running sums of one epoch; they stay on the device until ``means`` reads them."""
+
+    def __init__(self, numbers: dict[str, Tensor] | None = None, batches: int = 0, images: int = 0) -> None:
+        self.numbers, self.batches, self.images = dict(numbers or {}), batches, images
+
+    def to(self, device: str) -> Sums:
+        return Sums({name: value.to(device) for name, value in self.numbers.items()}, self.batches, self.images)
+
+    def add(self, numbers: dict[str, Tensor], images: int) -> None:
+        self.numbers = {name: self.numbers.get(name, 0) + value for name, value in numbers.items()}
+        self.batches += 1
+        self.images += images
+
+    def means(self) -> Means:
+        """Of the batches so far; 0 where there was none."""
+        numbers = {name: float(value) / self.batches for name, value in self.numbers.items()}
+        accuracy = numbers.pop("correct", 0.0) * self.batches / max(1, self.images)
+        return Means(numbers.pop("task", 0.0), accuracy, numbers)

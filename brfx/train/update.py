@@ -1,0 +1,85 @@
+"""From a loss to changed parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from brfx.config import TrainConfig
+from brfx.errors import TrainingError
+from brfx.ranks import largest
+from brfx.train.optim import build_optimizer, rate_factor
+
+#: Loss scaling that halves its scale below this finds no gradient that is finite.
+_LEAST_SCALE = 2.0**-10
+
+
+class Update:
+    """Backward, gradient clipping, the optimizer with its rates, and loss scaling for FP16.
+
+    Calling it with a loss changes the parameters and says whether loss and gradients were finite; if they were not,
+    nothing is changed, and the gradients are there to look at until :meth:`clear`.
+
+    Parameters that a module names in a class attribute ``positive`` are held at that least value after each update: a
+    large rate would otherwise carry a quantizer's step through zero.
+
+    Args:
+        model: what is trained.
+        config: optimizer, rates, clipping, precision.
+        total: batches of the whole run.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig, total: int) -> None:
+        self.clip = config.clip_grad
+        self.optimizer = build_optimizer(model, config)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda i: rate_factor(i, total, config.lr_warmup)
+        )
+        self.scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.precision == "fp16")
+        self.positive = positive_parameters(model)
+
+    @property
+    def lr(self) -> float:
+        """The rate of the next update."""
+        return float(self.scheduler.get_last_lr()[0])
+
+    def __call__(self, loss: Tensor) -> bool:
+        torch.autograd.backward(self.scaler.scale(loss))
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grads = [p.grad for p in parameters if p.grad is not None]
+        norm = get_total_norm(grads) if grads else loss.detach().abs()
+        bad = ~torch.isfinite(loss.detach())
+        if not self.scaler.is_enabled():  # its scale starts where gradients overflow, and it skips these updates itself
+            bad |= ~torch.isfinite(norm)
+        if largest(float(bad), loss.device):  # on any rank
+            return False
+        if self.clip is not None:
+            clip_grads_with_norm_(parameters, self.clip, norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scaler.is_enabled() and self.scaler.get_scale() < _LEAST_SCALE:
+            raise TrainingError("no gradient is finite in FP16 at any loss scale; use --precision bf16 or fp32")
+        for least, held in self.positive:
+            torch._foreach_clamp_min_([p.data for p in held], least)
+        self.clear()
+        self.scheduler.step()
+        return True
+
+    def skip(self) -> None:
+        """Leave this batch out: the rates go on."""
+        self.clear()
+        self.scheduler.step()
+
+    def clear(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def positive_parameters(model: nn.Module) -> list[tuple[float, list[nn.Parameter]]]:
+    """Groups of parameters with the least value that their modules' ``positive`` gives them."""
+    found: dict[float, list[nn.Parameter]] = {}
+    for module in model.modules():
+        for name, least in getattr(module, "positive", {}).items():
+            found.setdefault(least, []).append(getattr(module, name))
+    return list(found.items())
