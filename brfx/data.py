@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, get_worker_info
 
-from brfx.errors import DataError
+from brfx.errors import ConfigError, DataError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = frozenset(torchvision.datasets.folder.IMG_EXTENSIONS)
@@ -211,6 +211,11 @@ class BatchLoader:
         drop_last: leave a smaller last batch out.
         seed: of order and augmentation.
         device: where the batches go.
+        rank, ranks: yield the ``rank``-th of ``ranks`` equal parts of every batch; the parts of all ranks, one after
+            the other, are the batch of a single process. A smaller last batch that does not split evenly is left out.
+
+    Raises:
+        ConfigError: ``batch_size`` does not split evenly, or there is no such rank.
     """
 
     def __init__(
@@ -224,20 +229,33 @@ class BatchLoader:
         drop_last: bool = False,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
+        if not 0 <= rank < ranks:
+            raise ConfigError(f"rank={rank!r}, ranks={ranks!r}: takes a rank of 0 or more that is below ranks")
+        if batch_size % ranks:
+            raise ConfigError(f"batch_size={batch_size!r}: takes a multiple of ranks={ranks!r}, an equal part for each")
         self.split, self.preprocessing, self.batch_size = split, preprocessing, batch_size
         self.augment, self.flip, self.drop_last, self.seed = augment, flip, drop_last, seed
-        self.device = torch.device(device)
+        self.device, self.rank, self.ranks = torch.device(device), rank, ranks
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
+        """Batches an epoch, those of all ranks together."""
         whole, rest = divmod(len(self.split), self.batch_size)
-        return whole + (1 if rest and not self.drop_last else 0)
+        return whole + (1 if rest and not self.drop_last and rest % self.ranks == 0 else 0)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.starting_at(0)
+
+    def starting_at(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The epoch from its ``batch``-th on, counted from 0; what goes before is neither decoded nor augmented."""
+        if batch < 0:
+            raise ConfigError(f"batch={batch!r}: takes 0 or more")
         samples = len(self.split)
         order = torch.arange(samples)
         if self.augment:
@@ -248,14 +266,18 @@ class BatchLoader:
             mirrored = torch.rand(samples, generator=generator) < (0.5 if self.flip else 0.0)
             shifts, mirrored = self._copy(shifts[order]), self._copy(mirrored[order])
         labels = self._copy(self.split.labels[order])
-        start = 0
-        for images in self._images(torch.split(order, self.batch_size)[: len(self)]):
-            batch = slice(start, start + len(images))
+        parts = [self._part(number) for number in range(batch, len(self))]
+        for part, images in zip(parts, self._images([order[part] for part in parts]), strict=True):
             images = self._copy(images)
             if self.augment:
-                images = _shift_and_mirror(images, shifts[batch], mirrored[batch], reach)
-            yield self.preprocessing.normalize(images), labels[batch]
-            start = batch.stop
+                images = _shift_and_mirror(images, shifts[part], mirrored[part], reach)
+            yield self.preprocessing.normalize(images), labels[part]
+
+    def _part(self, batch: int) -> slice:
+        """Where this rank's part of a batch lies in the epoch's order."""
+        start = batch * self.batch_size
+        size = min(self.batch_size, len(self.split) - start) // self.ranks
+        return slice(start + self.rank * size, start + (self.rank + 1) * size)
 
     def _images(self, order: Sequence[Tensor]) -> Iterator[Tensor]:
         """The uint8 batches of these indices."""

@@ -10,7 +10,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import brfx.data
 from brfx.data import DEFAULTS, BatchLoader, ImageFiles, Preprocessing, Split, load_dataset, with_overrides
-from brfx.errors import DataError
+from brfx.errors import ConfigError, DataError
 
 
 def make_folder(root: Path, parts=("train", "test"), classes=("cat", "dog"), each=10) -> Path:
@@ -78,6 +78,23 @@ def test_batches_do_not_depend_on_the_number_of_workers(tmp_path):
     for (a, labels_a), (b, labels_b) in zip(alone, helped, strict=True):
         assert torch.equal(a, b) and torch.equal(labels_a, labels_b)
     assert not torch.equal(alone[0][0], alone[7][0])
+
+
+def same(batches, others):
+    pairs = list(zip(batches, others, strict=True))
+    return all(torch.equal(a, b) and torch.equal(labels_a, labels_b) for (a, labels_a), (b, labels_b) in pairs)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_is_continued_without_decoding_what_goes_before(tmp_path, workers):
+    loader = folder_batches(make_folder(tmp_path, ("train",)), workers, augment=True, seed=5)
+    loader.set_epoch(1)
+    whole = list(loader)
+    generator = torch.Generator().manual_seed(5 * 1_000_003 + 1)
+    for i in torch.randperm(20, generator=generator)[: 4 * 3]:
+        loader.split.images.paths[i].unlink()
+    assert same(loader.starting_at(4), whole[4:])
+    assert list(loader.starting_at(7)) == []
 
 
 def test_an_epoch_may_be_left_early_and_two_may_run_at_once(tmp_path):
@@ -200,3 +217,47 @@ def test_each_augmented_image_is_a_shifted_perhaps_mirrored_original():
             shifted += (straight + flipped)[0] != 4
             mirrored += len(flipped)
     assert shifted > 25 and 10 < mirrored < 40
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_an_epoch_in_memory_is_continued_at_any_batch(augment):
+    data = loader(augment=augment)
+    whole = list(data)
+    for start in range(5):
+        assert same(data.starting_at(start), whole[start:])
+    with pytest.raises(ConfigError, match="batch=-1: takes 0 or more"):
+        next(data.starting_at(-1))
+
+
+@pytest.mark.parametrize(("ranks", "batches"), [(2, 4), (4, 3)])
+def test_the_parts_of_all_ranks_are_the_batch_of_a_single_process(ranks, batches):
+    each = [loader(augment=True, rank=rank, ranks=ranks) for rank in range(ranks)]
+    assert [len(one) for one in each] == [batches] * ranks  # of 50 images, 2 are left for the fourth
+    for start in (0, 2):
+        parts = zip(*(one.starting_at(start) for one in each), strict=True)
+        joined = [tuple(map(torch.cat, zip(*part, strict=True))) for part in parts]
+        assert same(joined, list(loader(augment=True).starting_at(start))[: batches - start])
+
+
+def test_ranks_decode_their_own_images_alone(tmp_path):
+    make_folder(tmp_path, ("train",))
+    whole = [(images[1:2], labels[1:2]) for images, labels in folder_batches(tmp_path, 0)]
+    second = folder_batches(tmp_path, 0, rank=1, ranks=3)
+    for i, path in enumerate(second.split.images.paths):
+        if i % 3 != 1:
+            path.unlink()
+    assert same(second, whole[:6])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ranks": 3}, "batch_size=16: takes a multiple of ranks=3"),
+        ({"rank": 2, "ranks": 2}, "rank=2, ranks=2: takes a rank of 0 or more"),
+        ({"rank": -1}, "rank=-1"),
+        ({"ranks": 0}, "rank=0"),
+    ],
+)
+def test_ranks_that_do_not_fit_are_named(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        loader(**settings)
