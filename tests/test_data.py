@@ -1,3 +1,4 @@
+import logging
 import os
 import signal
 from multiprocessing import active_children
@@ -9,8 +10,10 @@ from PIL import Image
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import brfx.data
+from brfx.config import JobConfig
 from brfx.data import DEFAULTS, BatchLoader, ImageFiles, Preprocessing, Split, load_dataset, with_overrides
 from brfx.errors import ConfigError, DataError
+from brfx.job import read_data
 
 
 def make_folder(root: Path, parts=("train", "test"), classes=("cat", "dog"), each=10) -> Path:
@@ -109,10 +112,44 @@ def test_a_damaged_file_is_named_in_one_line(tmp_path, workers):
     make_folder(tmp_path, ("train",))
     (tmp_path / "train" / "dog" / "3.png").write_bytes(b"no image")
     seen = []
-    with pytest.raises(DataError, match=r"^/.*dog/3\.png: cannot read this image \(.*\)$") as caught:
+    with pytest.raises(
+        DataError, match=r"^/.*dog/3\.png: cannot read this image \(.*\): .*--skip-bad-images$"
+    ) as caught:
         seen.extend(labels for _, labels in folder_batches(tmp_path, workers))
     assert torch.cat(seen).tolist() == list(range(12))  # the 14th is damaged
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_bad_images_are_left_out_and_named(tmp_path, monkeypatch, caplog, fits):
+    if not fits:
+        monkeypatch.setattr("os.sysconf", lambda name: 100)
+    folder = make_folder(tmp_path)
+    damaged = sorted((folder / "train").rglob("*.png"))[4:16]
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:40])
+    data = load_dataset(str(folder), data_dir=tmp_path, preprocessing=Preprocessing(16), skip_bad_images=True)
+    with caplog.at_level(logging.WARNING, "brfx.data"):
+        assert (len(data.train), len(data.val), len(data.test)) == (6, 2, 20)
+    assert isinstance(data.train.images, torch.Tensor) == fits
+    [line] = [record.message for record in caplog.records]
+    assert line.startswith(f"{folder}/train: left out 12 of 20 images, which cannot be read: {damaged[0]}, ")
+    assert f"{damaged[9]}, ..." in line and str(damaged[10]) not in line
+    for path in damaged:
+        path.unlink()
+    other = load_dataset(str(folder), data_dir=tmp_path, preprocessing=Preprocessing(16))
+    for part in ("train", "val"):
+        assert same(*(BatchLoader(getattr(one, part), one.preprocessing, 4) for one in (data, other)))
+
+
+def test_a_class_of_bad_images_alone_is_named(tmp_path):
+    folder = make_folder(tmp_path)
+    for path in (folder / "test" / "dog").iterdir():
+        path.write_bytes(b"no image")
+    data = read_data(JobConfig(command="evaluate", model="resnet20", data=str(folder), skip_bad_images=True))
+    assert len(data.train) == 18
+    with pytest.raises(DataError, match=r"test: no image of class 'dog' can be read: mend them or remove the class"):
+        _ = data.test
 
 
 def test_a_worker_that_dies_is_a_data_error(tmp_path, monkeypatch):
