@@ -193,6 +193,13 @@ class Dataset:
     @cached_property
     def _training(self) -> tuple[Split, Split]:
         split = self._read("train")
+        counts = torch.bincount(split.labels, minlength=len(self.classes))
+        for name, count in zip(self.classes, counts.tolist(), strict=True):
+            if count < 2:
+                raise DataError(
+                    f"{self.name}: class {name!r} has too few training images ({count}) to leave one for training and "
+                    "one for validation: add some, or remove the class"
+                )
         keep, held = _cut(split.labels, self._val_fraction, self._seed)
         return split.take(keep), split.take(held)
 
@@ -354,13 +361,16 @@ def load_dataset(
 
 
 def _cut(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of what stays in training and of what is held out, the same share of every class."""
+    """Indices of what stays in training and of what is held out: the same share of every class, of both at least one.
+
+    Requires: two images of each class.
+    """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
     held = torch.zeros(len(labels), dtype=torch.bool)
     for label in set(labels.tolist()):
         members = order[labels[order] == label]
-        held[members[: max(1, round(len(members) * fraction))]] = True
+        held[members[: min(max(1, round(len(members) * fraction)), len(members) - 1)]] = True
     return (~held).nonzero().flatten(), held.nonzero().flatten()
 
 
@@ -430,6 +440,12 @@ def _folder(root: Path, size: int, workers: int, skip_bad: bool) -> _Source:
         ]
         if not files[part]:
             raise DataError(f"{folder}: no image in it (one folder a class, files ending in .png, .jpg ...)")
+        empty = sorted(set(range(len(classes))) - {label for _, label in files[part]})
+        named = _first_ten([repr(classes[label]) for label in empty])
+        if empty and part == "train":
+            raise DataError(f"{folder}: no image of class {named}: add some, or remove the class from {test_name}/ too")
+        if empty:
+            log.warning("%s: no image of class %s, which no accuracy will count", folder, named)
 
     def read(part: str) -> Split:
         split, bad = _decode(files[part], size, workers, skip_bad)

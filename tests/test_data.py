@@ -179,6 +179,9 @@ def test_problems_are_one_clear_line(tmp_path):
     odd = make_folder(tmp_path / "odd")
     (odd / "test" / "cow").mkdir()
     bare = make_folder(tmp_path / "bare", each=0)
+    gap = make_folder(tmp_path / "gap")
+    for path in (gap / "train" / "cat").iterdir():
+        path.unlink()
     broken = make_folder(tmp_path / "broken")
     (broken / "test" / "dog" / "3.png").write_bytes(b"no image")
     for source, message in [
@@ -186,6 +189,7 @@ def test_problems_are_one_clear_line(tmp_path):
         (tmp_path / "empty", "expected .*train/CLASS"),
         (odd, "differ in their classes.*'cow'"),
         (bare, "no image in it"),
+        (gap, r"train: no image of class 'cat': add some, or remove the class from test/ too"),
         (broken, r"dog/3\.png: cannot read"),
     ]:
         with pytest.raises(DataError, match=message) as caught:
@@ -193,6 +197,32 @@ def test_problems_are_one_clear_line(tmp_path):
         assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match=r"cifar10 is not in .*--download"):
         load_dataset("cifar10", data_dir=tmp_path)
+
+
+def test_every_class_leaves_images_for_training_and_for_validation(tmp_path):
+    folder = make_folder(tmp_path, each=3)
+    for fraction, held in ((0.01, 2), (0.5, 4), (0.99, 4)):
+        data = load_dataset(str(folder), data_dir=tmp_path, preprocessing=Preprocessing(8), val_fraction=fraction)
+        assert (len(data.train), len(data.val)) == (6 - held, held)
+        assert set(data.train.labels.tolist()) == set(data.val.labels.tolist()) == {0, 1}
+    for i in (0, 1):
+        (folder / "train" / "dog" / f"{i}.png").unlink()
+    data = load_dataset(str(folder), data_dir=tmp_path, preprocessing=Preprocessing(8))
+    with pytest.raises(DataError, match=r"class 'dog' has too few training images \(1\) .*: add some, or remove"):
+        _ = data.train
+    assert len(data.test) == 6
+
+
+def test_a_class_without_test_images_is_a_warning(tmp_path, caplog):
+    folder = make_folder(tmp_path, ("train", "val"))
+    for path in (folder / "val" / "cat").iterdir():
+        path.unlink()
+    with caplog.at_level(logging.WARNING, "brfx.data"):
+        data = load_dataset(str(folder), data_dir=tmp_path, preprocessing=Preprocessing(8))
+    assert [record.message for record in caplog.records] == [
+        f"{folder}/val: no image of class 'cat', which no accuracy will count"
+    ]
+    assert set(data.test.labels.tolist()) == {1}
 
 
 def test_real_images_come_through_pixel_for_pixel(cifar10_folder, cifar10_test):
