@@ -261,6 +261,7 @@ class JobConfig:
         val_fraction: share of the training images that the best epoch is chosen on.
         batch_size: images a batch.
         workers: processes that decode the images of a folder; 0 decodes in the training process.
+        skip_bad_images: leave out images of a folder that cannot be read.
         qat: what to quantize.
         train: how to train.
         lambda_br, lambda_br_act: weights of the two bin regularizers; 0 switches one off.
@@ -289,6 +290,7 @@ class JobConfig:
     val_fraction: float = 0.1
     batch_size: int = 64
     workers: int = 2
+    skip_bad_images: bool = False
     qat: QATConfig = field(default_factory=QATConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     lambda_br: float = 0.1

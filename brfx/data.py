@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, get_worker_info
 
-from brfx.errors import DataError
+from brfx.errors import ConfigError, DataError, first_line
+
+log = logging.getLogger(__name__)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = frozenset(torchvision.datasets.folder.IMG_EXTENSIONS)
@@ -76,25 +80,30 @@ class ImageFiles:
         self.paths, self.size, self.workers = paths, size, workers
 
     def __getitem__(self, indices: Tensor) -> Tensor:
-        return _read([self.paths[i] for i in indices.tolist()], self.size)
+        images, bad = _read([self.paths[i] for i in indices.tolist()], self.size)
+        _require_readable(bad)
+        return images
 
     def batches(self, order: Sequence[Tensor], *, pin: bool = False) -> Iterator[Tensor]:
         """``files[indices]`` for each of ``order``; with ``pin`` in pinned memory."""
+        for images, bad in self.attempts(order, pin=pin):
+            _require_readable(bad)
+            yield images
+
+    def attempts(self, order: Sequence[Tensor], *, pin: bool = False) -> Iterator[tuple[Tensor, dict[Path, str]]]:
+        """As :meth:`batches`, beside why files among them cannot be read; what is in their place means nothing."""
         workers = self.workers if len(order) > 1 else 0
         loader: DataLoader[Any] = DataLoader(
             self.paths,  # type: ignore[arg-type]  # any sequence will do
             batch_sampler=map(Tensor.tolist, order),
-            collate_fn=partial(_read_or_error, size=self.size),
+            collate_fn=partial(_read, size=self.size),
             num_workers=workers,
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             pin_memory=pin,
             generator=torch.Generator(),  # its seeds for the workers would come out of the global one
         )
         try:
-            for images in _start(loader):
-                if isinstance(images, DataError):
-                    raise images
-                yield images
+            yield from _start(loader)
         except (RuntimeError, EOFError, OSError) as error:  # a worker that dies may leave its pipe half read
             why = (str(error).strip().splitlines() or ["DataLoader worker process exited unexpectedly"])[-1]
             raise DataError(f"decoding images in worker processes failed ({why}): try fewer --workers") from error
@@ -103,25 +112,28 @@ class ImageFiles:
         return ImageFiles([self.paths[i] for i in indices.tolist()], self.size, self.workers)
 
 
-def _read(paths: Sequence[Path], size: int) -> Tensor:
-    """uint8 ``(len(paths), 3, size, size)``, in shared memory in a worker process."""
+def _read(paths: Sequence[Path], size: int) -> tuple[Tensor, dict[Path, str]]:
+    """uint8 ``(len(paths), 3, size, size)``, in shared memory in a worker process, and why files cannot be read.
+
+    They are returned, not raised: an error that a worker process raises comes out with its traceback in the message.
+    """
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     if get_worker_info() is not None:
         images.share_memory_()  # type: ignore[no-untyped-call]
+    bad = {}
     for image, path in zip(images, paths, strict=True):
         try:
             image.copy_(_square(path, size))
         except Exception as error:  # PIL has many for damaged files
-            raise DataError(f"{path}: cannot read this image ({error})") from error
-    return images
+            bad[path] = first_line(error)
+    return images, bad
 
 
-def _read_or_error(paths: Sequence[Path], size: int) -> Tensor | DataError:
-    """For a worker process: an error it raises comes out with its traceback in the message, one it returns does not."""
-    try:
-        return _read(paths, size)
-    except DataError as error:
-        return error
+def _require_readable(bad: dict[Path, str]) -> None:
+    for path, why in bad.items():
+        raise DataError(
+            f"{path}: cannot read this image ({why}): mend it, or leave such files out with --skip-bad-images"
+        )
 
 
 def _start(loader: DataLoader[Any]) -> Iterator[Any]:
@@ -181,6 +193,13 @@ class Dataset:
     @cached_property
     def _training(self) -> tuple[Split, Split]:
         split = self._read("train")
+        counts = torch.bincount(split.labels, minlength=len(self.classes))
+        for name, count in zip(self.classes, counts.tolist(), strict=True):
+            if count < 2:
+                raise DataError(
+                    f"{self.name}: class {name!r} has too few training images ({count}) to leave one for training and "
+                    "one for validation: add some, or remove the class"
+                )
         keep, held = _cut(split.labels, self._val_fraction, self._seed)
         return split.take(keep), split.take(held)
 
@@ -211,6 +230,11 @@ class BatchLoader:
         drop_last: leave a smaller last batch out.
         seed: of order and augmentation.
         device: where the batches go.
+        rank, ranks: yield the ``rank``-th of ``ranks`` equal parts of every batch; the parts of all ranks, one after
+            the other, are the batch of a single process. A smaller last batch that does not split evenly is left out.
+
+    Raises:
+        ConfigError: ``batch_size`` does not split evenly, or there is no such rank.
     """
 
     def __init__(
@@ -224,20 +248,33 @@ class BatchLoader:
         drop_last: bool = False,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
+        if not 0 <= rank < ranks:
+            raise ConfigError(f"rank={rank!r}, ranks={ranks!r}: takes a rank of 0 or more that is below ranks")
+        if batch_size % ranks:
+            raise ConfigError(f"batch_size={batch_size!r}: takes a multiple of ranks={ranks!r}, an equal part for each")
         self.split, self.preprocessing, self.batch_size = split, preprocessing, batch_size
         self.augment, self.flip, self.drop_last, self.seed = augment, flip, drop_last, seed
-        self.device = torch.device(device)
+        self.device, self.rank, self.ranks = torch.device(device), rank, ranks
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
+        """Batches an epoch, those of all ranks together."""
         whole, rest = divmod(len(self.split), self.batch_size)
-        return whole + (1 if rest and not self.drop_last else 0)
+        return whole + (1 if rest and not self.drop_last and rest % self.ranks == 0 else 0)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.starting_at(0)
+
+    def starting_at(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The epoch from its ``batch``-th on, counted from 0; what goes before is neither decoded nor augmented."""
+        if batch < 0:
+            raise ConfigError(f"batch={batch!r}: takes 0 or more")
         samples = len(self.split)
         order = torch.arange(samples)
         if self.augment:
@@ -248,14 +285,18 @@ class BatchLoader:
             mirrored = torch.rand(samples, generator=generator) < (0.5 if self.flip else 0.0)
             shifts, mirrored = self._copy(shifts[order]), self._copy(mirrored[order])
         labels = self._copy(self.split.labels[order])
-        start = 0
-        for images in self._images(torch.split(order, self.batch_size)[: len(self)]):
-            batch = slice(start, start + len(images))
+        parts = [self._part(number) for number in range(batch, len(self))]
+        for part, images in zip(parts, self._images([order[part] for part in parts]), strict=True):
             images = self._copy(images)
             if self.augment:
-                images = _shift_and_mirror(images, shifts[batch], mirrored[batch], reach)
-            yield self.preprocessing.normalize(images), labels[batch]
-            start = batch.stop
+                images = _shift_and_mirror(images, shifts[part], mirrored[part], reach)
+            yield self.preprocessing.normalize(images), labels[part]
+
+    def _part(self, batch: int) -> slice:
+        """Where this rank's part of a batch lies in the epoch's order."""
+        start = batch * self.batch_size
+        size = min(self.batch_size, len(self.split) - start) // self.ranks
+        return slice(start + self.rank * size, start + (self.rank + 1) * size)
 
     def _images(self, order: Sequence[Tensor]) -> Iterator[Tensor]:
         """The uint8 batches of these indices."""
@@ -288,6 +329,7 @@ def load_dataset(
     val_fraction: float = 0.1,
     seed: int = 0,
     workers: int = 2,
+    skip_bad_images: bool = False,
 ) -> Dataset:
     """Find a data set. Its images are read into memory when a split is first used.
 
@@ -299,6 +341,7 @@ def load_dataset(
         download: let torchvision download a named data set that is not there.
         val_fraction: share of the training images cut off for validation, drawn per class with ``seed``.
         workers: processes that decode a folder's images; 0 for none beside this one.
+        skip_bad_images: leave out images of a folder that cannot be read, with a warning that names the first ten.
 
     Raises:
         DataError: nothing is there, or what is there cannot be used; with the command that mends it.
@@ -312,19 +355,22 @@ def load_dataset(
     elif source in ("cifar10", "cifar100"):
         classes, read = _cifar(source, data_dir, download, size)
     else:
-        classes, read = _folder(Path(source), size, workers)
+        classes, read = _folder(Path(source), size, workers, skip_bad_images)
     flip = source != "digits"
     return Dataset(source, classes, preprocessing, read, flip=flip, val_fraction=val_fraction, seed=seed)
 
 
 def _cut(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of what stays in training and of what is held out, the same share of every class."""
+    """Indices of what stays in training and of what is held out: the same share of every class, of both at least one.
+
+    Requires: two images of each class.
+    """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
     held = torch.zeros(len(labels), dtype=torch.bool)
     for label in set(labels.tolist()):
         members = order[labels[order] == label]
-        held[members[: max(1, round(len(members) * fraction))]] = True
+        held[members[: min(max(1, round(len(members) * fraction)), len(members) - 1)]] = True
     return (~held).nonzero().flatten(), held.nonzero().flatten()
 
 
@@ -373,15 +419,16 @@ def _resize(images: Tensor, size: int) -> Tensor:
     return resized.round().clamp(0, 255).to(torch.uint8)
 
 
-def _folder(root: Path, size: int, workers: int) -> _Source:
+def _folder(root: Path, size: int, workers: int, skip_bad: bool) -> _Source:
     if not root.is_dir():
         raise DataError(f"{root}: no such folder, and not one of {', '.join(DEFAULTS)}")
     test_name = next((name for name in ("test", "val") if (root / name).is_dir()), None)
     if not (root / "train").is_dir() or test_name is None:
         raise DataError(f"{root}: expected {root}/train/CLASS/*.png and {root}/test/CLASS/*.png (or val/)")
     classes = tuple(sorted(path.name for path in (root / "train").iterdir() if path.is_dir()))
-    files = {}
-    for part, folder in (("train", root / "train"), ("test", root / test_name)):
+    folders = {"train": root / "train", "test": root / test_name}
+    files: dict[str, list[tuple[Path, int]]] = {}
+    for part, folder in folders.items():
         strange = sorted({path.name for path in folder.iterdir() if path.is_dir()} ^ set(classes))
         if strange:
             raise DataError(f"{root}: train/ and {test_name}/ differ in their classes, first in {strange[0]!r}")
@@ -393,20 +440,57 @@ def _folder(root: Path, size: int, workers: int) -> _Source:
         ]
         if not files[part]:
             raise DataError(f"{folder}: no image in it (one folder a class, files ending in .png, .jpg ...)")
-    return classes, lambda part: _decode(files[part], size, workers)
+        empty = sorted(set(range(len(classes))) - {label for _, label in files[part]})
+        named = _first_ten([repr(classes[label]) for label in empty])
+        if empty and part == "train":
+            raise DataError(f"{folder}: no image of class {named}: add some, or remove the class from {test_name}/ too")
+        if empty:
+            log.warning("%s: no image of class %s, which no accuracy will count", folder, named)
+
+    def read(part: str) -> Split:
+        split, bad = _decode(files[part], size, workers, skip_bad)
+        if bad:
+            folder, counts = folders[part], (len(bad), len(files[part]))
+            gone = {label for _, label in files[part]} - set(split.labels.tolist())
+            if gone:
+                named = _first_ten([repr(classes[label]) for label in sorted(gone)])
+                raise DataError(f"{folder}: no image of class {named} can be read: mend them or remove the class")
+            log.warning("%s: left out %d of %d images, which cannot be read: %s", folder, *counts, _first_ten(bad))
+        return split
+
+    return classes, read
 
 
-def _decode(files: Sequence[tuple[Path, int]], size: int, workers: int) -> Split:
-    """All images in memory where they take less than a third of it, else decoded batch by batch."""
+def _decode(
+    files: Sequence[tuple[Path, int]], size: int, workers: int, skip_bad: bool
+) -> tuple[Split, dict[Path, str]]:
+    """All images in memory where they take less than a third of it, else decoded batch by batch.
+
+    With ``skip_bad``, without the files that cannot be read, which are returned with the reasons; images that do not
+    fit in memory are all decoded once to find them.
+    """
     images = ImageFiles([path for path, _ in files], size, workers)
     labels = torch.tensor([label for _, label in files])
-    if len(files) * 3 * size * size >= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 3:
-        return Split(images, labels)
-    whole = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    fits = len(files) * 3 * size * size < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 3
+    if not fits and not skip_bad:
+        return Split(images, labels), {}
+    whole = torch.empty(len(files) if fits else 0, 3, size, size, dtype=torch.uint8)
     order = torch.split(torch.arange(len(files)), 64)
-    for chosen, batch in zip(order, images.batches(order), strict=True):
-        whole[chosen] = batch
-    return Split(whole, labels)
+    bad: dict[Path, str] = {}
+    for chosen, (batch, unreadable) in zip(order, images.attempts(order), strict=True):
+        if not skip_bad:
+            _require_readable(unreadable)
+        bad |= unreadable
+        if fits:
+            whole[chosen] = batch
+    split = Split(whole if fits else images, labels)
+    if bad:
+        split = split.take(torch.tensor([i for i, path in enumerate(images.paths) if path not in bad]).long())
+    return split, bad
+
+
+def _first_ten(names: Collection[object]) -> str:
+    return ", ".join(map(str, islice(names, 10))) + (", ..." if len(names) > 10 else "")
 
 
 def _square(path: Path, size: int) -> Tensor:

@@ -218,6 +218,7 @@ def read_data(job: JobConfig, preprocessing: Preprocessing | None = None) -> Dat
         val_fraction=job.val_fraction,
         seed=job.train.seed,
         workers=job.workers,
+        skip_bad_images=job.skip_bad_images,
     )
 
 

@@ -109,6 +109,7 @@ data_options = combine(
     _job("--std", "std", type=Triple(), help="Of images in 0..1.  [default: ImageNet's; digits 0.5]"),
     _job("--batch-size", "batch_size", type=int, help="Images a batch."),
     _job("--workers", "workers", type=int, help="Processes that decode a folder's images; 0 for none."),
+    _job("--skip-bad-images", "skip_bad_images", is_flag=True, help="Leave out images of a folder that are damaged."),
     _train("--device", name="device", help="cpu, cuda, cuda:1 ..."),
 )
 

@@ -1,3 +1,4 @@
+import logging
 import os
 import signal
 from multiprocessing import active_children
@@ -9,8 +10,10 @@ from PIL import Image
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import brfx.data
+from brfx.config import JobConfig
 from brfx.data import DEFAULTS, BatchLoader, ImageFiles, Preprocessing, Split, load_dataset, with_overrides
-from brfx.errors import DataError
+from brfx.errors import ConfigError, DataError
+from brfx.job import read_data
 
 
 def make_folder(root: Path, parts=("train", "test"), classes=("cat", "dog"), each=10) -> Path:
@@ -80,6 +83,23 @@ def test_batches_do_not_depend_on_the_number_of_workers(tmp_path):
     assert not torch.equal(alone[0][0], alone[7][0])
 
 
+def same(batches, others):
+    pairs = list(zip(batches, others, strict=True))
+    return all(torch.equal(a, b) and torch.equal(labels_a, labels_b) for (a, labels_a), (b, labels_b) in pairs)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_is_continued_without_decoding_what_goes_before(tmp_path, workers):
+    loader = folder_batches(make_folder(tmp_path, ("train",)), workers, augment=True, seed=5)
+    loader.set_epoch(1)
+    whole = list(loader)
+    generator = torch.Generator().manual_seed(5 * 1_000_003 + 1)
+    for i in torch.randperm(20, generator=generator)[: 4 * 3]:
+        loader.split.images.paths[i].unlink()
+    assert same(loader.starting_at(4), whole[4:])
+    assert list(loader.starting_at(7)) == []
+
+
 def test_an_epoch_may_be_left_early_and_two_may_run_at_once(tmp_path):
     loader = folder_batches(make_folder(tmp_path, ("train",)), 2)
     assert next(iter(loader))[1].tolist() == [0, 1, 2]
@@ -92,10 +112,44 @@ def test_a_damaged_file_is_named_in_one_line(tmp_path, workers):
     make_folder(tmp_path, ("train",))
     (tmp_path / "train" / "dog" / "3.png").write_bytes(b"no image")
     seen = []
-    with pytest.raises(DataError, match=r"^/.*dog/3\.png: cannot read this image \(.*\)$") as caught:
+    with pytest.raises(
+        DataError, match=r"^/.*dog/3\.png: cannot read this image \(.*\): .*--skip-bad-images$"
+    ) as caught:
         seen.extend(labels for _, labels in folder_batches(tmp_path, workers))
     assert torch.cat(seen).tolist() == list(range(12))  # the 14th is damaged
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_bad_images_are_left_out_and_named(tmp_path, monkeypatch, caplog, fits):
+    if not fits:
+        monkeypatch.setattr("os.sysconf", lambda name: 100)
+    folder = make_folder(tmp_path)
+    damaged = sorted((folder / "train").rglob("*.png"))[4:16]
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:40])
+    data = load_dataset(str(folder), data_dir=tmp_path, preprocessing=Preprocessing(16), skip_bad_images=True)
+    with caplog.at_level(logging.WARNING, "brfx.data"):
+        assert (len(data.train), len(data.val), len(data.test)) == (6, 2, 20)
+    assert isinstance(data.train.images, torch.Tensor) == fits
+    [line] = [record.message for record in caplog.records]
+    assert line.startswith(f"{folder}/train: left out 12 of 20 images, which cannot be read: {damaged[0]}, ")
+    assert f"{damaged[9]}, ..." in line and str(damaged[10]) not in line
+    for path in damaged:
+        path.unlink()
+    other = load_dataset(str(folder), data_dir=tmp_path, preprocessing=Preprocessing(16))
+    for part in ("train", "val"):
+        assert same(*(BatchLoader(getattr(one, part), one.preprocessing, 4) for one in (data, other)))
+
+
+def test_a_class_of_bad_images_alone_is_named(tmp_path):
+    folder = make_folder(tmp_path)
+    for path in (folder / "test" / "dog").iterdir():
+        path.write_bytes(b"no image")
+    data = read_data(JobConfig(command="evaluate", model="resnet20", data=str(folder), skip_bad_images=True))
+    assert len(data.train) == 18
+    with pytest.raises(DataError, match=r"test: no image of class 'dog' can be read: mend them or remove the class"):
+        _ = data.test
 
 
 def test_a_worker_that_dies_is_a_data_error(tmp_path, monkeypatch):
@@ -125,6 +179,9 @@ def test_problems_are_one_clear_line(tmp_path):
     odd = make_folder(tmp_path / "odd")
     (odd / "test" / "cow").mkdir()
     bare = make_folder(tmp_path / "bare", each=0)
+    gap = make_folder(tmp_path / "gap")
+    for path in (gap / "train" / "cat").iterdir():
+        path.unlink()
     broken = make_folder(tmp_path / "broken")
     (broken / "test" / "dog" / "3.png").write_bytes(b"no image")
     for source, message in [
@@ -132,6 +189,7 @@ def test_problems_are_one_clear_line(tmp_path):
         (tmp_path / "empty", "expected .*train/CLASS"),
         (odd, "differ in their classes.*'cow'"),
         (bare, "no image in it"),
+        (gap, r"train: no image of class 'cat': add some, or remove the class from test/ too"),
         (broken, r"dog/3\.png: cannot read"),
     ]:
         with pytest.raises(DataError, match=message) as caught:
@@ -139,6 +197,32 @@ def test_problems_are_one_clear_line(tmp_path):
         assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match=r"cifar10 is not in .*--download"):
         load_dataset("cifar10", data_dir=tmp_path)
+
+
+def test_every_class_leaves_images_for_training_and_for_validation(tmp_path):
+    folder = make_folder(tmp_path, each=3)
+    for fraction, held in ((0.01, 2), (0.5, 4), (0.99, 4)):
+        data = load_dataset(str(folder), data_dir=tmp_path, preprocessing=Preprocessing(8), val_fraction=fraction)
+        assert (len(data.train), len(data.val)) == (6 - held, held)
+        assert set(data.train.labels.tolist()) == set(data.val.labels.tolist()) == {0, 1}
+    for i in (0, 1):
+        (folder / "train" / "dog" / f"{i}.png").unlink()
+    data = load_dataset(str(folder), data_dir=tmp_path, preprocessing=Preprocessing(8))
+    with pytest.raises(DataError, match=r"class 'dog' has too few training images \(1\) .*: add some, or remove"):
+        _ = data.train
+    assert len(data.test) == 6
+
+
+def test_a_class_without_test_images_is_a_warning(tmp_path, caplog):
+    folder = make_folder(tmp_path, ("train", "val"))
+    for path in (folder / "val" / "cat").iterdir():
+        path.unlink()
+    with caplog.at_level(logging.WARNING, "brfx.data"):
+        data = load_dataset(str(folder), data_dir=tmp_path, preprocessing=Preprocessing(8))
+    assert [record.message for record in caplog.records] == [
+        f"{folder}/val: no image of class 'cat', which no accuracy will count"
+    ]
+    assert set(data.test.labels.tolist()) == {1}
 
 
 def test_real_images_come_through_pixel_for_pixel(cifar10_folder, cifar10_test):
@@ -200,3 +284,47 @@ def test_each_augmented_image_is_a_shifted_perhaps_mirrored_original():
             shifted += (straight + flipped)[0] != 4
             mirrored += len(flipped)
     assert shifted > 25 and 10 < mirrored < 40
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_an_epoch_in_memory_is_continued_at_any_batch(augment):
+    data = loader(augment=augment)
+    whole = list(data)
+    for start in range(5):
+        assert same(data.starting_at(start), whole[start:])
+    with pytest.raises(ConfigError, match="batch=-1: takes 0 or more"):
+        next(data.starting_at(-1))
+
+
+@pytest.mark.parametrize(("ranks", "batches"), [(2, 4), (4, 3)])
+def test_the_parts_of_all_ranks_are_the_batch_of_a_single_process(ranks, batches):
+    each = [loader(augment=True, rank=rank, ranks=ranks) for rank in range(ranks)]
+    assert [len(one) for one in each] == [batches] * ranks  # of 50 images, 2 are left for the fourth
+    for start in (0, 2):
+        parts = zip(*(one.starting_at(start) for one in each), strict=True)
+        joined = [tuple(map(torch.cat, zip(*part, strict=True))) for part in parts]
+        assert same(joined, list(loader(augment=True).starting_at(start))[: batches - start])
+
+
+def test_ranks_decode_their_own_images_alone(tmp_path):
+    make_folder(tmp_path, ("train",))
+    whole = [(images[1:2], labels[1:2]) for images, labels in folder_batches(tmp_path, 0)]
+    second = folder_batches(tmp_path, 0, rank=1, ranks=3)
+    for i, path in enumerate(second.split.images.paths):
+        if i % 3 != 1:
+            path.unlink()
+    assert same(second, whole[:6])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ranks": 3}, "batch_size=16: takes a multiple of ranks=3"),
+        ({"rank": 2, "ranks": 2}, "rank=2, ranks=2: takes a rank of 0 or more"),
+        ({"rank": -1}, "rank=-1"),
+        ({"ranks": 0}, "rank=0"),
+    ],
+)
+def test_ranks_that_do_not_fit_are_named(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        loader(**settings)
