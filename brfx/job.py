@@ -88,15 +88,16 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
     """
     if job.ckpt is None:
         raise ConfigError("quantize starts from an FP32 checkpoint: --ckpt FILE (`brfx train` makes one)")
+    ckpt = job.ckpt
     with together(job.train.device) as device:
         job = replace(job, train=replace(job.train, device=device))
         _require_penalty_epochs(job)
         _require_device(device)
         run_dir = _run_dir(job, resume)
         require_model(job.model)
-        read_state_dict(job.ckpt)
+        read_state_dict(ckpt)
         dataset = read_data(job)
-        model = _float_model(job, dataset, job.ckpt)
+        model = _float_model(job, dataset, ckpt)
         qmodel = prepare_qat(model, job.qat)
         card = card_of(qmodel)
         card.preprocessing, card.classes = dataset.preprocessing, dataset.classes

@@ -115,6 +115,7 @@ def fit(
             stage = "plain" if penalty is None else "penalty" if run.epoch > warmup else "warm-up"
             run.train_epoch(stage, stop)
             run.end_epoch(stage, val_data)
+            run.stop_if_asked(stop)
     return run.result()
 
 
@@ -257,11 +258,12 @@ class _Run:
             if at_end:
                 break
             due = monotonic() - saved >= 60 * self.config.checkpoint_minutes
-            if self._asked(stop):
+            if self.batch % LOG_EVERY and ranks() > 1:
+                continue  # ranks ask each other less often
+            if largest(stop.signal, self.config.device):
                 self.save()
-                more = f"; go on with --resume {self.run_dir}" if self.run_dir else ""
-                raise Interrupted(stop.signal, f"stopped at {self._where()}{more}")
-            if self._agreed(due):
+                self.stop_if_asked(stop)
+            if from_first(due):
                 self.save()
                 saved = monotonic()
 
@@ -323,21 +325,12 @@ class _Run:
     def _where(self, more: int = 0) -> str:
         return f"epoch {self.epoch}, batch {self.batch + more}"
 
-    def _asked(self, stop: StopRequest) -> bool:
-        """Whether any rank was asked to stop; they agree on it every few batches."""
-        if ranks() > 1 and self.batch % LOG_EVERY:
-            return False
+    def stop_if_asked(self, stop: StopRequest) -> None:
+        """Raise Interrupted if any rank was asked to stop; what there is has been saved."""
         number = int(largest(stop.signal, self.config.device))
-        stop.signal = number
-        return number > 0
-
-    def _agreed(self, due: bool) -> bool:
-        """Whether rank 0 says that it is time; the ranks ask every few batches."""
-        if self.run_dir is None and ranks() == 1:
-            return False
-        if ranks() > 1 and self.batch % LOG_EVERY:
-            return False
-        return from_first(due)
+        if number:
+            more = f"; go on with --resume {self.run_dir}" if self.run_dir else ""
+            raise Interrupted(number, f"stopped at {self._where()}{more}")
 
     def _tell(self, stage: str) -> None:
         means = self.sums.means()
