@@ -31,7 +31,6 @@ from brfx.ranks import from_first, rank, ranks, share_state, together
 from brfx.train import Callback, Evaluation, FitResult, evaluate, fit, reestimate_batch_norm
 from brfx.train.checkpoint import has_checkpoints, write_text_atomically
 from brfx.train.loop import seed_everything
-from brfx.train.tensorboard import TensorBoard
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +152,11 @@ def _write_model(qmodel: nn.Module, run_dir: Path, example: Tensor) -> tuple[Onn
 
 
 def _with_tensorboard(job: JobConfig, run_dir: Path, callbacks: Iterable[Callback]) -> list[Callback]:
-    return [*callbacks, *([TensorBoard(run_dir / "tensorboard")] if job.tensorboard and rank() == 0 else [])]
+    if not job.tensorboard or rank() > 0:
+        return list(callbacks)
+    from brfx.train.tensorboard import TensorBoard
+
+    return [*callbacks, TensorBoard(run_dir / "tensorboard")]
 
 
 def dry_run(job: JobConfig) -> Audit:
