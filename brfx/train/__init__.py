@@ -4,6 +4,7 @@ from brfx.config import TrainConfig
 from brfx.train.batch_norm import reestimate_batch_norm
 from brfx.train.evaluate import Evaluation, evaluate
 from brfx.train.loop import Callback, EpochMetrics, FitResult, Means, Penalty, Progress, fit, seed_everything
+from brfx.train.tensorboard import TensorBoard
 
 __all__ = [
     "Callback",
@@ -13,6 +14,7 @@ __all__ = [
     "Means",
     "Penalty",
     "Progress",
+    "TensorBoard",
     "TrainConfig",
     "evaluate",
     "fit",
