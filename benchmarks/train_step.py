@@ -40,8 +40,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import brfx
-from brfx.train.optim import build_optimizer
 from brfx.train.step import LossStep, build_step, loss_step
+from brfx.train.update import Update
 
 ROOT = Path(__file__).resolve().parent.parent
 BITS = 2
@@ -296,22 +296,18 @@ class Runner:
         self.images = images.to(memory_format=torch.channels_last)
         self.labels = torch.randint(setting.classes, (batch,))
         self.model, self.step = CASES[case](model, self.images, form)
-        self.optimizer = build_optimizer(self.model, brfx.TrainConfig())
+        self.update = Update(self.model, brfx.TrainConfig(), total=1_000_000)
 
     def forward_backward(self) -> Tensor:
         loss, _ = self.step(self.images, self.labels)
         torch.autograd.backward(loss)
         return loss
 
-    def update(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
     def __call__(self) -> float:
         """Seconds of a step."""
         start = perf_counter()
-        self.forward_backward()
-        self.update()
+        loss, _ = self.step(self.images, self.labels)
+        self.update(loss)
         return perf_counter() - start
 
 
@@ -359,7 +355,7 @@ def warm_up(runner: Runner, where: str, *, is_brfx: bool) -> dict[str, Any]:
         first = perf_counter() - start
         if not is_brfx:
             check_gradients_exist(where, runner.model)
-        runner.update()
+        runner.update.clear()
         for _ in range(WARM_UP - 1):
             runner()
     return {"first_step_s": first, "graphs": stats["unique_graphs"] - graphs, "times": []}
@@ -413,6 +409,8 @@ def measure_times(name: str, cases: Sequence[str], options: argparse.Namespace, 
 
 def time_rounds(runners: dict[tuple[str, str], Runner], results: dict[str, Any], rounds: int) -> None:
     keys = list(runners)
+    for key in keys:  # an export in between may have dropped what dynamo had compiled
+        runners[key]()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     gc.collect()
     gc.disable()
@@ -454,7 +452,7 @@ def measure_memory(name: str, case: str, form: str, batch: int) -> dict[str, flo
         before = status_mb("VmRSS")
         runner.forward_backward()
         found["peak_mb"] = status_mb("VmHWM") - before
-        runner.update()
+        runner.update.clear()
     found["saved_mb"] = saved_mb(runner)
     return found
 
@@ -578,7 +576,7 @@ PAGE = f"""# What a training step costs
 
 Written by `benchmarks/train_step.py`; `make bench` makes it again, `benchmarks/train_step.json` has every time.
 
-A step is that of `brfx.fit`: forward, loss, backward, optimizer, on one random batch in channels-last. The cases of
+A step is that of `brfx.fit`: forward, loss, backward, gradients' norm, optimizer, on one random batch in channels-last. The cases of
 a model run in one process, one step of each in turn in an order that rotates. A figure is the median over rounds of
 the step's time by that of the FP32 step of the same round, with the order statistics around it that hold the median
 with 95 % probability (of fewer than 6 rounds: the least and the greatest ratio).

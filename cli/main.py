@@ -164,6 +164,15 @@ def inspect(**given: Any) -> None:
     render.audit(jobs.inspect(build_job("inspect", given)))
 
 
+@cli.command()
+@click.argument("folder", metavar="DIR", default="runs", type=click.Path(path_type=Path))
+def runs(folder: Path) -> None:
+    """List the runs in DIR and below side by side.  [default: runs]"""
+    from brfx.runs import read_runs
+
+    render.runs(read_runs(folder))
+
+
 def main() -> None:
     """Entry point: a mistake of the user's is one red line and exit code 2; ``--debug`` shows where it arose."""
     debug = "--debug" in sys.argv

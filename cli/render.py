@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from brfx.auditing import Audit
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from brfx.export.benchmark import Timing
     from brfx.export.verify import Verification
     from brfx.job import JobResult
+    from brfx.runs import Run
     from brfx.train import EpochMetrics, Evaluation
     from brfx.train import Progress as Where
 
@@ -169,6 +171,44 @@ def timings(rows: list[Timing]) -> None:
         speed = f"{row.speed:.2f}"
         table.add_row(row.name, size(row.bytes), f"{row.milliseconds:.2f}", f"{row.images_per_second:.0f}", speed)
     console.print(table)
+
+
+def runs(found: list[Run]) -> None:
+    """A line a run, and below them what is wrong with those that cannot be read."""
+    table = Table(box=None, pad_edge=False)
+    left = ("run", "model", "bits", "state", "changed")
+    for name in ("run", "model", "bits", "epochs", "BR_W", "BR_A", "lr", "seed", "val", "test", "time", *left[-2:]):
+        table.add_column(name, justify="left" if name in left else "right")
+    for run in found:
+        table.add_row(
+            _plain(run.name),
+            _plain(run.model or ""),
+            run.bits,
+            f"{_or('d', run.epochs_done, '?')}/{_or('d', run.epochs, '?')}",
+            _or("g", run.lambda_br),
+            _or("g", run.lambda_br_act),
+            _or("g", run.lr),
+            _or("d", run.seed),
+            _or(".2%", run.best_val_accuracy),
+            _or(".2%", run.test_accuracy),
+            _or(".0f", run.seconds) + (" s" if run.seconds is not None else ""),
+            run.state,
+            f"{run.changed:%Y-%m-%d %H:%M}",
+        )
+    table.width = console.measure(table, options=console.options.update(max_width=1000)).maximum  # cut no name
+    console.print(table)
+    for run in found:
+        if run.why:
+            console.print(_plain(f"{run.name}: {run.why}"), style="yellow")
+
+
+def _or(form: str, value: float | None, absent: str = "") -> str:
+    return absent if value is None else format(value, form)
+
+
+def _plain(text: str) -> Text:
+    """Text from a file or a file's name: nothing in it is markup or steers the terminal."""
+    return Text("".join(letter if letter.isprintable() else "?" for letter in text))
 
 
 def evaluation(result: Evaluation) -> str:

@@ -36,6 +36,10 @@ def test_help_does_not_import_torch():
     assert "torch" not in run(code + "\nprint(*sys.modules)").split()
 
 
+def test_listing_runs_does_not_import_torch():
+    assert "torch" not in run("import brfx.runs, sys; print(*sys.modules)").split()
+
+
 def test_the_trainer_imports_no_quantizer():
     code = "import brfx.train, sys; print(*(m for m in sys.modules if m.startswith('brfx')))"
     modules = set(run(code).split())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,25 @@ def test_export_and_inspect_a_run(quantized_run, tmp_path):
     assert again.returncode == 2 and "exists already" in again.stderr
     table = brfx("inspect", "--ckpt", root / "model.pt").stdout
     assert "layer3.2.conv2" in table and "QuantizedConv2d" in table and "not set" not in table
+
+
+def test_runs_lists_a_quantized_run_and_a_damaged_one_beside_the_baseline(quantized_run, tmp_path):
+    root, text = quantized_run
+    for name in ("fp32", "w2a2"):
+        shutil.copytree(root.parent / name, tmp_path / name, ignore=shutil.ignore_patterns("*.pt*", "*.onnx"))
+    (tmp_path / "[red]half").mkdir()
+    (tmp_path / "[red]half" / "config.json").write_text('{"command"')
+    done = brfx("runs", tmp_path)
+    assert done.returncode == 0, done.stderr
+    header, half, fp32, w2a2, why = done.stdout.splitlines()
+    assert header.split()[:4] == ["run", "model", "bits", "epochs"]
+    assert half.startswith("[red]half") and "unreadable" in half and why.startswith("[red]half: config.json: damaged")
+    assert fp32.split()[:4] == ["fp32", "resnet20", "FP32", "8/8"] and "complete" in fp32
+    assert w2a2.split()[:8] == ["w2a2", "resnet20", "W2A2", "3/3", "0.1", "0.01", "0.02", "0"]
+    accuracy = next(line for line in text.splitlines() if line.startswith("Test: W2A2")).split()[2]
+    assert w2a2.split()[9] == f"{accuracy}%" and "complete" in w2a2
+    assert_one_line(brfx("runs", tmp_path / "none"), "no such folder")
+    assert_one_line(brfx("runs", Path(__file__).parent), "there is no run in it")
 
 
 def test_zero_epochs_calibrate_and_export(float_run, tmp_path):
