@@ -576,10 +576,10 @@ PAGE = f"""# What a training step costs
 
 Written by `benchmarks/train_step.py`; `make bench` makes it again, `benchmarks/train_step.json` has every time.
 
-A step is that of `brfx.fit`: forward, loss, backward, gradients' norm, optimizer, on one random batch in channels-last. The cases of
-a model run in one process, one step of each in turn in an order that rotates. A figure is the median over rounds of
-the step's time by that of the FP32 step of the same round, with the order statistics around it that hold the median
-with 95 % probability (of fewer than 6 rounds: the least and the greatest ratio).
+A step is that of `brfx.fit`: forward, loss, backward, the gradients' norm, optimizer, on one random batch in
+channels-last. The cases of a model run in one process, one step of each in turn in an order that rotates. A figure is
+the median over rounds of the step's time by that of the FP32 step of the same round, with the order statistics around
+it that hold the median with 95 % probability (of fewer than 6 rounds: the least and the greatest ratio).
 
 - **brfx** has {BITS}-bit weights and ReLUs, the first and the last layer included (`placement="paper"`), as the
   published way and Brevitas have here; `"deploy"`, the default, has every operand of a product on a grid. Eager is

@@ -28,7 +28,7 @@ from brfx.models import CIFAR_RESNETS, build_model, example_inputs, require_mode
 from brfx.penalty import BinPenalty
 from brfx.pipeline import prepare_qat
 from brfx.ranks import from_first, rank, ranks, share_state, together
-from brfx.train import Callback, Evaluation, FitResult, evaluate, fit, reestimate_batch_norm
+from brfx.train import Callback, Evaluation, FitResult, TensorBoard, evaluate, fit, reestimate_batch_norm
 from brfx.train.checkpoint import has_checkpoints, write_text_atomically
 from brfx.train.loop import seed_everything
 
@@ -67,8 +67,8 @@ def train_float(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: b
         seed_everything(job.train.seed)
         model = _float_model(job, dataset, job.ckpt)
         train_data, val_data = _loaders(job, dataset)
-        _open_run(job, run_dir, resume)
         callbacks = _with_tensorboard(job, run_dir, callbacks)
+        _open_run(job, run_dir, resume)
         result = fit(model, train_data, val_data, job.train, run_dir=run_dir, resume=resume, callbacks=callbacks)
         return _close_run(JobResult(run_dir, result, evaluate(model, _test_loader(job, dataset))))
 
@@ -101,6 +101,7 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
         card = card_of(qmodel)
         card.preprocessing, card.classes = dataset.preprocessing, dataset.classes
         train_data, val_data = _loaders(job, dataset)
+        callbacks = _with_tensorboard(job, run_dir, callbacks)
         _open_run(job, run_dir, resume)
         model.to(device)
         qmodel.to(device)
@@ -119,7 +120,7 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
                 teacher=model if job.train.distill else None,
                 run_dir=run_dir,
                 resume=resume,
-                callbacks=_with_tensorboard(job, run_dir, callbacks),
+                callbacks=callbacks,
             )
         onnx_report, problem = None, None
         if rank() == 0:
@@ -154,8 +155,6 @@ def _write_model(qmodel: nn.Module, run_dir: Path, example: Tensor) -> tuple[Onn
 def _with_tensorboard(job: JobConfig, run_dir: Path, callbacks: Iterable[Callback]) -> list[Callback]:
     if not job.tensorboard or rank() > 0:
         return list(callbacks)
-    from brfx.train.tensorboard import TensorBoard
-
     return [*callbacks, TensorBoard(run_dir / "tensorboard")]
 
 

@@ -3,13 +3,9 @@
 from brfx.config import TrainConfig
 from brfx.train.batch_norm import reestimate_batch_norm
 from brfx.train.evaluate import Evaluation, evaluate
-<<<<<<< HEAD
 from brfx.train.loop import Penalty, fit, seed_everything
 from brfx.train.report import Callback, EpochMetrics, FitResult, Means, Progress
-=======
-from brfx.train.loop import Callback, EpochMetrics, FitResult, Means, Penalty, Progress, fit, seed_everything
 from brfx.train.tensorboard import TensorBoard
->>>>>>> devB
 
 __all__ = [
     "Callback",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from brfx.errors import ConfigError
-from brfx.train.loop import Callback, EpochMetrics, Progress
+from brfx.train.report import Callback, EpochMetrics, Progress
 
 
 class TensorBoard(Callback):
