@@ -29,7 +29,7 @@ from brfx.penalty import BinPenalty
 from brfx.pipeline import prepare_qat
 from brfx.ranks import from_first, rank, ranks, share_state, together
 from brfx.train import Callback, Evaluation, FitResult, TensorBoard, evaluate, fit, reestimate_batch_norm
-from brfx.train.checkpoint import has_checkpoints, write_text_atomically
+from brfx.train.checkpoint import FOLDER, Checkpoints, has_checkpoints, write_text_atomically
 from brfx.train.loop import seed_everything
 
 log = logging.getLogger(__name__)
@@ -393,7 +393,8 @@ def _open_run(job: JobConfig, run_dir: Path, resume: bool) -> None:
 
 
 def _close_run(result: JobResult) -> JobResult:
-    """Write ``result.json``: accuracies on the test images, the best epoch, and what each file weighs."""
+    """Write ``result.json``: accuracies on the test images, the best epoch, and what each file weighs. The run is then
+    complete, and its checkpoints go."""
     if rank() > 0:
         return result
     run_dir = result.run_dir
@@ -409,4 +410,5 @@ def _close_run(result: JobResult) -> JobResult:
         "bytes": {path.name: path.stat().st_size for path in files},
     }
     write_text_atomically(run_dir / "result.json", json.dumps(content, indent=2, default=str) + "\n")
+    Checkpoints(run_dir / FOLDER, keep=1).remove()
     return result

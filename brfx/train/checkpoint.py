@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -127,6 +128,13 @@ class Checkpoints:
         if paths:
             raise CheckpointError(f"{self.folder}: none of {len(paths)} checkpoints is whole; start the run anew")
         return None
+
+    def remove(self) -> None:
+        """Remove all of them, and the folder if nothing else is in it."""
+        for path in self.paths():
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.folder.rmdir()
 
     def paths(self) -> list[Path]:
         """The newest first."""
