@@ -80,4 +80,6 @@ def test_without_the_package_the_error_has_the_command(monkeypatch, tmp_path):
 
 def test_the_package_is_imported_only_when_wanted():
     code = "import brfx.train, sys; brfx.train.TensorBoard; print(*sys.modules)"
-    assert "tensorboard" not in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()
+    assert (
+        "tensorboard" not in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()
+    )
