@@ -372,7 +372,8 @@ def _free_run_dir(job: JobConfig) -> Path:
         bits = "fp32" if job.command == "train" else f"w{job.qat.weight_bits}a{job.qat.act_bits}"
         name = f"runs/{Path(job.model.partition(':')[0]).stem}-{bits}"
         return next(path for i in count(1) if not (path := Path(name if i == 1 else f"{name}-{i}")).exists())
-    if rank() == 0 and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    begun = {"config.json.partial"}  # all that a run leaves that is killed while it is opened
+    if rank() == 0 and run_dir.exists() and (not run_dir.is_dir() or {p.name for p in run_dir.iterdir()} - begun):
         raise ConfigError(
             f"{run_dir} is not empty: choose another --output-dir, or move it away; nothing was changed "
             "(an unfinished run goes on with --resume)"

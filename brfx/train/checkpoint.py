@@ -109,7 +109,7 @@ class Checkpoints:
     def write(self, batches: int, state: dict[str, Any]) -> None:
         self.folder.mkdir(exist_ok=True)
         write_checkpoint(self.folder / f"{batches:09}.ckpt", state)
-        for path in self.paths()[self.keep :]:
+        for path in (*self.paths()[self.keep :], *self.folder.glob("*.partial")):  # a kill inside a write left these
             path.unlink(missing_ok=True)
 
     def newest(self) -> dict[str, Any] | None:
