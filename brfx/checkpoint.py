@@ -16,7 +16,7 @@ from brfx.calibration import require_calibrated
 from brfx.card import ModelCard, card_of
 from brfx.config import QATConfig
 from brfx.data import Preprocessing
-from brfx.errors import CheckpointError
+from brfx.errors import CheckpointError, ConfigError
 from brfx.models import ModelSource, build_model
 from brfx.nn import LSQQuantizer
 from brfx.pipeline import prepare_qat
@@ -176,7 +176,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         preprocessing = Preprocessing(**content["preprocessing"]) if content["preprocessing"] else None
         classes = tuple(content["classes"]) if content["classes"] else None
         state = dict(content["state_dict"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(
             f"{path}: a brfx file with something missing or changed ({_first_line(error)})"
         ) from error

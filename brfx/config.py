@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,58 @@ PLACEMENTS = ("deploy", "paper")
 
 #: A pattern, and what it sets (``None``: nothing is quantized there).
 Override = tuple[str, dict[str, Any] | None]
+
+
+def _is(kind: type) -> Callable[[Any], bool]:
+    """Whether a value is of this kind; ``True`` is no number."""
+    return lambda value: isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _are(one: Callable[[Any], bool], count: int | None = None) -> Callable[[Any], bool]:
+    """Whether a value is a list or a tuple of what ``one`` accepts."""
+    return lambda value: isinstance(value, list | tuple) and count in (None, len(value)) and all(map(one, value))
+
+
+def _is_override(value: Any) -> bool:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        return False
+    return isinstance(value[0], str) and isinstance(value[1], Mapping | None)
+
+
+#: By how a field is declared: whether a value is of that type, and the type in words.
+_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "bool": (_is(bool), "true or false"),
+    "int": (_is(Integral), "a whole number"),
+    "float": (_is(Real), "a number"),
+    "str": (_is(str), "a string"),
+    "Path": (_is(Path), "a pathlib.Path"),
+    "tuple[float, float, float]": (_are(_is(Real), 3), "three numbers"),
+    "tuple[str, ...]": (_are(_is(str)), "a list of strings"),
+    "tuple[Override, ...]": (_are(_is_override), "a list of (pattern, settings or None)"),
+    "QATConfig": (lambda value: isinstance(value, QATConfig), "a QATConfig"),
+    "TrainConfig": (lambda value: isinstance(value, TrainConfig), "a TrainConfig"),
+}
+
+
+def _check_types(settings: Any) -> None:
+    """Raise a ConfigError that names the first field whose value is not of its declared type."""
+    for declared in fields(settings):
+        kind, _, none = str(declared.type).partition(" | ")
+        value = getattr(settings, declared.name)
+        if kind not in _TYPES or (none and value is None):
+            continue
+        fits, words = _TYPES[kind]
+        if not fits(value):
+            raise ConfigError(f"{declared.name}={_shown(value)}: takes {words}{', or None' if none else ''}")
+
+
+def _shown(value: Any) -> str:
+    """Its ``repr``, cut to what fits into one line."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, tables in tables without end
+        return f"({type(value).__name__} too long to show)"
+    return text if len(text) <= 200 else text[:200] + " ..."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +93,7 @@ class QATConfig:
         skip: patterns of what stays in FP32, short for overrides with ``None``.
 
     Raises:
-        ConfigError: a value is out of range; the message names the field and what it takes.
+        ConfigError: a value is of the wrong type or out of range; the message names the field and what it takes.
     """
 
     bits: int = 2
@@ -55,17 +109,18 @@ class QATConfig:
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for name in ("weight_bits", "act_bits"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, self.bits)
         for name in ("bits", "weight_bits", "act_bits", "input_bits", "residual_bits"):
             bits = getattr(self, name)
             if bits not in (*range(1, 9), 32):
-                raise ConfigError(f"{name}={bits!r}: takes 1 to 8, or 32 to stay in FP32")
+                raise ConfigError(f"{name}={_shown(bits)}: takes 1 to 8, or 32 to stay in FP32")
         if self.clip_value is not None and not self.clip_value > 0:
-            raise ConfigError(f"clip_value={self.clip_value!r}: takes a positive number, or None for no ceiling")
+            raise ConfigError(f"clip_value={_shown(self.clip_value)}: takes a positive number, or None for no ceiling")
         if self.placement not in PLACEMENTS:
-            raise ConfigError(f"placement={self.placement!r}: takes {' or '.join(map(repr, PLACEMENTS))}")
+            raise ConfigError(f"placement={_shown(self.placement)}: takes {' or '.join(map(repr, PLACEMENTS))}")
         pairs = tuple(
             (pattern, settings if settings is None else dict(settings)) for pattern, settings in self.overrides
         )
@@ -107,9 +162,11 @@ class QATConfig:
         if settings is None:
             return None
         known = {"bits", "weight_bits", "act_bits", "clip_value", "per_channel", "input_bits", "residual_bits"}
-        strange = sorted(set(settings) - known)
+        strange = [name for name in settings if name not in known]
         if strange:
-            raise ConfigError(f"overrides: {pattern!r} sets {strange[0]!r}; it can set {', '.join(sorted(known))}")
+            raise ConfigError(
+                f"overrides: {pattern!r} sets {_shown(strange[0])}; it can set {', '.join(sorted(known))}"
+            )
         if "bits" in settings:
             settings = {"weight_bits": settings["bits"], "act_bits": settings["bits"]} | settings
         try:
@@ -122,23 +179,31 @@ def read_qat_config(path: Path) -> dict[str, Any]:
     """Fields of a :class:`QATConfig` from TOML; ``[[overrides]]`` have a ``match`` and settings, or ``fp32 = true``.
 
     Raises:
-        ConfigError: no such file, no TOML, or a name that is no field.
+        ConfigError: no such file, no TOML, a name that is no field, or overrides that are no tables with a match.
     """
     try:
-        content = tomllib.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot read it as TOML ({error})") from error
     known = {field.name for field in fields(QATConfig)}
     strange = sorted(set(content) - known)
     if strange:
         raise ConfigError(f"{path}: no setting is called {strange[0]!r}; there are {', '.join(sorted(known))}")
     overrides = content.get("overrides", [])
-    if not isinstance(overrides, list) or not all(isinstance(table, dict) and "match" in table for table in overrides):
-        raise ConfigError(f'{path}: overrides are tables with a match: [[overrides]], match = "conv1", bits = 8')
+    if not isinstance(overrides, list) or not all(map(_is_table_with_match, overrides)):
+        raise ConfigError(
+            f'{path}: overrides are tables with a match: [[overrides]], match = "conv1", bits = 8 (or fp32 = true)'
+        )
     if overrides:
-        pairs = [(str(table.pop("match")), None if table.pop("fp32", False) else table) for table in overrides]
+        pairs = [(table.pop("match"), None if table.pop("fp32", False) else table) for table in overrides]
         content["overrides"] = tuple(pairs)
     return content
+
+
+def _is_table_with_match(value: Any) -> bool:
+    return (
+        isinstance(value, dict) and isinstance(value.get("match"), str) and isinstance(value.get("fp32", False), bool)
+    )
 
 
 def matches(pattern: str, name: str, kind: str) -> bool:
@@ -188,7 +253,7 @@ class TrainConfig:
         keep_checkpoints: how many of the newest stay.
 
     Raises:
-        ConfigError: a value is out of range, or the warm-up leaves no epoch for the penalty.
+        ConfigError: a value is of the wrong type or out of range; the message names the field and what it takes.
     """
 
     epochs: int = 100
@@ -215,21 +280,22 @@ class TrainConfig:
     keep_checkpoints: int = 3
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if self.warmup_epochs is None:
-            object.__setattr__(self, "warmup_epochs", int(0.3 * self.epochs))
+            object.__setattr__(self, "warmup_epochs", self.epochs * 3 // 10)
         if self.step_lr is None:
             object.__setattr__(self, "step_lr", self.lr)
         for name in ("epochs", "warmup_epochs", "weight_decay", "momentum", "reestimate_bn"):
             if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: takes 0 or more")
+                raise ConfigError(f"{name}={_shown(getattr(self, name))}: takes 0 or more")
         for name in ("lr", "step_lr", "temperature", "clip_grad", "checkpoint_minutes", "keep_checkpoints"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: takes a number above 0")
+                raise ConfigError(f"{name}={_shown(getattr(self, name))}: takes a number above 0")
         for name in ("lr_warmup", "label_smoothing", "ema"):
             if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: takes 0 or a share below 1")
+                raise ConfigError(f"{name}={_shown(getattr(self, name))}: takes 0 or a share below 1")
         if not 0 <= self.distill <= 1:
-            raise ConfigError(f"distill={self.distill!r}: takes 0 to 1")
+            raise ConfigError(f"distill={_shown(self.distill)}: takes 0 to 1")
         for name, choices in (
             ("optimizer", OPTIMIZERS),
             ("compile", COMPILE),
@@ -237,7 +303,7 @@ class TrainConfig:
             ("on_nonfinite", ON_NONFINITE),
         ):
             if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: takes {' or '.join(choices)}")
+                raise ConfigError(f"{name}={_shown(getattr(self, name))}: takes {' or '.join(choices)}")
 
 
 #: What training an FP32 network from random weights wants instead of the defaults, which are for quantization.
@@ -273,7 +339,7 @@ class JobConfig:
         tensorboard: write TensorBoard's event files beside ``metrics.jsonl``.
 
     Raises:
-        ConfigError: a value is out of range.
+        ConfigError: a value is of the wrong type or out of range; the message names the field and what it takes.
     """
 
     command: str
@@ -304,21 +370,28 @@ class JobConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data_dir", self.data_dir.expanduser())
+        _check_types(self)
+        try:
+            object.__setattr__(self, "data_dir", self.data_dir.expanduser())
+        except RuntimeError as error:
+            raise ConfigError(f"data_dir={_shown(self.data_dir)}: there is no such user's home") from error
+        for name in ("mean", "std"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("batch_size", "calibration_batches"):
             if not getattr(self, name) >= 1:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: takes 1 or more")
+                raise ConfigError(f"{name}={_shown(getattr(self, name))}: takes 1 or more")
         for name in ("lambda_br", "lambda_br_act", "workers"):
             if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: takes 0 or more")
+                raise ConfigError(f"{name}={_shown(getattr(self, name))}: takes 0 or more")
         if self.start not in STARTS:
-            raise ConfigError(f"start={self.start!r}: takes {' or '.join(STARTS)}")
+            raise ConfigError(f"start={_shown(self.start)}: takes {' or '.join(STARTS)}")
         if not 0 < self.val_fraction < 1:
-            raise ConfigError(f"val_fraction={self.val_fraction!r}: takes a share between 0 and 1")
+            raise ConfigError(f"val_fraction={_shown(self.val_fraction)}: takes a share between 0 and 1")
         if self.std is not None and not all(value > 0 for value in self.std):
-            raise ConfigError(f"std={self.std!r}: takes three numbers above 0")
+            raise ConfigError(f"std={_shown(self.std)}: takes three numbers above 0")
         if self.image_size is not None and self.image_size < 1:
-            raise ConfigError(f"image_size={self.image_size!r}: takes 1 or more pixels")
+            raise ConfigError(f"image_size={_shown(self.image_size)}: takes 1 or more pixels")
 
 
 def read_job_config(run_dir: Path) -> JobConfig:

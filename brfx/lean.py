@@ -21,6 +21,7 @@ from brfx.nn import ActivationObserver, AlignedAdd, LSQActivationQuantizer
 from brfx.nn.codes import Coded, apply_coded, coded, decode, remade, takes_codes
 from brfx.observing import Look, watched
 from brfx.operators import name_of
+from brfx.ranks import SyncedBatchNorm
 from brfx.trace import TracedModule, generated, pruned
 
 #: What a chain is made of, besides batch norms and quantizers.
@@ -135,9 +136,8 @@ def _chain(gm: GraphModule, sink: Node) -> list[Node]:
 
 def _cheap(gm: GraphModule, node: Node) -> bool:
     if node.op == "call_module":
-        return isinstance(
-            gm.get_submodule(str(node.target)), (nn.modules.batchnorm._BatchNorm, ActivationObserver, AlignedAdd)
-        )
+        module = gm.get_submodule(str(node.target))
+        return isinstance(module, _CHEAP_MODULES) and not isinstance(module, (nn.SyncBatchNorm, SyncedBatchNorm))
     return node.target is remade or (node.op in ("call_function", "call_method") and name_of(node.target) in _CHEAP)
 
 

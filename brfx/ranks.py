@@ -110,10 +110,10 @@ def share_state(model: nn.Module) -> None:
 
 
 def summed(values: Tensor) -> Tensor:
-    """The sum of the ranks' ``values``; differentiable under gradients that are *averaged* over ranks, as DDP does.
+    """The sum of the ranks' ``values``, on every rank; differentiable.
 
-    Every rank's loss is the same function of the sum. The gradient of a rank's own part is that of the loss times the
-    number of ranks, so that the average over ranks is the sum over all parts.
+    A rank's part of the sum gets the gradients of all ranks' losses, so that parameters whose gradients are averaged
+    over ranks, as DDP does, get that of the mean of the losses.
     """
     return _Summed.apply(values) if ranks() > 1 else values  # type: ignore[no-any-return, no-untyped-call]
 
@@ -121,10 +121,63 @@ def summed(values: Tensor) -> Tensor:
 class _Summed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
-        total = values.clone()
-        dist.all_reduce(total)
-        return total
+        return _total(values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0] * dist.get_world_size()
+        return _total(grads[0])
+
+
+def _total(values: Tensor) -> Tensor:
+    total = values.contiguous().clone()
+    dist.all_reduce(total)
+    return total
+
+
+class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """A batch norm that normalizes in training by the statistics of all ranks' batches together, on any device.
+
+    torch's own, which is faster, runs on CUDA alone.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass  # that of the class it stands in for was satisfied
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        dims = [0, *range(2, input.dim())]
+        shape = [1, -1] + [1] * (input.dim() - 2)
+        count = input.numel() // input.shape[1] * ranks()
+        mean = summed(input.sum(dims)) / count
+        centered = input - mean.view(shape)
+        variance = summed(centered.square().sum(dims)) / count
+        self._track(mean.detach(), variance.detach() * (count / max(1, count - 1)))
+        normalized = centered * (variance + self.eps).rsqrt().view(shape)
+        return normalized if self.weight is None else normalized * self.weight.view(shape) + self.bias.view(shape)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, share)
+        self.running_var.lerp_(variance, share)
+
+
+@contextmanager
+def batch_norms_synced(model: nn.Module) -> Iterator[None]:
+    """Inside, the batch norms of ``model`` see the batches of all ranks as one; nothing changes for one process."""
+    norms = [module for module in model.modules() if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)]
+    kinds = [type(norm) for norm in norms]
+    if ranks() > 1:
+        for norm in norms:  # the same module with the same parameters, whoever holds it, that now computes otherwise
+            on_cuda = norm.weight is not None and norm.weight.is_cuda
+            norm.__class__ = nn.SyncBatchNorm if on_cuda else SyncedBatchNorm  # type: ignore[assignment]
+            vars(norm)["process_group"] = None
+    try:
+        yield
+    finally:
+        for norm, kind in zip(norms, kinds, strict=True):
+            norm.__class__ = kind

@@ -164,7 +164,8 @@ def test_a_file_that_names_a_python_file_does_not_run_it(tiny, images, tmp_path)
     [
         ({"format": "other"}, "not a model that brfx"),
         ({"format_version": 99}, "update brfx"),
-        ({"config": {"bits": 77}}, "bits=77"),
+        ({"config": {"bits": 77}}, "missing or changed .bits=77"),
+        ({"config": {"bits": "two"}}, "missing or changed .bits='two'"),
         ({"config": {"tooth": 1}}, "missing or changed"),
         ({"state_dict": {}}, "does not fit|missing"),
     ],

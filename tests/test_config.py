@@ -1,7 +1,14 @@
+import json
+from datetime import date
+from pathlib import Path
+
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 import brfx
-from brfx.config import read_qat_config
+from brfx.config import JobConfig, QATConfig, TrainConfig, read_qat_config
+from brfx.errors import ConfigError
 from brfx.nn import QuantizedClippedReLU, QuantizedLayer
 
 
@@ -84,6 +91,8 @@ def test_toml_says_the_same(tmp_path):
         ("tooth = 1", "no setting is called 'tooth'"),
         ("overrides = 3", "tables with a match"),
         ("[[overrides]]\nbits = 3", "tables with a match"),
+        ("[[overrides]]\nmatch = 3", "tables with a match"),
+        ('[[overrides]]\nmatch = "fc"\nfp32 = "no"', "tables with a match"),
     ],
 )
 def test_wrong_toml(tmp_path, text, message):
@@ -93,3 +102,120 @@ def test_wrong_toml(tmp_path, text, message):
         read_qat_config(path)
     with pytest.raises(brfx.BrfxError, match="cannot read"):
         read_qat_config(tmp_path / "absent.toml")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "message"),
+    [
+        (QATConfig, "bits", "two", "bits='two': takes a whole number"),
+        (QATConfig, "weight_bits", 2.0, "weight_bits=2.0: takes a whole number, or None"),
+        (QATConfig, "act_bits", True, "act_bits=True: takes a whole number, or None"),
+        (QATConfig, "per_channel", 3, "per_channel=3: takes true or false"),
+        (QATConfig, "clip_value", "6", "clip_value='6': takes a number, or None"),
+        (QATConfig, "placement", ["deploy"], "placement=['deploy']: takes a string"),
+        (QATConfig, "skip", "conv1", "skip='conv1': takes a list of strings"),
+        (QATConfig, "overrides", {"fc": None}, "overrides={'fc': None}: takes a list of (pattern, settings or None)"),
+        (QATConfig, "overrides", [("fc", 8)], "overrides=[('fc', 8)]: takes a list of (pattern, settings or None)"),
+        (QATConfig, "overrides", [("fc", {"bits": "two"})], "overrides: 'fc': bits='two': takes a whole number"),
+        (QATConfig, "overrides", [("fc", {1: 2})], "overrides: 'fc' sets 1; it can set act_bits, "),
+        (TrainConfig, "epochs", "3", "epochs='3': takes a whole number"),
+        (TrainConfig, "lr", "fast", "lr='fast': takes a number"),
+        (TrainConfig, "device", 0, "device=0: takes a string"),
+        (TrainConfig, "channels_last", 1, "channels_last=1: takes true or false"),
+        (JobConfig, "command", None, "command=None: takes a string"),
+        (JobConfig, "data_dir", "data", "data_dir='data': takes a pathlib.Path"),
+        (JobConfig, "data_dir", Path("~nobody-of-this-name/x"), "no such user's home"),
+        (JobConfig, "mean", (0.5, 0.5), "mean=(0.5, 0.5): takes three numbers, or None"),
+        (JobConfig, "qat", {}, "qat={}: takes a QATConfig"),
+        (JobConfig, "batch_size", 1.5, "batch_size=1.5: takes a whole number"),
+    ],
+)
+def test_wrong_types_are_named(kind, name, value, message):
+    with pytest.raises(ConfigError) as caught:
+        kind(**{"command": "train"} | {name: value} if kind is JobConfig else {name: value})
+    assert message in str(caught.value)
+
+
+def test_what_is_too_long_for_a_message_is_cut():
+    with pytest.raises(ConfigError, match=r"^bits=\(int too long to show\): takes 1 to 8"):
+        QATConfig(bits=1 << 20_000)
+    with pytest.raises(ConfigError, match=r"^placement='x{199} \.\.\.: takes 'deploy' or"):
+        QATConfig(placement="x" * 1000)
+
+
+def test_types_that_mean_the_same_are_taken():
+    assert QATConfig(clip_value=6, skip=["fc"]) == QATConfig(clip_value=6.0, skip=("fc",))
+    assert JobConfig(command="train", mean=[0, 0.5, 1]).mean == (0, 0.5, 1)
+    assert all(TrainConfig(epochs=n).warmup_epochs == int(0.3 * n) for n in range(500))
+
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(max_size=5)
+ANYTHING = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(LEAVES, inner, max_size=3), max_leaves=5
+)
+PLAUSIBLE = st.sampled_from(
+    [1, 2, 8, 32, 0.5, True, None, "deploy", "sgd", "fc", date(2024, 1, 1), Path("x"), (0.5, 0.5, 0.5), ["fc"], 10**400]
+)
+
+
+def table_of(config):
+    """Up to three fields, each with its value there or another one."""
+    one = st.sampled_from(list(vars(config).items()))
+    field = one.flatmap(lambda pair: st.tuples(st.just(pair[0]), st.just(pair[1]) | PLAUSIBLE | ANYTHING))
+    return st.lists(field, max_size=3).map(dict)
+
+
+QAT, TRAIN, JOB = QATConfig(), TrainConfig(), JobConfig(command="train")
+PATTERNS = st.text("[]*?!-fc:", max_size=4)
+OVERRIDES = st.lists(st.tuples(PATTERNS, st.none() | table_of(QAT)) | ANYTHING, max_size=2)
+
+
+def make(kind, table):
+    """The settings, or ``None`` where an error of one line says why there are none."""
+    try:
+        return kind(**table)
+    except ConfigError as error:
+        assert "\n" not in str(error)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(table_of(QAT), st.none() | OVERRIDES)
+def test_any_table_is_a_config_or_a_config_error(table, overrides):
+    config = make(QATConfig, table if overrides is None else table | {"overrides": overrides})
+    if config is not None:
+        assert {config.bits, config.weight_bits, config.act_bits} <= {*range(1, 9), 32}
+        config.at("fc", "Linear")
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(table_of(TRAIN), table_of(JOB))
+def test_any_settings_of_training_are_taken_or_a_config_error(train, job):
+    make(TrainConfig, train)
+    make(JobConfig, {"command": "train"} | job)
+
+
+TOML_RIGHT = [f"{name} = {json.dumps(value)}" for name, value in vars(QAT).items() if value is not None]
+TOML_WRONG = [
+    "bits",
+    "[skip]",
+    "bits = nan",
+    "bits.a = 1979-05-27",
+    "skip = [[]]",
+    "skip = {}",
+    "fp32 = 1",
+    "match = 1",
+]
+TOML_OVERRIDES = ["[[overrides]]", '[[overrides]]\nmatch = "fc"', "fp32 = true", '[overrides]\n"*" = 8']
+TOML_LINES = st.sampled_from(TOML_RIGHT) | st.sampled_from(TOML_WRONG + TOML_OVERRIDES)
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(st.lists(TOML_LINES, max_size=4).map("\n".join).map(str.encode) | st.text().map(str.encode) | st.binary())
+@example(b"bits = 0x" + b"f" * 20_000)
+@example(b"skip = " + b"[" * 5000)
+@example(b"bits = " + b"9" * 20_000)
+@example(b"bits" + b".a" * 2_000 + b" = 1")
+def test_any_toml_is_a_config_or_a_config_error(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "fuzz.toml"
+    path.write_bytes(content)
+    make(lambda: QATConfig(**read_qat_config(path)), {})

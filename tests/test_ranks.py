@@ -42,20 +42,11 @@ class Doubles(BatchLoader):
 
 torch.manual_seed(0)
 model = brfx.build_model("resnet20", 10)
-for module in model.modules():  # statistics of a part of a batch are not those of the whole
-    if isinstance(module, torch.nn.BatchNorm2d):
-        module.train = lambda mode=True, module=module: module
-        module.training = False
-        module.running_var.fill_(0.5)
 qmodel = brfx.prepare_qat(model, brfx.QATConfig(bits=2))
 loader = Doubles(digits.train, digits.preprocessing, 16, augment=True, seed=3, rank=rank(), ranks=ranks())
 whole = BatchLoader(digits.train, digits.preprocessing, 16, augment=True, seed=3)
 brfx.calibrate(qmodel, [next(iter(whole))[0]])
 qmodel.double()
-for module in qmodel.modules():
-    if isinstance(module, torch.nn.BatchNorm2d):
-        module.train = lambda mode=True, module=module: module
-        module.training = False
 loader.rounds = steps
 seen = []
 names = {parameter: name for name, parameter in qmodel.named_parameters()}
@@ -73,7 +64,10 @@ config = brfx.TrainConfig(epochs=1, warmup_epochs=0, lr=0.01, compile=sys.argv[4
 penalty = brfx.BinPenalty(qmodel, weight=0.1, act=0.05)
 val = Doubles(digits.val, digits.preprocessing, 256)
 result = fit(qmodel, loader, val, config, penalty=penalty, run_dir=folder if rank() == 0 else folder / "other")
-torch.save({"gradients": seen, "terms": result.history[0].train.terms}, folder / f"seen-{number}-of-{count}.pt")
+norm = qmodel.get_submodule("layer2.0.bn1")
+assert type(norm) is torch.nn.BatchNorm2d
+saved = {"gradients": seen, "terms": result.history[0].train.terms, "mean": norm.running_mean, "var": norm.running_var}
+torch.save(saved, folder / f"seen-{number}-of-{count}.pt")
 '''
 
 
@@ -101,6 +95,7 @@ def test_two_processes_train_as_one_does(digits, tmp_path, compile):
             assert alone.keys() == together.keys() and len(alone) > 60
             for name, expected in alone.items():
                 torch.testing.assert_close(together[name], expected, rtol=1e-6, atol=1e-9, msg=name)
+        torch.testing.assert_close((two["mean"], two["var"]), (one["mean"], one["var"]))
         for name, expected in one["terms"].items():
             assert two["terms"][name] == pytest.approx(expected, rel=1e-9)
     assert (tmp_path / "2" / "metrics.jsonl").is_file() and not (tmp_path / "2" / "other").exists()

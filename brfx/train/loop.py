@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from brfx.config import TrainConfig
 from brfx.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError, first_line
-from brfx.ranks import from_all, from_first, largest, lost_ranks_named, rank, ranks, share_buffers
+from brfx.ranks import batch_norms_synced, from_all, from_first, largest, lost_ranks_named, rank, ranks, share_buffers
 from brfx.train.batch_norm import reestimate_batch_norm, small_batches_named
 from brfx.train.checkpoint import FOLDER, Checkpoints, write_atomically, write_text_atomically, written_into
 from brfx.train.ema import WeightAverage
@@ -111,7 +111,7 @@ def fit(
     run = _Run(model, train_data, config, penalty, teacher, run_dir, tuple(callbacks))
     if resume:
         run.resume()
-    with stop_requests() as stop, lost_ranks_named():
+    with stop_requests() as stop, lost_ranks_named(), batch_norms_synced(model):
         while run.epoch <= config.epochs:
             stage = "plain" if penalty is None else "penalty" if run.epoch > warmup else "warm-up"
             run.train_epoch(stage, stop)
