@@ -23,7 +23,7 @@ class Runs:
 
     def __init__(self, errors: Path) -> None:
         self.errors = errors
-        with errors.open("w") as stderr:
+        with errors.open("a") as stderr:
             self.process = subprocess.Popen(
                 [sys.executable, WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True,
                 env=ENVIRONMENT,
@@ -35,11 +35,20 @@ class Runs:
         *arguments: object,
         kill_after: float | None = None,
         die: tuple[str, int, str] | None = None,
+        file_size: int | None = None,
+        fails: bool = False,
     ) -> int:
-        """Start or resume a run, or `brfx` with these arguments, wait for its end or kill it after so many seconds,
-        and return its exit code."""
+        """Start or resume a run, or `brfx` with these arguments, and return its exit code.
+
+        Args:
+            kill_after: seconds until SIGKILL.
+            die: where the process kills itself, see worker.py.
+            file_size: no file may grow beyond so many bytes.
+            fails: another exit code than 0 and that of SIGKILL is expected.
+        """
         assert self.process.stdin is not None and self.process.stdout is not None
-        line = {"run_dir": str(run_dir), "arguments": list(map(str, arguments)), "die": die}
+        os.truncate(self.errors, 0)
+        line = {"run_dir": str(run_dir), "arguments": list(map(str, arguments)), "die": die, "file_size": file_size}
         print(json.dumps(line), file=self.process.stdin, flush=True)
         child = int(self.process.stdout.readline())
         if kill_after is not None:
@@ -47,8 +56,12 @@ class Runs:
             with suppress(ProcessLookupError):  # it was done before
                 os.kill(child, signal.SIGKILL)
         code = int(self.process.stdout.readline())
-        assert code in (0, -signal.SIGKILL), self.errors.read_text()
+        assert fails or code in (0, -signal.SIGKILL), self.said()
         return code
+
+    def said(self) -> str:
+        """What the last run printed."""
+        return self.errors.read_text()
 
 
 @contextmanager

@@ -8,32 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from brfx.train.checkpoint import Checkpoints, read_checkpoint
 
-from .helpers import WORKER, brfx, fingerprint, runs
-from .worker import net
-
-pytestmark = pytest.mark.usefixtures("digits")
-
-
-@pytest.fixture(scope="module")
-def worker(tmp_path_factory):
-    with runs(tmp_path_factory.mktemp("worker")) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def whole(worker, tmp_path_factory):
-    """The fingerprint of a run that nothing disturbed, and the seconds it took."""
-    folder = tmp_path_factory.mktemp("runs")
-    assert worker.life(folder / "first") == 0
-    started = time.monotonic()
-    assert worker.life(folder / "whole") == 0
-    seconds = time.monotonic() - started
-    assert fingerprint(folder / "first") == fingerprint(folder / "whole")
-    return fingerprint(folder / "whole"), seconds
+from .helpers import WORKER, brfx, fingerprint
 
 
 @pytest.mark.parametrize("count", [3, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
@@ -80,18 +58,6 @@ def test_what_a_kill_inside_a_write_left_is_cleared_away(tmp_path):
 
 
 # The command line.
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Arguments of `brfx quantize` without those of the run folder."""
-    ckpt = tmp_path_factory.mktemp("fp32") / "net.pth"
-    torch.save(net().state_dict(), ckpt)
-    return (
-        *("quantize", "--model", f"{WORKER}:net", "--data", "digits", "--ckpt", ckpt, "--compile", "off"),
-        *("--qat-epochs", 3, "--warmup-epochs", 1, "--ema", 0.9, "--reestimate-bn", 2, "--clip-grad", 1),
-        *("--checkpoint-minutes", 1e-4),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -144,19 +110,6 @@ def test_the_command_killed_at_any_moment(start, whole_command, tmp_path, count)
 #: What `brfx quantize` of one epoch puts in its place, in this order.
 RENAMES = ("config.json", "metrics.jsonl", "last.pth", "best.pth", "000000020.ckpt", "model.pt", "model.onnx",
            "result.json")  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def one_epoch(start):
-    often = start.index("--checkpoint-minutes")
-    return (*start[:often], *start[often + 2 :], "--qat-epochs", 1, "--warmup-epochs", 0)
-
-
-@pytest.fixture(scope="module")
-def whole_epoch(worker, one_epoch, tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("runs") / "epoch"
-    assert worker.life(run_dir, *one_epoch, "--output-dir", run_dir) == 0
-    return fingerprint(run_dir)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ its number comes out at once, and how it ended when it has. A fork saves importi
 import itertools
 import json
 import os
+import resource
 import signal
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from torch import nn
 
 import brfx
 from brfx.data import BatchLoader, Dataset, load_dataset
-from brfx.train import FitResult, fit
+from brfx.train import Callback, FitResult, fit
 from brfx.train.checkpoint import has_checkpoints
 
 
@@ -34,7 +36,9 @@ SETTINGS = brfx.TrainConfig(
 )
 
 
-def train(run_dir: Path, digits: Dataset, settings: brfx.TrainConfig = SETTINGS) -> FitResult:
+def train(
+    run_dir: Path, digits: Dataset, settings: brfx.TrainConfig = SETTINGS, callbacks: Iterable[Callback] = ()
+) -> FitResult:
     """What `brfx quantize` does from its calibration to its model.pt, from a checkpoint if there is one."""
     run_dir.mkdir(exist_ok=True)
     qmodel = brfx.prepare_qat(net(), brfx.QATConfig(bits=2))
@@ -43,7 +47,7 @@ def train(run_dir: Path, digits: Dataset, settings: brfx.TrainConfig = SETTINGS)
         brfx.calibrate(qmodel, [next(iter(data))], start="mse", batch_statistics=True)
     val = BatchLoader(digits.val, digits.preprocessing, 256)
     penalty = brfx.BinPenalty(qmodel, weight=0.1, act=0.01)
-    result = fit(qmodel, data, val, settings, penalty=penalty, run_dir=run_dir, resume=True)
+    result = fit(qmodel, data, val, settings, penalty=penalty, run_dir=run_dir, resume=True, callbacks=callbacks)
     brfx.save(qmodel, run_dir / "model.pt")
     return result
 
@@ -88,6 +92,8 @@ def main() -> None:
             try:
                 if asked["die"]:
                     die(*asked["die"])
+                if asked["file_size"]:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (asked["file_size"],) * 2)
                 if asked["arguments"]:
                     command(asked["arguments"])
                 train(Path(asked["run_dir"]), digits)
