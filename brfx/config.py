@@ -395,7 +395,8 @@ class JobConfig:
 
 
 def read_job_config(run_dir: Path) -> JobConfig:
-    """The settings of a run from its ``config.json``; its folder is ``run_dir``, whatever the file says.
+    """The settings of a run from its ``config.json``; its folder is ``run_dir``, whatever the file says, and nothing is
+    downloaded that is not asked for anew.
 
     Raises:
         ConfigError: no such file, damaged, or with settings that are none.
@@ -409,7 +410,7 @@ def read_job_config(run_dir: Path) -> JobConfig:
         raise ConfigError(f"{path}: not the settings of a run")
     for beside in ("versions", "python", "command_line"):
         content.pop(beside, None)
-    content["output_dir"] = run_dir
+    content |= {"output_dir": run_dir, "download": False}
     try:
         for name in ("ckpt", "data_dir"):
             if content.get(name) is not None:

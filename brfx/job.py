@@ -21,7 +21,7 @@ from brfx.card import card_of
 from brfx.checkpoint import is_brfx_file, load, load_float, read_state_dict, save
 from brfx.config import JobConfig
 from brfx.data import DEFAULTS, BatchLoader, Dataset, Preprocessing, load_dataset, with_overrides
-from brfx.errors import ConfigError, DataError, ExportError
+from brfx.errors import ConfigError, DataError, ExportError, TrainingError
 from brfx.export import OnnxReport, export_onnx
 from brfx.grid import Grid
 from brfx.models import CIFAR_RESNETS, build_model, example_inputs, require_model
@@ -29,7 +29,8 @@ from brfx.penalty import BinPenalty
 from brfx.pipeline import prepare_qat
 from brfx.ranks import from_first, rank, ranks, share_state, together
 from brfx.train import Callback, Evaluation, FitResult, TensorBoard, evaluate, fit, reestimate_batch_norm
-from brfx.train.checkpoint import FOLDER, Checkpoints, has_checkpoints, write_text_atomically
+from brfx.train.batch_norm import small_batches_named
+from brfx.train.checkpoint import FOLDER, Checkpoints, has_checkpoints, write_text_atomically, written_into
 from brfx.train.loop import seed_everything
 
 log = logging.getLogger(__name__)
@@ -136,8 +137,9 @@ def _calibrate(job: JobConfig, model: nn.Module, qmodel: nn.Module, dataset: Dat
     if rank() == 0:
         whole, _ = _loaders(job, dataset, shared=False)
         batches = [images.to(job.train.device) for images, _ in islice(iter(whole), job.calibration_batches)]
-        calibrate(qmodel, batches, start=job.start, batch_statistics=True)
-        reestimate_batch_norm(qmodel, batches)
+        with small_batches_named("calibration"):
+            calibrate(qmodel, batches, start=job.start, batch_statistics=True)
+            reestimate_batch_norm(qmodel, batches)
     share_state(qmodel)
     accuracy = evaluate(qmodel, val_data).accuracy
     log.info("Calibrated on %d batches: %.2f %% on validation", job.calibration_batches, 100 * accuracy)
@@ -145,10 +147,13 @@ def _calibrate(job: JobConfig, model: nn.Module, qmodel: nn.Module, dataset: Dat
 
 def _write_model(qmodel: nn.Module, run_dir: Path, example: Tensor) -> tuple[OnnxReport | None, str | None]:
     """Write ``model.pt`` and ``model.onnx``; the report, or why there is no ONNX file."""
-    save(qmodel, run_dir / "model.pt")
+    with written_into(run_dir):
+        save(qmodel, run_dir / "model.pt")
     try:
         return export_onnx(qmodel, run_dir / "model.onnx", example), None
     except ExportError as error:
+        if isinstance(error.__cause__, OSError):  # a full disk says nothing of the model
+            raise TrainingError(f"{error}; free some space, then go on with --resume {run_dir}") from error
         return None, str(error)
 
 
@@ -371,7 +376,8 @@ def _free_run_dir(job: JobConfig) -> Path:
         bits = "fp32" if job.command == "train" else f"w{job.qat.weight_bits}a{job.qat.act_bits}"
         name = f"runs/{Path(job.model.partition(':')[0]).stem}-{bits}"
         return next(path for i in count(1) if not (path := Path(name if i == 1 else f"{name}-{i}")).exists())
-    if rank() == 0 and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    begun = {"config.json.partial"}  # all that a run leaves that is killed while it is opened
+    if rank() == 0 and run_dir.exists() and (not run_dir.is_dir() or {p.name for p in run_dir.iterdir()} - begun):
         raise ConfigError(
             f"{run_dir} is not empty: choose another --output-dir, or move it away; nothing was changed "
             "(an unfinished run goes on with --resume)"
@@ -409,6 +415,7 @@ def _close_run(result: JobResult) -> JobResult:
         "onnx": result.onnx and asdict(result.onnx),
         "bytes": {path.name: path.stat().st_size for path in files},
     }
-    write_text_atomically(run_dir / "result.json", json.dumps(content, indent=2, default=str) + "\n")
+    with written_into(run_dir):
+        write_text_atomically(run_dir / "result.json", json.dumps(content, indent=2, default=str) + "\n")
     Checkpoints(run_dir / FOLDER, keep=1).remove()
     return result

@@ -1,11 +1,14 @@
-"""Running statistics that fit the weights as they are."""
+"""Running statistics that fit the weights as they are, and batches that are too small for any."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from brfx.errors import TrainingError
 
 
 @torch.no_grad()
@@ -33,3 +36,23 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
         norm.momentum = momentum
     for module, training in modes.items():
         module.training = training
+
+
+@contextmanager
+def small_batches_named(where: str) -> Iterator[None]:
+    """A batch that leaves a batch norm one value a channel says what to do.
+
+    Args:
+        where: what the message begins with.
+
+    Raises:
+        TrainingError: instead of torch's ValueError.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:  # the latter out of torch.compile
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise TrainingError(
+            f"{where}: a batch norm gets one value a channel, of which there is no variance: use a larger --batch-size"
+        ) from error

@@ -8,14 +8,14 @@ import io
 import logging
 import os
 import pickle
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
-from brfx.errors import CheckpointError, first_line
+from brfx.errors import CheckpointError, TrainingError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -28,44 +28,70 @@ FOLDER = "checkpoints"
 
 
 def write_atomically(path: Path, content: Any) -> None:
-    """``torch.save`` to a file beside ``path``, flushed to disk, then renamed over it."""
-    _atomically(path, lambda file: torch.save(content, file))
+    """``torch.save`` to a file beside ``path``, flushed to disk, then renamed over it.
+
+    Raises:
+        OSError: no room, or no permission; names ``path``, and what was there still is.
+    """
+    _atomically(path, _saved(content))
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """``text`` to a file beside ``path``, flushed to disk, then renamed over it."""
-    _atomically(path, lambda file: file.write(text.encode()))
+    """``text`` to a file beside ``path``, flushed to disk, then renamed over it.
+
+    Raises:
+        OSError: as :func:`write_atomically`.
+    """
+    _atomically(path, text.encode())
 
 
-def _atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+def _saved(content: Any) -> memoryview:
+    """The bytes of ``torch.save``, which says nothing of a full disk when it writes to one itself."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getbuffer()
+
+
+def _atomically(path: Path, *parts: bytes | memoryview) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
-            write(file)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+@contextmanager
+def written_into(run_dir: Path | None) -> Iterator[None]:
+    """An error of writing names the file, and how the run goes on.
+
+    Raises:
+        TrainingError: instead of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"{error.filename or run_dir}: cannot write it ({error.strerror}); what was saved before is whole: "
+            f"free some space, then go on with --resume {run_dir}"
+        ) from error
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write plain data and tensors behind their SHA-256, atomically.
 
     Raises:
-        OSError: no room, or no permission; what was at ``path`` is still there.
+        OSError: as :func:`write_atomically`.
     """
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    content = buffer.getbuffer()
+    content = _saved(state)
     digest = hashlib.sha256(content).hexdigest().encode()
-
-    def write(file: BinaryIO) -> None:
-        file.write(_MAGIC + digest + b"\n")
-        file.write(content)
-
-    _atomically(path, write)
+    _atomically(path, _MAGIC + digest + b"\n", content)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -110,7 +136,7 @@ class Checkpoints:
     def write(self, batches: int, state: dict[str, Any]) -> None:
         self.folder.mkdir(exist_ok=True)
         write_checkpoint(self.folder / f"{batches:09}.ckpt", state)
-        for path in self.paths()[self.keep :]:
+        for path in (*self.paths()[self.keep :], *self.folder.glob("*.partial")):  # a kill inside a write left these
             path.unlink(missing_ok=True)
 
     def newest(self) -> dict[str, Any] | None:

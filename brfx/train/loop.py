@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from brfx.config import TrainConfig
 from brfx.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError, first_line
 from brfx.ranks import batch_norms_synced, from_all, from_first, largest, lost_ranks_named, rank, ranks, share_buffers
-from brfx.train.batch_norm import reestimate_batch_norm
-from brfx.train.checkpoint import FOLDER, Checkpoints, write_atomically, write_text_atomically
+from brfx.train.batch_norm import reestimate_batch_norm, small_batches_named
+from brfx.train.checkpoint import FOLDER, Checkpoints, write_atomically, write_text_atomically, written_into
 from brfx.train.ema import WeightAverage
 from brfx.train.evaluate import Evaluation, evaluate
 from brfx.train.finite import culprit
@@ -91,7 +91,8 @@ def fit(
             settings are not those that the checkpoint was written under.
         CheckpointError: every checkpoint is damaged, or the newest is of another model.
         DataError: ``train_data`` is empty.
-        TrainingError: a loss or gradient is not finite; names epoch, batch and layer. Another rank is gone.
+        TrainingError: a loss or gradient is not finite; names epoch, batch and layer. A batch is too small for a batch
+            norm. A file in ``run_dir`` cannot be written; names it. Another rank is gone.
         Interrupted: Ctrl-C or SIGTERM; there is a checkpoint if there is a ``run_dir``.
         NotCalibratedError: ``model`` holds a quantizer without a step.
     """
@@ -237,7 +238,8 @@ class _Run:
     def save(self) -> None:
         state = self.state()
         if self.checkpoints is not None and rank() == 0:
-            self.checkpoints.write((self.epoch - 1) * self.batches + self.batch, state)
+            with written_into(self.run_dir):
+                self.checkpoints.write((self.epoch - 1) * self.batches + self.batch, state)
 
     # An epoch.
 
@@ -307,7 +309,8 @@ class _Run:
         skips = self.config.on_nonfinite == "skip"
         buffers = [buffer.clone() for buffer in self.model.buffers()] if skips else []
         self.lr = self.update.lr
-        loss, numbers = self.step(images, labels, soft)
+        with small_batches_named(self._where(1)):
+            loss, numbers = self.step(images, labels, soft)
         if self.update(loss):
             self.sums.add(numbers, len(labels))
             if self.average is not None:
@@ -353,10 +356,11 @@ class _Run:
         self.epoch, self.batch = self.epoch + 1, 0
         self.sums, self.seconds = Sums(), 0.0
         if self.run_dir is not None and rank() == 0:
-            write_metrics(self.run_dir, self.history)
             content = {"state_dict": weights, "metrics": asdict(metrics)}
-            for name in ("last.pth", "best.pth") if improved else ("last.pth",):
-                write_atomically(self.run_dir / name, content)
+            with written_into(self.run_dir):
+                write_metrics(self.run_dir, self.history)
+                for name in ("last.pth", "best.pth") if improved else ("last.pth",):
+                    write_atomically(self.run_dir / name, content)
         self.save()
         for callback in self.callbacks:
             callback.on_epoch(metrics)
