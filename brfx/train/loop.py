@@ -387,7 +387,7 @@ class _Run:
             val_loss=result.loss,
             val_accuracy=result.accuracy,
             seconds=self.seconds,
-            images_per_second=self.sums.images / self.seconds if self.seconds else 0.0,
+            images_per_second=ranks() * self.sums.images / self.seconds if self.seconds else 0.0,
         )
 
     def result(self) -> FitResult:
