@@ -21,7 +21,14 @@ from brfx.config import TrainConfig
 from brfx.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError, first_line
 from brfx.ranks import batch_norms_synced, from_all, from_first, largest, lost_ranks_named, rank, ranks, share_buffers
 from brfx.train.batch_norm import reestimate_batch_norm, small_batches_named
-from brfx.train.checkpoint import FOLDER, Checkpoints, has_checkpoints, write_atomically, write_text_atomically, written_into
+from brfx.train.checkpoint import (
+    FOLDER,
+    Checkpoints,
+    has_checkpoints,
+    write_atomically,
+    write_text_atomically,
+    written_into,
+)
 from brfx.train.ema import WeightAverage
 from brfx.train.evaluate import Evaluation, evaluate
 from brfx.train.finite import culprit
