@@ -157,7 +157,7 @@ def test_compile_is_decided_by_the_length_of_the_run():
         ({"lr": 0}, "lr=0"),
         ({"epochs": -1}, "epochs=-1"),
         ({"optimizer": "adam"}, "sgd or adamw"),
-        ({"compile": "maybe"}, "auto, on, kernels, off"),
+        ({"compile": "maybe"}, "auto or on or kernels or off"),
         ({"lr_warmup": 1.0}, "share below 1"),
     ],
 )
