@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from brfx.ranks import ranks
+
 
 def culprit(model: nn.Module, images: Tensor, loss: Tensor) -> str:
     """What is not finite first: an image, a weight, a layer's output, the loss, or a layer's gradient.
@@ -16,7 +18,8 @@ def culprit(model: nn.Module, images: Tensor, loss: Tensor) -> str:
 
     Args:
         model: with its gradients as backward left them.
-        images: the batch, ``(batch, ...)``; forward runs on it once more, which moves batch norms' running statistics.
+        images: the batch, ``(batch, ...)``; forward may run on it once more, which moves batch norms' running
+            statistics, in eval mode where several ranks train: there not all of them come here.
         loss: of the batch.
     """
     bad = (~torch.isfinite(images.flatten(1)).all(1)).nonzero().flatten().tolist()
@@ -51,9 +54,12 @@ def _first_layer(model: nn.Module, images: Tensor) -> str | None:
     for name, module in model.named_modules():
         if name:  # of a module inside another the inner one is done first
             handles.append(module.register_forward_hook(watch(name)))
+    training = model.training
+    model.train(training and ranks() == 1)
     try:
         model(images)
     finally:
+        model.train(training)
         for handle in handles:
             handle.remove()
     return found[0] if found else None
