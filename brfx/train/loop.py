@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
@@ -297,19 +297,22 @@ class _Run:
             self.data.set_epoch(self.epoch)
         if not self.batch:
             self.epoch_random = random_state()
-            batches = iter(self.data)
-        elif hasattr(self.data, "starting_at"):
-            batches = self.data.starting_at(self.batch)
-        else:  # draw again what was drawn, then be where the run was
-            set_random_state(self.epoch_random)
-            batches = islice(iter(self.data), self.batch, None)
-        first = bool(self.batch)
-        for images, labels in batches:
-            if first:
-                set_random_state(self.random)
-                first = False
+        for images, labels in self._resumed() if self.batch else self.data:
             images = images.to(self.config.device, non_blocking=True, memory_format=self.layout)
             yield images, labels.to(self.config.device, non_blocking=True)
+
+    def _resumed(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rest of an epoch that was cut off; what random numbers finding its place takes, the run did not take."""
+        if hasattr(self.data, "starting_at"):
+            batches = self.data.starting_at(self.batch)
+            found = list(islice(batches, 1))
+        else:  # draw again what was drawn
+            set_random_state(self.epoch_random)
+            batches, found = iter(self.data), []
+            for _ in islice(batches, self.batch):
+                pass
+        set_random_state(self.random)
+        yield from chain(found, batches)
 
     def _train_batch(self, images: Tensor, labels: Tensor) -> None:
         assert self.step is not None
