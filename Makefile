@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: help demo test sweep lint check bench clean
+.PHONY: help demo test sweep faults lint check bench clean
 
 help:  ## show this
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -25,6 +25,9 @@ test: .venv/installed  ## the tests, under ten minutes on two cores
 
 sweep: .venv/installed  ## the slow tests too
 	$(BIN)/python -m pytest -m "slow or not slow" --timeout=3600
+
+faults: .venv/installed  ## kill, fill up and damage training runs, slow ones too (docs/reliability.md)
+	$(BIN)/python -m pytest tests/faults -m "slow or not slow" --timeout=3600
 
 lint: .venv/installed  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -8,20 +8,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from brfx.ranks import ranks
+
 
 def culprit(model: nn.Module, images: Tensor, loss: Tensor) -> str:
     """What is not finite first: an image, a weight, a layer's output, the loss, or a layer's gradient.
 
+    Buffers are not looked at: running statistics have taken in by now whatever a layer before them put out.
+
     Args:
         model: with its gradients as backward left them.
-        images: the batch, ``(batch, ...)``; forward runs on it once more, which moves batch norms' running statistics.
+        images: the batch, ``(batch, ...)``; forward may run on it once more, which moves batch norms' running
+            statistics, in eval mode where several ranks train: there not all of them come here.
         loss: of the batch.
     """
     bad = (~torch.isfinite(images.flatten(1)).all(1)).nonzero().flatten().tolist()
     if bad:
         return f"image {bad[0]} of the batch holds NaN or infinity"
-    for name, value in model.state_dict().items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+    for name, value in model.named_parameters():
+        if value.requires_grad and not bool(torch.isfinite(value).all()):
             return f"{name} holds NaN or infinity"
     if not bool(torch.isfinite(loss)):
         layer = _first_layer(model, images)
@@ -47,11 +52,14 @@ def _first_layer(model: nn.Module, images: Tensor) -> str | None:
         return look
 
     for name, module in model.named_modules():
-        if not list(module.children()):
+        if name:  # of a module inside another the inner one is done first
             handles.append(module.register_forward_hook(watch(name)))
+    training = model.training
+    model.train(training and ranks() == 1)
     try:
         model(images)
     finally:
+        model.train(training)
         for handle in handles:
             handle.remove()
     return found[0] if found else None

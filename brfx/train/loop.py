@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
@@ -21,7 +21,14 @@ from brfx.config import TrainConfig
 from brfx.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError, first_line
 from brfx.ranks import batch_norms_synced, from_all, from_first, largest, lost_ranks_named, rank, ranks, share_buffers
 from brfx.train.batch_norm import reestimate_batch_norm, small_batches_named
-from brfx.train.checkpoint import FOLDER, Checkpoints, write_atomically, write_text_atomically, written_into
+from brfx.train.checkpoint import (
+    FOLDER,
+    Checkpoints,
+    has_checkpoints,
+    write_atomically,
+    write_text_atomically,
+    written_into,
+)
 from brfx.train.ema import WeightAverage
 from brfx.train.evaluate import Evaluation, evaluate
 from brfx.train.finite import culprit
@@ -88,7 +95,8 @@ def fit(
 
     Raises:
         ConfigError: the warm-up leaves the penalty no epoch; distillation without a teacher or the reverse; or the
-            settings are not those that the checkpoint was written under.
+            settings are not those that the checkpoint was written under; or ``run_dir`` holds the checkpoints of
+            another run.
         CheckpointError: every checkpoint is damaged, or the newest is of another model.
         DataError: ``train_data`` is empty.
         TrainingError: a loss or gradient is not finite; names epoch, batch and layer. A batch is too small for a batch
@@ -111,6 +119,8 @@ def fit(
     run = _Run(model, train_data, config, penalty, teacher, run_dir, tuple(callbacks))
     if resume:
         run.resume()
+    elif run_dir is not None and has_checkpoints(run_dir):
+        raise ConfigError(f"{run_dir}: holds a run that can be resumed: resume it, or give another folder")
     with stop_requests() as stop, lost_ranks_named(), batch_norms_synced(model):
         while run.epoch <= config.epochs:
             stage = "plain" if penalty is None else "penalty" if run.epoch > warmup else "warm-up"
@@ -134,10 +144,12 @@ class _Run:
         callbacks: tuple[Callback, ...],
     ) -> None:
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        model.to(config.device, memory_format=self.layout)  # type: ignore[call-overload]
+        for module in (model, teacher):
+            if module is not None:
+                module.to(config.device, memory_format=self.layout)  # type: ignore[call-overload]
         self.model, self.data, self.config, self.penalty, self.run_dir = model, data, config, penalty, run_dir
         self.callbacks = callbacks
-        self.teacher = None if teacher is None else teacher.to(config.device, memory_format=self.layout).eval()  # type: ignore[call-overload]
+        self.teacher = None if teacher is None else teacher.eval()
         self.checkpoints = None if run_dir is None else Checkpoints(run_dir / FOLDER, config.keep_checkpoints)
         self.batches = len(data)
         total = config.epochs * self.batches
@@ -285,19 +297,22 @@ class _Run:
             self.data.set_epoch(self.epoch)
         if not self.batch:
             self.epoch_random = random_state()
-            batches = iter(self.data)
-        elif hasattr(self.data, "starting_at"):
-            batches = self.data.starting_at(self.batch)
-        else:  # draw again what was drawn, then be where the run was
-            set_random_state(self.epoch_random)
-            batches = islice(iter(self.data), self.batch, None)
-        first = bool(self.batch)
-        for images, labels in batches:
-            if first:
-                set_random_state(self.random)
-                first = False
+        for images, labels in self._resumed() if self.batch else self.data:
             images = images.to(self.config.device, non_blocking=True, memory_format=self.layout)
             yield images, labels.to(self.config.device, non_blocking=True)
+
+    def _resumed(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rest of an epoch that was cut off; what random numbers finding its place takes, the run did not take."""
+        if hasattr(self.data, "starting_at"):
+            batches = self.data.starting_at(self.batch)
+            found = list(islice(batches, 1))
+        else:  # draw again what was drawn
+            set_random_state(self.epoch_random)
+            batches, found = iter(self.data), []
+            for _ in islice(batches, self.batch):
+                pass
+        set_random_state(self.random)
+        yield from chain(found, batches)
 
     def _train_batch(self, images: Tensor, labels: Tensor) -> None:
         assert self.step is not None
@@ -382,7 +397,7 @@ class _Run:
             val_loss=result.loss,
             val_accuracy=result.accuracy,
             seconds=self.seconds,
-            images_per_second=self.sums.images / self.seconds if self.seconds else 0.0,
+            images_per_second=ranks() * self.sums.images / self.seconds if self.seconds else 0.0,
         )
 
     def result(self) -> FitResult:

@@ -154,7 +154,8 @@ def in_ranks(model: nn.Module, penalty: Any | None, step: LossStep) -> LossStep:
     trained = model if penalty is None else penalty
     device = next(model.parameters()).device
     ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(_Stepping(trained, step), device_ids=ids, find_unused_parameters=True)
+    whole = isinstance(model, torch.fx.GraphModule) and not getattr(model, "twin", False)  # nothing in it is passed by
+    return DistributedDataParallel(_Stepping(trained, step), device_ids=ids, find_unused_parameters=not whole)
 
 
 class _Stepping(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from .helpers import WORKER, fingerprint, runs
-from .worker import net
+from .worker import SHORT, net, train
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +28,14 @@ def whole(worker, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def short(digits, tmp_path_factory):
+    """The fingerprint of two undisturbed epochs in this process."""
+    run_dir = tmp_path_factory.mktemp("runs") / "short"
+    train(run_dir, digits, SHORT)
+    return fingerprint(run_dir)
+
+
+@pytest.fixture(scope="session")
 def start(digits, tmp_path_factory):
     """Arguments of `brfx quantize` without those of the run folder."""
     ckpt = tmp_path_factory.mktemp("fp32") / "net.pth"
@@ -35,7 +43,7 @@ def start(digits, tmp_path_factory):
     return (
         *("quantize", "--model", f"{WORKER}:net", "--data", "digits", "--ckpt", ckpt, "--compile", "off"),
         *("--qat-epochs", 3, "--warmup-epochs", 1, "--ema", 0.9, "--reestimate-bn", 2, "--clip-grad", 1),
-        *("--checkpoint-minutes", 1e-4),
+        *("--checkpoint-minutes", 1e-9),
     )
 
 

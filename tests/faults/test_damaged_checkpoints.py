@@ -8,7 +8,7 @@ import pickle
 import random
 import shutil
 import signal
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -22,17 +22,7 @@ from brfx.train import Callback
 from brfx.train.checkpoint import read_checkpoint, write_checkpoint
 
 from .helpers import WORKER, digest, fingerprint
-from .worker import SETTINGS, train
-
-SHORT = replace(SETTINGS, epochs=2)
-
-
-@pytest.fixture(scope="module")
-def short(digits, tmp_path_factory):
-    """The fingerprint of two undisturbed epochs."""
-    run_dir = tmp_path_factory.mktemp("short") / "run"
-    train(run_dir, digits, SHORT)
-    return fingerprint(run_dir)
+from .worker import SHORT, train
 
 
 class StopAt(Callback):

@@ -124,7 +124,8 @@ def test_the_command_killed_before_each_rename(worker, one_epoch, whole_epoch, t
     assert worker.life(run_dir, *(started if name == "config.json" else again)) == 0
     assert fingerprint(run_dir) == whole_epoch
     assert not list(run_dir.rglob("*.partial"))
-    assert {path.name for path in run_dir.rglob("*") if path.is_file()} == set(RENAMES)
+    left = {path.name for path in run_dir.rglob("*") if path.is_file()}
+    assert left == set(RENAMES) - {"000000020.ckpt"}  # a complete run needs none
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -32,8 +32,9 @@ def net(num_classes: int = 10) -> nn.Module:
 
 
 SETTINGS = brfx.TrainConfig(
-    epochs=3, warmup_epochs=1, compile="off", ema=0.9, clip_grad=1.0, reestimate_bn=2, checkpoint_minutes=1e-4
+    epochs=3, warmup_epochs=1, compile="off", ema=0.9, clip_grad=1.0, reestimate_bn=2, checkpoint_minutes=1e-9
 )
+SHORT = replace(SETTINGS, epochs=2)
 
 
 def train(
@@ -84,7 +85,7 @@ def main() -> None:
     torch.set_num_threads(1)
     digits = load_dataset("digits", data_dir=Path("unused"))
     with tempfile.TemporaryDirectory() as folder:  # what is imported and read when first used is so for all forks
-        train(Path(folder), digits, replace(SETTINGS, epochs=2))
+        train(Path(folder), digits, SHORT)
     for line in sys.stdin:
         asked = json.loads(line)
         child = os.fork()
