@@ -47,7 +47,7 @@ def test_the_largest_traceable_submodules_become_islands(branchy):
 
 
 def test_rewritten_islands_compute_what_the_model_did(branchy, images, caplog):
-    with caplog.at_level(logging.INFO, "brfx"):
+    with caplog.at_level(logging.INFO, "brfx.pipeline"):
         qmodel = brfx.prepare_qat(branchy)
     assert "test_islands.py:" in caplog.text and "rewritten instead" in caplog.text
     with brfx.quantization_disabled(qmodel):

@@ -83,7 +83,9 @@ def begun_or_resumed(start, run_dir):
     return brfx(*start, "--output-dir", run_dir)
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(10, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("count", [10])
 def test_the_command_killed_at_any_moment(start, whole_command, tmp_path, count):
     expected, seconds = whole_command
     draw, kills, number = random.Random(count), 0, 0
@@ -96,9 +98,9 @@ def test_the_command_killed_at_any_moment(start, whole_command, tmp_path, count)
             time.sleep(draw.uniform(0, seconds))
             process.kill()
             _, errors = process.communicate()
-            complete = process.returncode == 0
-            assert complete or process.returncode == -signal.SIGKILL, errors
-            kills += not complete
+            assert process.returncode in (0, -signal.SIGKILL), errors
+            kills += process.returncode != 0
+            complete = (run_dir / "result.json").exists()  # or killed between that and its end
             if complete or kills == count:
                 break
         if not complete:
