@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -205,8 +206,9 @@ def test_mistakes_are_one_line_with_exit_code_2_and_touch_nothing(float_run, tmp
         (("quantise",), "quantise"),
     ]
     before = {path: path.stat().st_mtime_ns for path in [*tmp_path.rglob("*"), *float_run.rglob("*")]}
-    for arguments, message in cases:
-        assert_one_line(brfx(*arguments, cwd=tmp_path), message)
+    with ThreadPoolExecutor(2) as pool:
+        for done, (_, message) in zip(pool.map(lambda case: brfx(*case[0], cwd=tmp_path), cases), cases, strict=True):
+            assert_one_line(done, message)
     after = {path: path.stat().st_mtime_ns for path in [*tmp_path.rglob("*"), *float_run.rglob("*")]}
     assert after == before
 

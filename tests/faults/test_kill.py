@@ -130,7 +130,9 @@ def test_the_command_killed_before_each_rename(worker, one_epoch, whole_epoch, t
     assert left == set(RENAMES) - {"000000020.ckpt"}  # a complete run needs none
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_stops_at_the_batch_with_a_checkpoint(start, whole_command, tmp_path, number, code):
     run_dir = tmp_path / "run"
     process = brfx(*start, "--output-dir", run_dir)

@@ -4,7 +4,7 @@ import torch
 from brfx.nn import AlignedAdd
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("bits", [pytest.param(1, marks=pytest.mark.slow), 2, 3, 4])
 def test_snap_is_the_nearest_odd_fraction_that_fits(bits):
     high = 2**bits - 1
     add = AlignedAdd(high, high)
