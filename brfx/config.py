@@ -82,7 +82,8 @@ class QATConfig:
             A ReLU6 of the model keeps its 6 unless the value given is lower.
         per_channel: one weight step per output channel instead of one per layer.
         input_bits: bits of what enters the model, such as the image (``"deploy"``).
-        residual_bits: bits of a branch into a residual add, and of averages (``"deploy"``); 32 leaves branches in FP32.
+        residual_bits: bits of a branch into a residual add, of averages, and of a convolution's output that no other
+            quantizer takes (``"deploy"``); 32 leaves the first and the last in FP32.
         placement: ``"deploy"`` puts every input of a convolution, linear or matrix product on a grid, so that what is
             trained is what integer kernels execute; ``"paper"`` quantizes weights and ReLUs alone, as the papers do.
         first_last_8bit: 8 bits for the first and the last convolution or linear, as many papers have it; overrides

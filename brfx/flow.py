@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from brfx.nn import ActivationObserver, LSQQuantizer
+from brfx.nn import ActivationObserver, AlignedAdd, LSQActivationQuantizer, LSQQuantizer
 from brfx.operators import JOINS, KEEPS_SIGN, LINEAR, NONNEGATIVE, linear_op, name_of, passes, words
 from brfx.trace import by_mode
 
@@ -107,6 +107,24 @@ def _flow(gm: GraphModule, node: Node, flows: dict[Node, Flow]) -> Flow:
         grids = {flow.grid for flow in inputs}
         return Flow(grids.pop() if len(grids) == 1 else None, _any_negative(inputs), name, from_input)
     return Flow(None, _negative(name, args, kwargs, inputs), name, from_input)
+
+
+def commutes_with_rounding(gm: GraphModule, node: Node) -> bool:
+    """Whether a node makes of values on a grid the very codes it would make of unrounded ones, rounded afterwards."""
+    name, args, kwargs = operation(gm, node)
+    return name in JOINS or name == "relu" or passes(name, args, kwargs)
+
+
+def quantizer_behind(gm: GraphModule, value: Node) -> Node | None:
+    """The one quantizer that takes a value, at once or behind what commutes with rounding."""
+    while len(value.users) == 1:
+        (value,) = value.users
+        module = gm.get_submodule(str(value.target)) if value.op == "call_module" else None
+        if isinstance(module, (LSQActivationQuantizer, AlignedAdd)):
+            return value
+        if not commutes_with_rounding(gm, value):
+            return None
+    return None
 
 
 def _negative(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Flow]) -> bool:

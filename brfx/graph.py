@@ -75,6 +75,17 @@ def insert_before(gm: GraphModule, node: Node, name: str, module: nn.Module) -> 
     node.args = (new, *node.args[1:])
 
 
+def insert_after(gm: GraphModule, value: Node, name: str, module: nn.Module) -> None:
+    """Put a call of ``module``, at ``name``, between ``value`` and everything that reads it."""
+    set_module(gm, name, module)
+    readers = list(value.users)
+    with gm.graph.inserting_after(value):
+        new = gm.graph.call_module(name, (value,))
+    new.meta = dict(value.meta)
+    for reader in readers:
+        reader.replace_input_with(value, new)
+
+
 def check(gm: GraphModule) -> None:
     """Hold what every pass must ensure.
 

@@ -32,6 +32,7 @@ from brfx.passes import (
     QuantizeFunctions,
     QuantizeInputs,
     QuantizeLayers,
+    QuantizeOutputs,
     QuantizeReLUs,
     ReLUToModule,
     SplitShared,
@@ -55,7 +56,7 @@ def passes(config: QATConfig, scope: str = "") -> list[Pass]:
         QuantizeFunctions(config, scope),
         QuantizeReLUs(config, scope),
     ]
-    inputs: list[Pass] = [QuantizeInputs(config, scope), AlignResiduals(config, scope)]
+    inputs: list[Pass] = [QuantizeInputs(config, scope), AlignResiduals(config, scope), QuantizeOutputs(config, scope)]
     return [*layers, *(inputs if config.placement == "deploy" else []), InsertObservers()]
 
 

@@ -19,7 +19,7 @@ from torchvision.ops import StochasticDepth
 from brfx.calibration import require_calibrated
 from brfx.errors import ExportError
 from brfx.export.operators import Codes, convolution, linear, requantize
-from brfx.flow import analyse
+from brfx.flow import analyse, commutes_with_rounding
 from brfx.graph import attribute, call_counts, free_name, set_module
 from brfx.grid import MIN_STEP
 from brfx.nn import (
@@ -238,6 +238,7 @@ class _Rewriting:
         site = f"{self.scope}{node.target}"
         new = self._absorbed(node.args[0], codes, site)
         if new is None:
+            self._absorb_parts(node.args[0], codes)
             new = self._call(node, str(node.target), Requantize(codes, site), node.args[0])
         self.codes[new] = codes
         node.replace_all_uses_with(new)
@@ -272,7 +273,15 @@ class _Rewriting:
         absorbed = self._absorbed(value, codes, site)
         if absorbed is not None:
             return absorbed
+        self._absorb_parts(value, codes)
         return self._call(before, f"{before.target}_{site.rpartition('.')[2]}", Requantize(codes, site), value)
+
+    def _absorb_parts(self, value: object, codes: Codes) -> None:
+        """Let the convolutions whose outputs a value is joined, pooled or reshaped from write the value's codes."""
+        if isinstance(value, Node) and len(value.users) == 1 and commutes_with_rounding(self.gm, value):
+            for part in value.all_input_nodes:
+                if self._absorbed(part, codes, "") is None:
+                    self._absorb_parts(part, codes)
 
     def _absorbed(self, value: object, codes: Codes, site: str) -> Node | None:
         """The convolution (and batch norm) that made ``value`` for this quantizer alone, as one integer convolution."""
@@ -340,9 +349,13 @@ class _Rewriting:
         if layer.weight_quantizer is None:
             self.result.float_layers[name] = "its weight is FP32"
             return
-        on_grid = self._input_codes(node) is not None
-        off = "its input is on no grid: placement='deploy' puts it on one"
-        self.result.float_layers[name] = "no quantizer takes its output alone" if on_grid else off
+        if isinstance(layer, nn.modules.conv._ConvNd) and not self._has_integer_form(layer):
+            reason = "transposed convolutions and padding other than with zeros have no integer form"
+        elif self._input_codes(node) is None:
+            reason = "its input is on no grid: placement='deploy' puts it on one"
+        else:
+            reason = "no quantizer takes its output alone"
+        self.result.float_layers[name] = reason
         set_module(self.gm, str(node.target), _float_layer(layer))
 
     @staticmethod

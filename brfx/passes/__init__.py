@@ -5,6 +5,7 @@ from brfx.passes.insert_observers import InsertObservers
 from brfx.passes.quantize_functions import QuantizeFunctions
 from brfx.passes.quantize_inputs import QuantizeInputs
 from brfx.passes.quantize_layers import QuantizeLayers
+from brfx.passes.quantize_outputs import QuantizeOutputs
 from brfx.passes.quantize_relus import QuantizeReLUs
 from brfx.passes.relu_to_module import ReLUToModule
 from brfx.passes.split_shared import SplitShared
@@ -15,6 +16,7 @@ __all__ = [
     "QuantizeFunctions",
     "QuantizeInputs",
     "QuantizeLayers",
+    "QuantizeOutputs",
     "QuantizeReLUs",
     "ReLUToModule",
     "SplitShared",

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from brfx.config import QATConfig
 from brfx.flow import Flow, analyse, operation
-from brfx.graph import free_name, scope, set_module
+from brfx.graph import free_name, insert_after, scope, set_module
 from brfx.nn import (
     AlignedAdd,
     LSQActivationQuantizer,
@@ -35,6 +35,7 @@ class AlignResiduals:
 
     The first form, exact on integer kernels (:class:`brfx.nn.AlignedAdd`), where a quantized ReLU of at most 4 bits
     takes the sum and the shortcut is on a grid of at most 4 bits or comes from a layer itself; S and s are the steps.
+    In the second, whatever else reads the branch reads it quantized.
 
     Requires: ``QuantizeReLUs``; before ``InsertObservers``.
     Ensures: every addend that comes from a layer is on a grid; a second run changes 0 sites.
@@ -73,12 +74,8 @@ class AlignResiduals:
             name = free_name(gm, f"{scope(node)}.{node.name}_branch".lstrip("."))
             negative = flows[branch].negative
             reason = f"{flows[branch].source} into a residual add"
-            set_module(
-                gm, name, LSQActivationQuantizer(own.residual_bits, signed=negative, regularized=False, reason=reason)
-            )
-            with gm.graph.inserting_before(node):
-                quantized = gm.graph.call_module(name, (branch,))
-            node.replace_input_with(branch, quantized)
+            quantizer = LSQActivationQuantizer(own.residual_bits, signed=negative, regularized=False, reason=reason)
+            insert_after(gm, branch, name, quantizer)
         return 1
 
     @staticmethod

@@ -11,6 +11,7 @@ from brfx.errors import NotCalibratedError
 from brfx.export.integer import IntegerConv, integer_model
 from brfx.export.parity import compare_codes
 from brfx.models import build_model
+from brfx.nn import LSQActivationQuantizer
 from brfx.train import reestimate_batch_norm
 
 
@@ -113,4 +114,31 @@ def test_what_is_an_identity_in_eval_stands_in_no_layer_s_way(images):
         nn.Conv2d(8, 4, 3),
     )
     integer = integer_model(trained(model, images))
-    assert list(integer.layers) == ["0"] and list(integer.float_layers) == ["5"]
+    assert list(integer.layers) == ["0", "5"] and not integer.float_layers
+
+
+class Joined(nn.Module):
+    """Two convolutions that one quantizer takes, behind ReLUs, a concatenation, a shuffle and max-pooling."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.bn = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.relu_a, self.relu_b, self.pool = nn.ReLU(), nn.ReLU(), nn.MaxPool2d(2)
+        self.last = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        x = torch.cat([self.relu_a(self.a(x)), self.relu_b(self.bn(self.b(x)))], 1)
+        x = x.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)
+        return self.last(self.pool(x))
+
+
+def test_the_parts_of_a_joined_value_are_made_on_its_grid(images):
+    qmodel = trained(Joined(), images)
+    grids = {name for name, module in qmodel.named_modules() if isinstance(module, LSQActivationQuantizer)}
+    assert grids == {"a_input", "last_input", "last_output"}  # none of the parts has one of its own
+    integer = integer_model(qmodel)
+    assert set(integer.layers) == {"a", "b", "last"} and not integer.float_layers
+    assert integer.layers["a"].y == integer.layers["b"].y == integer.layers["last"].x
+    sites = compare_codes(qmodel, integer, images)
+    assert [site.site for site in sites] == ["a_input", "last_input", "last_output"]
+    assert [site.flipped for site in sites[:2]] == [0, 0] and sites[2].largest <= 1

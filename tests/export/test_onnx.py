@@ -43,20 +43,49 @@ def test_any_batch_size_runs_bit_for_bit(exported):
         assert torch.equal(torch.from_numpy(found), reference(x))
 
 
+def optimized_kinds(path):
+    """The operators of the model that ONNX Runtime makes of a file."""
+    options = ort.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(path.with_suffix(".optimized")), 3
+    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(path.with_suffix(".optimized")).graph.node]
+
+
 @pytest.mark.parametrize("profile", ["compact", "fast", "portable"])
 def test_no_layer_runs_in_float(exported, tmp_path, profile):
     qmodel, _, _ = exported
     path = tmp_path / "model.onnx"
     report = brfx.export_onnx(qmodel, path, torch.randn(2, 3, 32, 32), profile)
     assert report.reference_difference == 0 and report.integer_layers == 20 and not report.float_layers
-    options = ort.SessionOptions()
-    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimized.onnx"), 3
-    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    kinds = optimized_kinds(path)
     assert kinds.count("QLinearConv") == 19 and kinds.count("QLinearAdd") == 9
     assert not {"Conv", "FusedConv", "Gemm", "MatMul", "ConvInteger"} & set(kinds)
     opset = onnx.load(path).opset_import[0].version
     assert opset == 25 if profile == "compact" else opset <= 21
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "squeezenet1_1",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x0_5", "googlenet", "efficientnet_b0")
+        ),
+    ],
+)
+def test_no_convolution_of_any_family_runs_in_float(tmp_path, name):
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 64, 64)
+    model = build_model(name, 10).eval()
+    convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in model.modules())
+    qmodel = brfx.prepare_qat(model)
+    brfx.calibrate(qmodel, [images])
+    report = brfx.export_onnx(qmodel, tmp_path / "model.onnx", images)
+    assert report.reference_difference < 1e-7 and not report.float_layers  # SqueezeNet ends in an average
+    kinds = optimized_kinds(report.path)
+    assert kinds.count("QLinearConv") == convolutions - 2 * (name == "googlenet")  # less the auxiliary heads
+    assert not {"Conv", "FusedConv", "Gemm", "MatMul", "ConvInteger"} & set(kinds)
 
 
 def test_an_unknown_profile_and_a_folder_that_is_not_there(exported, tmp_path):

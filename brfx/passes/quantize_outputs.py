@@ -1,0 +1,68 @@
+"""What leaves a convolution is put on a grid, so that integer kernels can run it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from brfx.config import QATConfig
+from brfx.flow import Flow, analyse, operation, quantizer_behind
+from brfx.graph import free_name, insert_after, module_calls
+from brfx.nn import LSQActivationQuantizer, QuantizedLayer
+
+_Conv, _BatchNorm = nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm
+
+
+@dataclass(frozen=True)
+class QuantizeOutputs:
+    """Put a quantizer of ``residual_bits`` behind each convolution whose output no quantizer takes alone.
+
+        y = silu(BatchNorm2d(conv(x)))  ->  y = silu(LSQActivationQuantizer(BatchNorm2d(conv(x))))
+        y = conv(x); f(y); g(y)         ->  y = LSQActivationQuantizer(conv(x)); f(y); g(y)
+
+    An integer kernel writes codes of 8 bits. Most convolutions have a quantizer behind them, directly or behind
+    max-pooling, a concatenation and the like, and need no other. A plain ReLU goes before the new one, which is
+    unsigned then.
+
+    Requires: ``QuantizeInputs``, ``AlignResiduals``.
+    Ensures: every convolution of codes ends in one quantizer; a second run changes 0 sites.
+    """
+
+    config: QATConfig
+    scope: str = ""  #: dotted name of the graph in its model, with a dot at the end; "" for the model itself
+
+    def __call__(self, gm: GraphModule) -> int:
+        flows = analyse(gm)
+        changed = 0
+        for node, layer in module_calls(gm):
+            if not (isinstance(layer, QuantizedLayer) and isinstance(layer, _Conv)) or layer.transposed:
+                continue
+            own = self.config.at(f"{self.scope}{node.target}", type(layer).__name__.removeprefix("Quantized"))
+            value = _output(gm, node)
+            codes = bool(node.args) and flows[node.args[0]].grid is not None  # type: ignore[index]
+            if own is None or own.residual_bits == 32 or not codes or quantizer_behind(gm, value) is not None:
+                continue
+            _insert(gm, value, f"{node.target}_output", flows[value], own.residual_bits)
+            changed += 1
+        return changed
+
+
+def _output(gm: GraphModule, node: Node) -> Node:
+    """What a convolution computes together with the batch norm and the ReLU that it alone feeds."""
+    while len(node.users) == 1:
+        (user,) = node.users
+        norm = user.op == "call_module" and isinstance(gm.get_submodule(str(user.target)), _BatchNorm)
+        if not norm and operation(gm, user)[0] != "relu":
+            break
+        node = user
+    return node
+
+
+def _insert(gm: GraphModule, value: Node, name: str, flow: Flow, bits: int) -> None:
+    taken_by = sorted({operation(gm, user)[0] or user.name for user in value.users})
+    quantizer = LSQActivationQuantizer(
+        bits, signed=flow.negative, regularized=False, reason=f"a convolution into {', '.join(taken_by)}"
+    )
+    insert_after(gm, value, free_name(gm, name), quantizer)
