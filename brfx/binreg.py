@@ -81,7 +81,7 @@ def bin_loss(counts: Tensor, squares: Tensor) -> Tensor:
 
 
 #: Tensors of up to so many values are laid out in one array of rows; larger ones are worth kernels of their own.
-_SMALL, _COLUMNS = 1 << 20, 1024
+_SMALL, _COLUMNS = 1 << 17, 1024
 
 
 def joint_bin_sums(values: Sequence[Tensor], steps: Sequence[Tensor], grid: Grid) -> tuple[Tensor, Tensor]:
@@ -93,7 +93,7 @@ def joint_bin_sums(values: Sequence[Tensor], steps: Sequence[Tensor], grid: Grid
         grid: the codes; K of them.
 
     Returns:
-        Counts and sums, ``(L, K)``; tensors of up to a million values come first.
+        Counts and sums, ``(L, K)``; tensors of up to 131,072 values come first.
     """
     small = [pair for pair in zip(values, steps, strict=True) if pair[0].numel() <= _SMALL]
     large = [pair for pair in zip(values, steps, strict=True) if pair[0].numel() > _SMALL]

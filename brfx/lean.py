@@ -1,8 +1,8 @@
 """The form of a rewritten graph that trains fastest and in the least memory. It computes what the graph computes.
 
-Two things differ. Layers and residual adds keep the *codes* of what they read, a byte a value, instead of floats
-(:mod:`brfx.nn.codes`). And the chains that end in a quantizer (batch norm, residual add, ReLU, rounding, the bins of
-the regularizer) can be compiled as one kernel each, for models that otherwise run eagerly.
+Two things differ. Layers and residual adds keep the *codes* of what they read, and layers those of their weights, a
+byte a value instead of four (:mod:`brfx.nn.codes`). And the chains that end in a quantizer (batch norm, residual add,
+ReLU, rounding, the bins of the regularizer) can be compiled as one kernel each, for models that otherwise run eagerly.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from brfx.compiling import compiled
 from brfx.graph import attribute
 from brfx.nn import ActivationObserver, AlignedAdd, LSQActivationQuantizer
-from brfx.nn.codes import Coded, apply_coded, coded, decode, remade, takes_codes
+from brfx.nn.codes import Coded, apply_coded, coded, coded_weight, decode, remade, takes_codes
 from brfx.observing import Look, watched
 from brfx.operators import name_of
 from brfx.ranks import SyncedBatchNorm
@@ -96,20 +96,20 @@ def compile_weights(gm: GraphModule, graph: fx.Graph) -> None:
         node.target, node.args = _apply_with, (*node.args, each[_module_of(node)])
 
 
-def _all_weights(*layers: Any) -> list[Tensor]:
-    weights: list[Tensor] = _compiled_weights(*layers)
+def _all_weights(*layers: Any) -> list[Coded | None]:
+    weights: list[Coded | None] = _compiled_weights(*layers)
     return weights
 
 
-def _quantized_weights(*layers: Any) -> list[Tensor]:
-    return [layer.quantized_weight() for layer in layers]
+def _coded_weights(*layers: Any) -> list[Coded | None]:
+    return [coded_weight(layer) for layer in layers]
 
 
-_compiled_weights = compiled(_quantized_weights)
+_compiled_weights = compiled(_coded_weights)
 _compiled_decode = compiled(decode, dynamic=True)
 
 
-def _apply_with(layer: nn.Module, x: Coded, weight: Tensor) -> Tensor:
+def _apply_with(layer: nn.Module, x: Coded, weight: Coded | None) -> Tensor:
     return apply_coded(layer, x, weight, _compiled_decode)
 
 

@@ -20,7 +20,7 @@ Decode = Callable[[Tensor, Tensor, torch.dtype], Tensor]
 
 
 class Coded(NamedTuple):
-    """A quantized activation with what it can be made from again: ``values == code * step``."""
+    """A quantized activation or weight with what it can be made from again: ``values == code * step``."""
 
     values: Tensor
     code: Tensor  #: uint8 where the grid is unsigned, else int8
@@ -33,6 +33,14 @@ def coded(quantizer: LSQActivationQuantizer, x: Tensor) -> Coded:
     step = quantizer.step.detach().clamp(min=MIN_STEP)
     code = (values.detach() / step).round().to(torch.int8 if quantizer.signed else torch.uint8)
     return Coded(values, code, step)
+
+
+def coded_weight(layer: QuantizedLayer) -> Coded | None:
+    """A layer's quantized weight with its codes; ``None`` where it is FP32."""
+    if layer.weight_quantizer is None:
+        return None
+    values, step = layer.quantized_weight(), layer.weight_quantizer.step.detach().clamp(min=MIN_STEP)
+    return Coded(values, (values.detach() / step).round().to(torch.int8), step)
 
 
 def decode(code: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
@@ -56,7 +64,7 @@ class _Remade(torch.autograd.Function):
 
 
 class _Convolution(torch.autograd.Function):
-    """A convolution that keeps its input's code for backward."""
+    """A convolution that keeps the codes of its input and of its weight for backward."""
 
     @staticmethod
     def forward(
@@ -65,45 +73,61 @@ class _Convolution(torch.autograd.Function):
         code: Tensor,
         step: Tensor,
         weight: Tensor,
+        weight_code: Tensor | None,
+        weight_step: Tensor | None,
         bias: Tensor | None,
         settings: Any,
         decode: Decode,
     ) -> Tensor:
-        ctx.save_for_backward(code, step, weight)
+        ctx.save_for_backward(code, step, weight if weight_code is None else weight_code, weight_step)
         ctx.settings, ctx.biased, ctx.dtype = settings, None if bias is None else list(bias.shape), values.dtype
         ctx.decode = decode
         return torch.ops.aten.convolution(values, weight, bias, *settings)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        code, step, weight = ctx.saved_tensors
-        values = ctx.decode(code, step, ctx.dtype)
-        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.biased is not None and ctx.needs_input_grad[4]]
+        values, weight = _decoded(ctx)
+        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.biased is not None and ctx.needs_input_grad[6]]
         grad_values, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             grads[0], values, weight, ctx.biased, *ctx.settings, wanted
         )
-        return grad_values, None, None, grad_weight, grad_bias, None, None
+        return grad_values, None, None, grad_weight, None, None, grad_bias, None, None
 
 
 class _Linear(torch.autograd.Function):
-    """``x @ weight.T + bias`` that keeps its input's code for backward."""
+    """``x @ weight.T + bias`` that keeps the codes of its input and of its weight for backward."""
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, code: Tensor, step: Tensor, weight: Tensor, bias: Tensor | None, decode: Decode
+        ctx: Any,
+        values: Tensor,
+        code: Tensor,
+        step: Tensor,
+        weight: Tensor,
+        weight_code: Tensor | None,
+        weight_step: Tensor | None,
+        bias: Tensor | None,
+        decode: Decode,
     ) -> Tensor:
-        ctx.save_for_backward(code, step, weight)
+        ctx.save_for_backward(code, step, weight if weight_code is None else weight_code, weight_step)
         ctx.biased, ctx.dtype, ctx.decode = bias is not None, values.dtype, decode
         return nn.functional.linear(values, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        code, step, weight = ctx.saved_tensors
-        values = ctx.decode(code, step, ctx.dtype).reshape(-1, code.shape[-1])
+        values, weight = _decoded(ctx)
         grad = grads[0].reshape(-1, grads[0].shape[-1])
-        grad_values = (grad @ weight).view_as(code) if ctx.needs_input_grad[0] else None
-        grad_bias = grad.sum(0) if ctx.biased and ctx.needs_input_grad[4] else None
-        return grad_values, None, None, grad.t() @ values if ctx.needs_input_grad[3] else None, grad_bias, None
+        grad_values = (grad @ weight).view_as(values) if ctx.needs_input_grad[0] else None
+        grad_weight = grad.t() @ values.reshape(-1, values.shape[-1]) if ctx.needs_input_grad[3] else None
+        grad_bias = grad.sum(0) if ctx.biased and ctx.needs_input_grad[6] else None
+        return grad_values, None, None, grad_weight, None, None, grad_bias, None
+
+
+def _decoded(ctx: Any) -> tuple[Tensor, Tensor]:
+    """Input and weight of a layer, from what its forward kept."""
+    code, step, weight, weight_step = ctx.saved_tensors
+    values = ctx.decode(code, step, ctx.dtype)
+    return values, weight if weight_step is None else ctx.decode(weight, weight_step, ctx.dtype)
 
 
 def takes_codes(layer: nn.Module) -> bool:
@@ -119,23 +143,23 @@ def takes_codes(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear)
 
 
-def apply_coded(layer: Any, coded: Coded, weight: Tensor | None = None, decode: Decode = decode) -> Tensor:
-    """``layer(coded.values)``, with the code kept instead of the values; under autocast in its type.
+def apply_coded(layer: Any, coded: Coded, weight: Coded | None = None, decode: Decode = decode) -> Tensor:
+    """``layer(coded.values)``, with codes kept instead of floats; under autocast in its type.
 
     Args:
         layer: one that :func:`takes_codes`.
         coded: its input.
-        weight: the layer's quantized weight, where it is there already.
-        decode: what remakes the values in backward.
+        weight: its :func:`coded_weight`, where that is there already.
+        decode: what makes floats of codes in backward.
     """
     values, code, step = coded
+    w, w_code, w_step = weight or coded_weight(layer) or (layer.weight, None, None)
     bias = layer.bias
-    weight = layer.quantized_weight() if weight is None else weight
     if torch.is_autocast_enabled(values.device.type):
         dtype = torch.get_autocast_dtype(values.device.type)
-        values, weight, bias = values.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
+        values, w, bias = values.to(dtype), w.to(dtype), bias if bias is None else bias.to(dtype)
     if isinstance(layer, nn.Linear):
-        return _Linear.apply(values, code, step, weight, bias, decode)  # type: ignore[no-any-return, no-untyped-call]
+        return _Linear.apply(values, code, step, w, w_code, w_step, bias, decode)  # type: ignore[no-any-return, no-untyped-call]
     none = (0,) * len(layer.stride)
     settings = (layer.stride, layer.padding, layer.dilation, False, none, layer.groups)
-    return _Convolution.apply(values, code, step, weight, bias, settings, decode)  # type: ignore[no-any-return, no-untyped-call]
+    return _Convolution.apply(values, code, step, w, w_code, w_step, bias, settings, decode)  # type: ignore[no-any-return, no-untyped-call]
