@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from brfx.checkpoint import float_state_dict, load, save
     from brfx.config import QATConfig, TrainConfig
     from brfx.errors import BrfxError
-    from brfx.export import export_onnx, export_packed, export_qonnx, export_torch
+    from brfx.export import export_onnx, export_packed, export_qonnx, export_torch, snap_biases
     from brfx.models import build_model
     from brfx.observing import observe
     from brfx.penalty import BinPenalty
@@ -41,6 +41,7 @@ _HOMES = {
     "prepare_qat": "brfx.pipeline",
     "quantization_disabled": "brfx.calibration",
     "save": "brfx.checkpoint",
+    "snap_biases": "brfx.export",
 }
 
 __all__ = [  # noqa: RUF022  (in the order of use)
@@ -56,6 +57,7 @@ __all__ = [  # noqa: RUF022  (in the order of use)
     "evaluate",
     "BinPenalty",
     "BinRegularizer",
+    "snap_biases",
     "save",
     "load",
     "float_state_dict",

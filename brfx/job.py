@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import count, islice
@@ -22,7 +23,7 @@ from brfx.checkpoint import is_brfx_file, load, load_float, read_state_dict, sav
 from brfx.config import JobConfig
 from brfx.data import DEFAULTS, BatchLoader, Dataset, Preprocessing, load_dataset, with_overrides
 from brfx.errors import ConfigError, DataError, ExportError, TrainingError
-from brfx.export import OnnxReport, export_onnx
+from brfx.export import OnnxReport, export_onnx, snap_biases
 from brfx.grid import Grid
 from brfx.models import CIFAR_RESNETS, build_model, example_inputs, require_model
 from brfx.penalty import BinPenalty
@@ -123,6 +124,8 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
                 resume=resume,
                 callbacks=callbacks,
             )
+        with suppress(ExportError):  # the export below says why
+            snap_biases(qmodel)
         onnx_report, problem = None, None
         if rank() == 0:
             onnx_report, problem = _write_model(qmodel, run_dir, next(iter(val_data))[0][:8])

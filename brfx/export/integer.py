@@ -132,12 +132,17 @@ class FloatLayer(nn.Module):
 
 @dataclass(frozen=True)
 class Folded:
-    """A convolution's weight codes times ``headroom``, its scale by channel, and its bias in units of the sums."""
+    """A convolution's weight codes times ``headroom``, its scale by channel, and its bias in units of the sums.
+
+    ``snapped`` is the bias that the norm (the layer, if the norm has none) would have if it were that integer exactly;
+    ``None`` where neither has a bias.
+    """
 
     weight: Tensor
     scale: Tensor
     bias: Tensor
     headroom: int
+    snapped: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -148,11 +153,13 @@ class IntegerModel:
         model: runs in PyTorch, in integers where ``layers`` says so.
         layers: by dotted name.
         float_layers: what stays in floating point, and why.
+        biases: parameters of the trained model, and the values of theirs that the integer form has exactly.
     """
 
     model: nn.Module
     layers: dict[str, IntegerConv | IntegerLinear]
     float_layers: dict[str, str]
+    biases: dict[str, Tensor]
 
     @property
     def largest_sum(self) -> int:
@@ -176,7 +183,7 @@ def integer_model(qmodel: nn.Module) -> IntegerModel:
     """
     require_calibrated(qmodel)
     model = copy.deepcopy(qmodel).eval().cpu()
-    result = IntegerModel(model, {}, {})
+    result = IntegerModel(model, {}, {}, {})
     for prefix, gm in graphs(model).items():
         scope = f"{prefix}." if prefix else ""
         if getattr(gm, "twin", False):
@@ -196,6 +203,21 @@ def integer_model(qmodel: nn.Module) -> IntegerModel:
     return result
 
 
+@torch.no_grad()
+def snap_biases(qmodel: nn.Module) -> None:
+    """Move each bias to the nearest value that an integer kernel has, so that the integer form decides what this does.
+
+    A bias, of a batch norm or of a convolution, moves by at most half a unit of the integer sums. To be called when
+    training is over, before the model is evaluated and saved; ``brfx quantize`` does.
+
+    Raises:
+        NotCalibratedError: a quantizer has no step.
+        ExportError: a sum could leave 32 bits; names the layer.
+    """
+    for name, value in integer_model(qmodel).biases.items():
+        qmodel.get_parameter(name).copy_(value)
+
+
 class _Rewriting:
     """One graph on its way to integers."""
 
@@ -209,7 +231,7 @@ class _Rewriting:
             if isinstance(module, _IDENTITIES):
                 node.replace_all_uses_with(node.args[0])
                 self.gm.graph.erase_node(node)
-        self.flows = analyse(self.gm)
+        self.flows, self.calls = analyse(self.gm), call_counts(self.gm)
         for node in list(self.gm.graph.nodes):
             module = self._module(node)
             if isinstance(module, AlignedAdd):
@@ -296,9 +318,13 @@ class _Rewriting:
         if x is None:
             return None
         source = self._on_codes(node, x)
-        integer = IntegerConv(layer, fold(layer, norm, x), x, codes, layer.weight_quantizer.bits, site)
+        parts = fold(layer, norm, x)
+        integer = IntegerConv(layer, parts, x, codes, layer.weight_quantizer.bits, site)
         new = self._call(value, str(node.target), integer, source)
         self.result.layers[f"{self.scope}{node.target}"] = integer
+        owner = node if norm is None or not norm.affine else value
+        if parts.snapped is not None and self.calls[str(owner.target)] == 1:
+            self.result.biases[f"{self.scope}{owner.target}.bias"] = parts.snapped
         value.replace_all_uses_with(new)
         for dead in dict.fromkeys((value, node)):
             self.gm.graph.erase_node(dead)
@@ -438,8 +464,14 @@ def fold(layer: Any, norm: nn.Module | None, x: Codes) -> Folded:
     scale = torch.where(vanishing, (shift.abs() / (x.scale * 2**20)).clamp(min=1e-12), scale)
     codes = torch.where(vanishing.view(-1, *[1] * (codes.dim() - 1)), 0, codes)
     scale = scale.float()
-    bias = (shift / (scale.double() * torch.tensor(x.scale).double())).round()
-    return Folded((codes * headroom).to(torch.int8), scale, bias.to(torch.int32), headroom)
+    unit = scale.double() * torch.tensor(x.scale).double()
+    bias = (shift / unit).round()
+    moved, snapped = bias * unit - shift, None
+    if norm is not None and norm.affine:
+        snapped = norm.bias.detach() + moved
+    elif layer.bias is not None:
+        snapped = layer.bias.detach() + moved / factor
+    return Folded((codes * headroom).to(torch.int8), scale, bias.to(torch.int32), headroom, snapped)
 
 
 def _float_layer(layer: QuantizedLayer) -> FloatLayer:

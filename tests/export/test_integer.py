@@ -104,6 +104,38 @@ def test_the_real_network_flips_less_than_five_in_ten_thousand(real_checkpoint, 
     assert sum(site.flipped for site in sites) < 0.0005 * sum(site.codes for site in sites)
 
 
+def test_with_biases_snapped_no_code_of_the_real_network_flips(real_checkpoint, cifar10_test):
+    from brfx.checkpoint import load_float
+    from brfx.data import Preprocessing
+
+    model = build_model("resnet20", 10)
+    load_float(model, real_checkpoint)
+    images = Preprocessing(32).normalize(cifar10_test.images[:128])
+    qmodel = trained(model, images)
+    before = integer_model(qmodel)
+    biases = {name: parameter.detach().clone() for name, parameter in qmodel.named_parameters() if "bias" in name}
+    brfx.snap_biases(qmodel)
+    after = integer_model(qmodel)
+    assert sum(site.flipped for site in compare_codes(qmodel, after, images)) == 0
+    assert torch.equal(after.model(images).argmax(1), qmodel(images).argmax(1))
+    assert all(torch.equal(layer.bias, before.layers[name].bias) for name, layer in after.layers.items())
+    for name, layer in after.layers.items():
+        if isinstance(layer, IntegerConv):
+            norm = name.replace("conv", "bn") + ".bias"
+            moved = qmodel.get_parameter(norm) - biases[norm]
+            assert moved.abs().max() > 0 and (moved.abs() <= 0.501 * layer.weight_scale.abs() * layer.x.scale).all()
+
+
+def test_a_bias_without_a_batch_norm_is_snapped_and_a_shared_one_left(images):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), norm := nn.BatchNorm2d(4), nn.ReLU())
+    model.extend([nn.Conv2d(4, 4, 1), norm, nn.ReLU()])
+    qmodel = trained(model, images)
+    assert set(integer_model(qmodel).biases) == {"0.bias"}
+    brfx.snap_biases(qmodel)
+    layer = integer_model(qmodel).layers["0"]
+    torch.testing.assert_close(layer.bias * layer.weight_scale * layer.x.scale, qmodel.get_parameter("0.bias"))
+
+
 def test_what_is_an_identity_in_eval_stands_in_no_layer_s_way(images):
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3),
