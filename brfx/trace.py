@@ -41,6 +41,7 @@ class Tracer(fx.Tracer):
     def __init__(self, tracing: Tracing) -> None:
         super().__init__()
         self.leaf_modules = tracing.leaf_modules
+        self.record_stack_traces = True  # for brfx.graph.source_line
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, (*_LEAVES, *self.leaf_modules)) or is_plain_layer(m):

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -25,6 +26,9 @@ from brfx.export.integer import IntegerModel, integer_model
 from brfx.export.operators import translations
 from brfx.export.packing import CONTAINERS, pack
 from brfx.export.parity import SiteParity, compare_codes
+from brfx.graph import source_line
+from brfx.observing import graphs
+from brfx.operators import name_of
 
 #: What a profile is for: the opset it needs, and the narrowest type that weights are stored in.
 PROFILES = {"compact": (25, 2), "fast": (21, 8), "portable": (21, 4)}
@@ -106,7 +110,7 @@ def export_onnx(
         assert program is not None
         proto = program.model_proto
     except Exception as error:
-        raise ExportError(f"torch's ONNX exporter failed: {first_line(error)}") from error
+        raise ExportError(f"torch's ONNX exporter failed: {_told(error, integer.model)}") from error
     _share_codes(proto)
     _store_weights(proto, integer, narrowest)
     _strip(proto)
@@ -115,6 +119,21 @@ def export_onnx(
         onnx.checker.check_model(proto, full_check=True)
         onnx.save(proto, partial)
     return _compare(path, inputs, qmodel, integer, expected)
+
+
+def _told(error: BaseException, model: nn.Module) -> str:
+    """What the exporter could not do: where it has no form of an operator, that operator and the line that calls it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    unknown = re.search(r"No ONNX function found for <OpOverload\(op='(\w+\.(\w+))'", str(error))
+    if unknown is None:
+        return first_line(error)
+    calls = [
+        node for gm in graphs(model).values() for node in gm.graph.nodes if unknown[2] in str(name_of(node.target))
+    ]
+    lines = list(dict.fromkeys(line for node in calls if (line := source_line(node))))
+    where = f", called in {', '.join(lines[:3])}" if lines else ""
+    return f"ONNX has no operator for {unknown[1]}{where}; replace it in the model, or export a part of the model"
 
 
 def _share_codes(proto: Any) -> None:

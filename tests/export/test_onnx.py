@@ -96,6 +96,28 @@ def test_an_unknown_profile_and_a_folder_that_is_not_there(exported, tmp_path):
         brfx.export_onnx(qmodel, tmp_path / "no" / "m.onnx", torch.randn(2, 3, 32, 32))
 
 
+class Bessel(torch.nn.Module):
+    """Has a function that ONNX does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.last = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.conv(x).relu().mean((2, 3))
+        return self.last(torch.special.bessel_j0(x))
+
+
+def test_an_operator_that_onnx_does_not_have_is_named_with_its_line(tmp_path):
+    images = torch.rand(2, 3, 8, 8)
+    qmodel = brfx.prepare_qat(Bessel())
+    brfx.calibrate(qmodel, [images])
+    line = Bessel.forward.__code__.co_firstlineno + 2
+    with pytest.raises(brfx.BrfxError, match=rf"no operator for \w+.bessel_j0, called in test_onnx.py:{line};"):
+        brfx.export_onnx(qmodel, tmp_path / "model.onnx", images)
+    assert not list(tmp_path.iterdir())
+
+
 def test_weights_are_packed_and_the_file_says_how_to_feed_it(exported):
     _, path, report = exported
     proto = onnx.load(path)
