@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,15 @@ from torchvision.ops import StochasticDepth
 
 from brfx.calibration import require_calibrated
 from brfx.errors import ExportError
-from brfx.export.operators import Codes, convolution, linear, requantize
-from brfx.flow import analyse, commutes_with_rounding
+from brfx.export.operators import Codes, convolution, linear, product, requantize
+from brfx.flow import analyse, commutes_with_rounding, operands, operation
 from brfx.graph import attribute, call_counts, free_name, set_module
 from brfx.grid import MIN_STEP
 from brfx.nn import (
     ActivationObserver,
     AlignedAdd,
     LSQActivationQuantizer,
+    LSQWeightQuantizer,
     QuantizedAttention,
     QuantizedClippedReLU,
     QuantizedLayer,
@@ -37,6 +38,10 @@ from brfx.python_calls import QuantizedFunction
 from brfx.trace import pruned
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
+_Kind = TypeVar("_Kind", bound=nn.Module)
+
+#: Matrix products of two activations.
+_PRODUCTS = ("matmul", "rmatmul", "mm", "bmm")
 
 #: What lets values through in eval mode.
 _IDENTITIES = (ActivationObserver, nn.Identity, nn.modules.dropout._DropoutNd, StochasticDepth)
@@ -109,6 +114,102 @@ class IntegerLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.transposed, self.scale, self.bias, self.x.scale, self.x.zero_point)  # type: ignore[no-any-return]
+
+
+class IntegerAttention(QuantizedAttention):
+    """Attention with both products in integers; softmax and masks are floats between quantizers."""
+
+    query_quantizer: Requantize
+    key_quantizer: Requantize
+    value_quantizer: Requantize
+    softmax_quantizer: Requantize
+
+    @classmethod
+    def of(cls, attention: QuantizedAttention) -> Self | None:
+        """``None`` where an operand has no codes."""
+        names = [f"{operand}_quantizer" for operand in ("query", "key", "value", "softmax")]
+        requantizers = [_requantizer(getattr(attention, name)) for name in names]
+        if None in requantizers:
+            return None
+        new = _adopted(cls, attention)
+        for name, requantizer in zip(names, requantizers, strict=True):
+            setattr(new, name, requantizer)
+        return new
+
+    def scores(self, query: Tensor, key: Tensor) -> Tensor:
+        left, right = self.query_quantizer.codes, self.key_quantizer.codes
+        return product(query, key, left.scale, left.zero_point, right.scale, right.zero_point)  # type: ignore[no-any-return]
+
+    def mixed(self, probabilities: Tensor, value: Tensor) -> Tensor:
+        left, right = self.softmax_quantizer.codes, self.value_quantizer.codes
+        return product(probabilities, value, left.scale, left.zero_point, right.scale, right.zero_point)  # type: ignore[no-any-return]
+
+
+class IntegerMultiheadAttention(QuantizedMultiheadAttention):
+    """Multi-head attention with its four linears and two products in integers."""
+
+    q: IntegerLinear
+    k: IntegerLinear
+    v: IntegerLinear
+    out: IntegerLinear
+
+    @classmethod
+    def of(cls, layer: QuantizedMultiheadAttention) -> Self | None:
+        """``None`` where an operand has no codes."""
+        attention = IntegerAttention.of(layer.attention)
+        source, joined = _requantizer(layer.input_quantizer), _requantizer(layer.output_quantizer)
+        if attention is None or source is None or joined is None or not layer.weight_quantizers:
+            return None
+        names = ["in_proj_weight"] if layer.packed else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+        linears = []
+        biases = (None, None, None) if layer.in_proj_bias is None else layer.in_proj_bias.detach().chunk(3)
+        parts = [part for name in names for part in _linear_parts(layer, name, 3 if layer.packed else 1)]
+        for (weight, step, bits), bias in zip(parts, biases, strict=True):
+            linears.append(_integer_linear(weight, step, bias, source.codes, bits))
+        ((weight, step, bits),) = _linear_parts(layer, "out_proj_weight", 1)
+        bias = layer.out_proj.bias
+        new = _adopted(cls, layer)
+        for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"):
+            new._parameters[name] = None
+        del new.out_proj, new.weight_quantizers
+        new.input_quantizer, new.attention, new.output_quantizer = source, attention, joined
+        new.q, new.k, new.v = linears
+        new.out = _integer_linear(weight, step, None if bias is None else bias.detach(), joined.codes, bits)
+        return new
+
+    def project_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q(query), self.k(key), self.v(value)
+
+    def project_output(self, x: Tensor) -> Tensor:
+        return self.out(x)  # type: ignore[no-any-return]
+
+
+def _adopted(cls: type[_Kind], module: nn.Module) -> _Kind:
+    """A module of this class with all that ``module`` has."""
+    new = cls.__new__(cls)
+    new.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(module).items()}
+    return new
+
+
+def _requantizer(quantizer: nn.Module) -> Requantize | None:
+    known = isinstance(quantizer, LSQActivationQuantizer) and quantizer.calibrated
+    codes = codes_of(quantizer) if known else None  # type: ignore[arg-type]
+    return None if codes is None else Requantize(codes, "")
+
+
+def _linear_parts(layer: QuantizedMultiheadAttention, name: str, parts: int) -> list[tuple[Tensor, Tensor, int]]:
+    """Codes, steps (one a row) and bits of a weight of ``layer``, cut into ``parts`` by rows."""
+    weight, quantizer = layer.latent_weights()[name].detach(), layer.weight_quantizers[name]
+    assert isinstance(quantizer, LSQWeightQuantizer)
+    step = quantizer.step.detach().clamp(min=MIN_STEP)
+    codes, steps = quantizer.grid.encode(weight, step).to(torch.int8), step.flatten().expand(len(weight))
+    return [(c.contiguous(), s, quantizer.bits) for c, s in zip(codes.chunk(parts), steps.chunk(parts), strict=True)]
+
+
+def _integer_linear(weight: Tensor, step: Tensor, bias: Tensor | None, x: Codes, bits: int) -> IntegerLinear:
+    """A linear of codes ``weight``; ``step`` is one, or one a row."""
+    scale = (step.flatten() * torch.tensor(x.scale)).float()
+    return IntegerLinear(weight, scale, torch.zeros(len(weight)) if bias is None else bias.clone(), x, bits)
 
 
 class FloatLayer(nn.Module):
@@ -189,10 +290,14 @@ def integer_model(qmodel: nn.Module) -> IntegerModel:
         if getattr(gm, "twin", False):
             gm.graph = pruned(gm, False)
         _Rewriting(gm, scope, result).run()
-    for name, module in model.named_modules():
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantizedMultiheadAttention):
+            continue  # all in it is its own
         for child_name, child in list(module.named_children()):
             path = f"{name}.{child_name}".lstrip(".")
-            if isinstance(child, QuantizedLayer) and child.weight_quantizer is not None:
+            if isinstance(child, (QuantizedAttention, QuantizedMultiheadAttention)):
+                _attention(result, module, child_name, path)
+            elif isinstance(child, QuantizedLayer) and child.weight_quantizer is not None:
                 if not child.weight_quantizer.calibrated:
                     continue
                 setattr(module, child_name, _float_layer(child))
@@ -201,6 +306,21 @@ def integer_model(qmodel: nn.Module) -> IntegerModel:
         if layer.largest_sum >= 2**31:
             raise ExportError(f"{name}: its sums can reach {layer.largest_sum}, more than 32 bits hold; use fewer bits")
     return result
+
+
+def _attention(result: IntegerModel, parent: nn.Module, name: str, path: str) -> None:
+    """Put the integer form in the place of an attention, where it has one."""
+    layer = getattr(parent, name)
+    if isinstance(layer, (IntegerAttention, IntegerMultiheadAttention)):
+        return
+    kind = IntegerMultiheadAttention if isinstance(layer, QuantizedMultiheadAttention) else IntegerAttention
+    integer = kind.of(layer)
+    if integer is None:
+        result.float_layers[path] = "an operand of this attention has no codes of 8 bits"
+        return
+    setattr(parent, name, integer)
+    if isinstance(integer, IntegerMultiheadAttention):
+        result.layers.update({f"{path}.{part}": getattr(integer, part) for part in ("q", "k", "v", "out")})
 
 
 @torch.no_grad()
@@ -242,8 +362,10 @@ class _Rewriting:
                     self._quantizer(node, codes)
             elif isinstance(module, QuantizedLinear):
                 self._linear(node, module)
-            elif isinstance(module, (QuantizedAttention, QuantizedMultiheadAttention, QuantizedFunction)):
-                self.result.float_layers[f"{self.scope}{node.target}"] = "attention is computed in floating point"
+            elif operation(self.gm, node)[0] in _PRODUCTS:
+                self._product(node)
+            elif isinstance(module, QuantizedFunction):
+                self.result.float_layers[f"{self.scope}{node.target}"] = "a function that is kept whole"
         for node in list(self.gm.graph.nodes):
             module = self._module(node)
             if isinstance(module, QuantizedLayer):
@@ -332,17 +454,29 @@ class _Rewriting:
 
     def _input_codes(self, node: Node) -> Codes | None:
         """The grid that the input of a layer lies on."""
-        value = node.args[0] if node.args else None
+        return self._codes(node.args[0]) if node.args else None
+
+    def _codes(self, value: object) -> Codes | None:
+        """The grid that a value lies on: a quantizer's, scaled where a constant factor lies between."""
+        factor = 1.0
         while isinstance(value, Node):
             if value in self.codes:
-                return self.codes[value]
+                return _scaled(self.codes[value], factor)
             grid = self.flows[value].grid if value in self.flows else None
             if grid is None:
                 return None
             if grid is value:
                 module = self._module(value)
-                return codes_of(module) if isinstance(module, LSQActivationQuantizer) else None
+                codes = codes_of(module) if isinstance(module, LSQActivationQuantizer) else None
+                return _scaled(codes, factor)
             inputs = value.all_input_nodes
+            name, args, kwargs = operation(self.gm, value)
+            if not commutes_with_rounding(self.gm, value):
+                constants = [c for c in (*args, *kwargs.values()) if isinstance(c, (int, float))]
+                times = name in ("mul", "imul")
+                if len(constants) != 1 or constants[0] <= 0 or not (times or isinstance(args[0], Node)):
+                    return None
+                factor *= constants[0] if times else 1 / constants[0]
             value = inputs[0] if inputs else None
         return None
 
@@ -361,11 +495,22 @@ class _Rewriting:
         if x is None or layer.weight_quantizer is None:
             return
         weight, step = codes_of_weight(layer)
-        scale = (step.flatten() * torch.tensor(x.scale)).float()
-        bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().clone()
-        integer = IntegerLinear(weight, scale, bias, x, layer.weight_quantizer.bits)
+        bias = None if layer.bias is None else layer.bias.detach()
+        integer = _integer_linear(weight, step, bias, x, layer.weight_quantizer.bits)
         new = self._call(node, str(node.target), integer, self._on_codes(node, x))
         self.result.layers[f"{self.scope}{node.target}"] = integer
+        node.replace_all_uses_with(new)
+        self.gm.graph.erase_node(node)
+
+    def _product(self, node: Node) -> None:
+        """A matrix product of two activations."""
+        pair = operands(self.gm, node)
+        grids = [self._codes(operand.node) for operand in pair]
+        if len(pair) != 2 or grids[0] is None or grids[1] is None:
+            return
+        zeros = [setting for codes in grids if codes for setting in (codes.scale, codes.zero_point)]
+        with self.gm.graph.inserting_before(node):
+            new = self.gm.graph.call_function(torch.ops.brfx.product.default, (pair[0].node, pair[1].node, *zeros))
         node.replace_all_uses_with(new)
         self.gm.graph.erase_node(node)
 
@@ -415,6 +560,11 @@ def _taken(gm: GraphModule, name: str) -> bool:
     except AttributeError:
         return False
     return True
+
+
+def _scaled(codes: Codes | None, factor: float) -> Codes | None:
+    """The same codes, worth ``factor`` times as much."""
+    return codes if codes is None or factor == 1 else codes._replace(scale=codes.scale * factor)
 
 
 def codes_of(quantizer: LSQActivationQuantizer) -> Codes | None:

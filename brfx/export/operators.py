@@ -89,6 +89,20 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, x_scale: float, x_
     return x.new_empty((*x.shape[:-1], weight.shape[1]))
 
 
+@torch.library.custom_op("brfx::product", mutates_args=())
+def product(
+    left: Tensor, right: Tensor, left_scale: float, left_zero_point: int, right_scale: float, right_zero_point: int
+) -> Tensor:
+    """``left @ right`` of two activations in integers; zero points are those that their codes are stored with."""
+    total = (left / _f32(left_scale)).round().double() @ (right / _f32(right_scale)).round().double()
+    return total.float() * (_f32(left_scale) * _f32(right_scale))
+
+
+@product.register_fake
+def _(left: Tensor, right: Tensor, *args: Any) -> Tensor:
+    return left @ right
+
+
 def translations() -> dict[Any, Any]:
     """How torch's exporter is to write the operators above: ``custom_translation_table``."""
     import numpy as np
@@ -149,8 +163,18 @@ def translations() -> dict[Any, Any]:
         total = op.MatMulInteger(codes, weight, x_zero)
         return op.Add(op.Mul(op.Cast(total, to=onnx.TensorProto.FLOAT), scale), bias)
 
+    def onnx_product(
+        left: Any, right: Any, left_scale: float, left_zero_point: int, right_scale: float, right_zero_point: int
+    ) -> Any:
+        zeros = constant(left_zero_point, np.uint8), constant(right_zero_point, np.uint8)
+        left = op.QuantizeLinear(left, constant(left_scale, np.float32), zeros[0])
+        right = op.QuantizeLinear(right, constant(right_scale, np.float32), zeros[1])
+        total = op.Cast(op.MatMulInteger(left, right, *zeros), to=onnx.TensorProto.FLOAT)
+        return op.Mul(total, constant(float(_f32(left_scale) * _f32(right_scale)), np.float32))
+
     return {
         torch.ops.brfx.requantize.default: onnx_requantize,
         torch.ops.brfx.convolution.default: onnx_convolution,
         torch.ops.brfx.linear.default: onnx_linear,
+        torch.ops.brfx.product.default: onnx_product,
     }

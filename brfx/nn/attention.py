@@ -61,7 +61,7 @@ class QuantizedAttention(nn.Module):
         if enable_gqa:
             key = key.repeat_interleave(query.size(-3) // key.size(-3), -3)
             value = value.repeat_interleave(query.size(-3) // value.size(-3), -3)
-        scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.size(-1)) if scale is None else scale)
+        scores = self.scores(query, key.transpose(-2, -1)) * (1 / math.sqrt(query.size(-1)) if scale is None else scale)
         if is_causal:
             attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -74,7 +74,15 @@ class QuantizedAttention(nn.Module):
         probabilities = self.softmax_quantizer(probabilities)
         if dropout_p > 0:  # after the quantizer: zeros and a common factor leave a grid a grid
             probabilities = F.dropout(probabilities, dropout_p)
-        return probabilities @ value, probabilities
+        return self.mixed(probabilities, value), probabilities
+
+    def scores(self, query: Tensor, key: Tensor) -> Tensor:
+        """The first product, of ``(..., L, E)`` and ``(..., E, S)``."""
+        return query @ key
+
+    def mixed(self, probabilities: Tensor, value: Tensor) -> Tensor:
+        """The second, of ``(..., L, S)`` and ``(..., S, Ev)``."""
+        return probabilities @ value
 
 
 class QuantizedMultiheadAttention(nn.MultiheadAttention):
@@ -162,7 +170,7 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
             q, k, v, mask, self.dropout if self.training else 0.0, is_causal=is_causal
         )
         output = self.output_quantizer(output.transpose(1, 2).flatten(2))  # (N, L, E)
-        output = F.linear(output, self._weight("out_proj_weight"), self.out_proj.bias)
+        output = self.project_output(output)
         output = output.squeeze(0) if not batched else output if self.batch_first else output.transpose(0, 1)
         if not need_weights:
             return output, None
@@ -188,14 +196,22 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
         weight = self.latent_weights()[name]
         return self.weight_quantizers[name](weight) if name in self.weight_quantizers else weight
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The input projections, with the extra key and value of ``add_bias_kv`` and of ``add_zero_attn``."""
+    def project_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The three linears in front of the attention."""
         if self.packed:
             q, k, v = self._weight("in_proj_weight").chunk(3)
         else:
             q, k, v = self._weight("q_proj_weight"), self._weight("k_proj_weight"), self._weight("v_proj_weight")
         bias_q, bias_k, bias_v = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        query, key, value = F.linear(query, q, bias_q), F.linear(key, k, bias_k), F.linear(value, v, bias_v)
+        return F.linear(query, q, bias_q), F.linear(key, k, bias_k), F.linear(value, v, bias_v)
+
+    def project_output(self, x: Tensor) -> Tensor:
+        """The linear behind it."""
+        return F.linear(x, self._weight("out_proj_weight"), self.out_proj.bias)
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The input projections, with the extra key and value of ``add_bias_kv`` and of ``add_zero_attn``."""
+        query, key, value = self.project_inputs(query, key, value)
         if self.bias_k is not None and self.bias_v is not None:
             key = torch.cat([key, self.bias_k.expand(key.size(0), -1, -1)], 1)
             value = torch.cat([value, self.bias_v.expand(value.size(0), -1, -1)], 1)

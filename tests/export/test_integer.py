@@ -174,3 +174,60 @@ def test_the_parts_of_a_joined_value_are_made_on_its_grid(images):
     sites = compare_codes(qmodel, integer, images)
     assert [site.site for site in sites] == ["a_input", "last_input", "last_output"]
     assert [site.flipped for site in sites[:2]] == [0, 0] and sites[2].largest <= 1
+
+
+class Scaled(nn.Module):
+    """Codes that a constant scales on their way into a layer, and into a matrix product."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.tokens = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 12, 3), nn.Flatten(2)
+
+    def forward(self, x):
+        x = self.tokens(self.second(0.3 * self.first(x).relu())).transpose(1, 2)
+        q, k, v = x.chunk(3, -1)
+        return torch.bmm(torch.matmul(q / 2, k.transpose(-2, -1)).softmax(-1), v)
+
+
+def test_a_constant_factor_scales_the_grid_and_products_of_codes_are_integers(images):
+    qmodel = trained(Scaled(), images, bits=4)
+    integer = integer_model(qmodel)
+    assert set(integer.layers) == {"first", "second"} and not integer.float_layers
+    assert integer.layers["second"].x.scale == pytest.approx(0.3 * integer.layers["first"].y.scale)
+    targets = [node.target for node in integer.model.graph.nodes]
+    assert targets.count(torch.ops.brfx.product.default) == 2 and torch.matmul not in targets
+    brfx.snap_biases(qmodel)
+    torch.testing.assert_close(integer_model(qmodel).model(images), qmodel(images))
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"kdim": 12, "vdim": 10}, {"add_bias_kv": True, "bias": False}])
+def test_multi_head_attention_is_integers(settings, per_channel):
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 4, batch_first=True, **settings)
+
+        def forward(self, q, k, v):
+            return self.attention(q, k, v)[0]
+
+    torch.manual_seed(0)
+    inputs = (
+        torch.randn(4, 7, 16),
+        torch.randn(4, 5, settings.get("kdim", 16)),
+        torch.randn(4, 5, settings.get("vdim", 16)),
+    )
+    qmodel = brfx.prepare_qat(Tokens(), brfx.QATConfig(bits=2, per_channel=per_channel)).eval()
+    brfx.calibrate(qmodel, [inputs], forward=lambda model, batch: model(*batch))
+    integer = integer_model(qmodel)
+    assert set(integer.layers) == {f"attention.{part}" for part in ("q", "k", "v", "out")} and not integer.float_layers
+    assert all(layer.weight.dtype == torch.int8 for layer in integer.layers.values())
+    torch.testing.assert_close(integer.model(*inputs), qmodel(*inputs))
+    assert not list(integer.model.parameters()) or settings.get("add_bias_kv")
+
+
+def test_attention_without_codes_stays_float_and_is_named():
+    model = nn.TransformerEncoderLayer(16, 4, 16, batch_first=True)
+    qmodel = brfx.prepare_qat(model, brfx.QATConfig(weight_bits=2, act_bits=32)).eval()
+    brfx.calibrate(qmodel, [torch.randn(2, 5, 16)])
+    assert "self_attn" in integer_model(qmodel).float_layers
