@@ -86,6 +86,11 @@ class QuantizedCall(nn.Module):
             if self.kind == "einsum" and len(args) == 2 and isinstance(args[1], list | tuple):
                 args = (args[0], *args[1])
             args, kwargs = self._quantize(args, kwargs)
+            return self.call(function, args, kwargs)
+        return _call(function, args, kwargs)
+
+    def call(self, function: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The operation itself, on quantized operands."""
         return _call(function, args, kwargs)
 
     def _quantize(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

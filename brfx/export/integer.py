@@ -26,6 +26,7 @@ from brfx.nn import (
     ActivationObserver,
     AlignedAdd,
     LSQActivationQuantizer,
+    LSQQuantizer,
     LSQWeightQuantizer,
     QuantizedAttention,
     QuantizedClippedReLU,
@@ -34,7 +35,8 @@ from brfx.nn import (
     QuantizedMultiheadAttention,
 )
 from brfx.observing import graphs
-from brfx.python_calls import QuantizedFunction
+from brfx.operators import LINEAR
+from brfx.python_calls import QuantizedCall
 from brfx.trace import pruned
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -184,6 +186,33 @@ class IntegerMultiheadAttention(QuantizedMultiheadAttention):
         return self.out(x)  # type: ignore[no-any-return]
 
 
+class IntegerCall(QuantizedCall):
+    """A linear or a matrix product in Python code, in integers."""
+
+    left: Requantize  # type: ignore[assignment]
+    right: Requantize  # type: ignore[assignment]
+
+    @classmethod
+    def of(cls, call: QuantizedCall) -> Self | None:
+        """``None`` where an operand has no codes, or the operation has no integer form."""
+        left, right = _requantizer(call.left), _requantizer(call.right)
+        if left is None or right is None or call.kind not in ("linear", *_PRODUCTS):
+            return None
+        new = _adopted(cls, call)
+        new.left, new.right = left, right
+        return new
+
+    def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        left, right = LINEAR[self.kind].operands(args, kwargs)
+        if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
+            return super().call(function, args, kwargs)
+        a, b = self.left.codes, self.right.codes
+        linear = self.kind == "linear"
+        y = product(left, right.t() if linear else right, a.scale, a.zero_point, b.scale, b.zero_point)
+        bias = (args[2] if len(args) > 2 else kwargs.get("bias")) if linear else None
+        return y if bias is None else y + bias
+
+
 def _adopted(cls: type[_Kind], module: nn.Module) -> _Kind:
     """A module of this class with all that ``module`` has."""
     new = cls.__new__(cls)
@@ -191,8 +220,8 @@ def _adopted(cls: type[_Kind], module: nn.Module) -> _Kind:
     return new
 
 
-def _requantizer(quantizer: nn.Module) -> Requantize | None:
-    known = isinstance(quantizer, LSQActivationQuantizer) and quantizer.calibrated
+def _requantizer(quantizer: nn.Module | None) -> Requantize | None:
+    known = isinstance(quantizer, LSQQuantizer) and quantizer.calibrated and quantizer.step.numel() == 1
     codes = codes_of(quantizer) if known else None  # type: ignore[arg-type]
     return None if codes is None else Requantize(codes, "")
 
@@ -290,22 +319,33 @@ def integer_model(qmodel: nn.Module) -> IntegerModel:
         if getattr(gm, "twin", False):
             gm.graph = pruned(gm, False)
         _Rewriting(gm, scope, result).run()
-    for name, module in list(model.named_modules()):
+    _modules(result)
+    for name, layer in result.layers.items():
+        if layer.largest_sum >= 2**31:
+            raise ExportError(f"{name}: its sums can reach {layer.largest_sum}, more than 32 bits hold; use fewer bits")
+    return result
+
+
+def _modules(result: IntegerModel) -> None:
+    """Give attention, calls in Python code and layers outside every graph their integer forms, or say why not."""
+    for name, module in list(result.model.named_modules()):
         if isinstance(module, QuantizedMultiheadAttention):
             continue  # all in it is its own
         for child_name, child in list(module.named_children()):
             path = f"{name}.{child_name}".lstrip(".")
             if isinstance(child, (QuantizedAttention, QuantizedMultiheadAttention)):
                 _attention(result, module, child_name, path)
+            elif isinstance(child, QuantizedCall) and child.attention is None:
+                call = IntegerCall.of(child)
+                if call is not None:
+                    setattr(module, child_name, call)
+                elif any(isinstance(q, LSQQuantizer) and q.calibrated for q in (child.left, child.right)):
+                    result.float_layers[path] = f"Python code calls {child.kind}, which has no integer form here"
             elif isinstance(child, QuantizedLayer) and child.weight_quantizer is not None:
                 if not child.weight_quantizer.calibrated:
                     continue
                 setattr(module, child_name, _float_layer(child))
                 result.float_layers[path] = "called by Python code, outside every graph"
-    for name, layer in result.layers.items():
-        if layer.largest_sum >= 2**31:
-            raise ExportError(f"{name}: its sums can reach {layer.largest_sum}, more than 32 bits hold; use fewer bits")
-    return result
 
 
 def _attention(result: IntegerModel, parent: nn.Module, name: str, path: str) -> None:
@@ -364,8 +404,6 @@ class _Rewriting:
                 self._linear(node, module)
             elif operation(self.gm, node)[0] in _PRODUCTS:
                 self._product(node)
-            elif isinstance(module, QuantizedFunction):
-                self.result.float_layers[f"{self.scope}{node.target}"] = "a function that is kept whole"
         for node in list(self.gm.graph.nodes):
             module = self._module(node)
             if isinstance(module, QuantizedLayer):
@@ -567,8 +605,8 @@ def _scaled(codes: Codes | None, factor: float) -> Codes | None:
     return codes if codes is None or factor == 1 else codes._replace(scale=codes.scale * factor)
 
 
-def codes_of(quantizer: LSQActivationQuantizer) -> Codes | None:
-    """The uint8 codes of an activation quantizer; ``None`` for signs, which no clipped rounding makes."""
+def codes_of(quantizer: LSQQuantizer) -> Codes | None:
+    """The uint8 codes of a quantizer of one step; ``None`` for signs, which no clipped rounding makes."""
     grid, step = quantizer.grid, float(quantizer.step.detach().clamp(min=MIN_STEP))
     if grid.binary:
         return None

@@ -113,6 +113,7 @@ def export_onnx(
         raise ExportError(f"torch's ONNX exporter failed: {_told(error, integer.model)}") from error
     _share_codes(proto)
     _store_weights(proto, integer, narrowest)
+    _store_quantized(proto, narrowest)
     _strip(proto)
     _describe(proto, qmodel)
     with replacing(path) as partial:
@@ -222,6 +223,39 @@ def _store_weights(proto: Any, integer: IntegerModel, narrowest: int) -> None:
         for node in nodes:
             proto.graph.node.insert(place, node)
             place += 1
+
+
+def _store_quantized(proto: Any, narrowest: int) -> None:
+    """Store a constant that nothing but one quantizer reads as packed codes, decoded when the file is loaded.
+
+    w (FP32) -> QuantizeLinear(s, z)    =>    packed -> Cast(FLOAT) -> Mul(s) -> QuantizeLinear(s, z)
+    """
+    import onnx
+
+    to_array = onnx.numpy_helper.to_array
+    values = {value.name: value for value in proto.graph.initializer}
+    values |= {n.output[0]: n.attribute[0].t for n in proto.graph.node if n.op_type == "Constant" and n.attribute}
+    readers: dict[str, list[Any]] = {}
+    for node in proto.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    for weight in [value for value in proto.graph.initializer if value.data_type == onnx.TensorProto.FLOAT]:
+        quantizer, *others = readers.get(weight.name, [None])
+        if others or quantizer is None or quantizer.op_type != "QuantizeLinear" or quantizer.input[0] != weight.name:
+            continue
+        step, zero = (to_array(values[name]) for name in quantizer.input[1:])
+        clips = [node for node in readers[quantizer.output[0]] if node.op_type == "Clip"]
+        low, high = (int(to_array(values[name])) for name in clips[0].input[1:]) if clips else (0, 255)
+        low, high = low - int(zero), high - int(zero)
+        bits = next(b for b in CONTAINERS if b >= narrowest and -(1 << b - 1) <= low and high < 1 << b - 1)
+        codes = np.clip(np.rint(to_array(weight) / step), low, high).astype(np.int8)
+        packed, cast = f"{weight.name}.int{bits}", f"{weight.name}.codes"
+        tensor = onnx.TensorProto(name=packed, data_type=CONTAINERS[bits], dims=codes.shape, raw_data=pack(codes, bits))
+        proto.graph.initializer.remove(weight)
+        proto.graph.initializer.append(tensor)
+        place = list(proto.graph.node).index(quantizer)
+        proto.graph.node.insert(place, onnx.helper.make_node("Mul", [cast, quantizer.input[1]], [weight.name]))
+        proto.graph.node.insert(place, onnx.helper.make_node("Cast", [packed], [cast], to=onnx.TensorProto.FLOAT))
 
 
 def _strip(proto: Any) -> None:

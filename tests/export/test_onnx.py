@@ -1,7 +1,9 @@
 import json
 
+import numpy as np
 import pytest
 import torch
+from torchvision.models.swin_transformer import SwinTransformer
 
 import brfx
 from brfx.card import card_of
@@ -128,3 +130,18 @@ def test_weights_are_packed_and_the_file_says_how_to_feed_it(exported):
     assert metadata["preprocessing"]["image_size"] == 32
     assert metadata["classes"] == list("abcdefghij")
     assert metadata["brfx_config"]["weight_bits"] == 2
+
+
+@pytest.mark.parametrize("profile", ["compact", "fast"])
+def test_attention_in_python_code_is_integers_and_its_weights_are_packed(tmp_path, profile):
+    torch.manual_seed(0)
+    model = SwinTransformer([4, 4], 16, [1, 1], [2, 2], [4, 4], num_classes=5)
+    images = torch.randn(2, 3, 32, 32)
+    qmodel = brfx.prepare_qat(model)
+    brfx.calibrate(qmodel, [images])
+    report = brfx.export_onnx(qmodel, tmp_path / "model.onnx", images, profile)
+    assert report.reference_difference == 0 and not report.float_layers
+    kinds = optimized_kinds(report.path)
+    assert kinds.count("MatMulInteger") == 14  # four linears and two products a block, and two more linears
+    assert not {"Conv", "FusedConv", "Gemm", "MatMul"} & set(kinds)
+    assert not [t for t in onnx.load(report.path).graph.initializer if t.data_type == 1 and np.prod(t.dims) > 600]
