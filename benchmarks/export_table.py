@@ -112,6 +112,7 @@ def _export(name: str, path: Path, row: dict[str, Any]) -> None:
         with torch.no_grad():
             reestimate_batch_norm(_Bound(qmodel, inputs), [torch.zeros(())])
     qmodel.eval()
+    brfx.snap_biases(qmodel)
     _stage(row, "export")
     start = time.perf_counter()
     try:
