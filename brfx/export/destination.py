@@ -24,7 +24,9 @@ def as_inputs(example_inputs: Any) -> tuple[Tensor, ...]:
     """The example as a tuple of tensors on the CPU; ExportError where a model takes something else."""
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     if not all(isinstance(value, Tensor) for value in inputs):
-        raise ExportError("the exporter takes models of tensors; a detection model's backbone can be exported alone")
+        raise ExportError(
+            "the exporter takes models of tensors; of a detection model export backbone and head (docs/export.md)"
+        )
     return tuple(value.detach().cpu() for value in inputs)
 
 

@@ -7,9 +7,8 @@ Every exporter writes from it. Run in PyTorch it is the reference interpreter: i
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,18 @@ from torchvision.ops import StochasticDepth
 
 from brfx.calibration import require_calibrated
 from brfx.errors import ExportError
-from brfx.export.operators import Codes, convolution, linear, product, requantize
+from brfx.export.attention import PRODUCTS, IntegerAttention, IntegerCall, IntegerMultiheadAttention
+from brfx.export.layers import (
+    IntegerConv,
+    IntegerLinear,
+    Requantize,
+    codes_of,
+    codes_of_weight,
+    float_layer,
+    fold,
+    integer_linear,
+)
+from brfx.export.operators import Codes
 from brfx.flow import analyse, commutes_with_rounding, operands, operation
 from brfx.graph import attribute, call_counts, free_name, set_module
 from brfx.grid import MIN_STEP
@@ -27,252 +37,19 @@ from brfx.nn import (
     AlignedAdd,
     LSQActivationQuantizer,
     LSQQuantizer,
-    LSQWeightQuantizer,
     QuantizedAttention,
-    QuantizedClippedReLU,
     QuantizedLayer,
     QuantizedLinear,
     QuantizedMultiheadAttention,
 )
 from brfx.observing import graphs
-from brfx.operators import LINEAR
 from brfx.python_calls import QuantizedCall
 from brfx.trace import pruned
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
-_Kind = TypeVar("_Kind", bound=nn.Module)
-
-#: Matrix products of two activations.
-_PRODUCTS = ("matmul", "rmatmul", "mm", "bmm")
 
 #: What lets values through in eval mode.
 _IDENTITIES = (ActivationObserver, nn.Identity, nn.modules.dropout._DropoutNd, StochasticDepth)
-
-
-class Requantize(nn.Module):
-    """Puts values on a grid of 8-bit codes; ``site`` names the quantizer of the trained model that it stands for."""
-
-    def __init__(self, codes: Codes, site: str, scale_out: float | None = None) -> None:
-        super().__init__()
-        self.codes, self.site = codes, site
-        self.scale_out = codes.scale if scale_out is None else scale_out
-
-    def forward(self, x: Tensor) -> Tensor:
-        return requantize(x, *self.codes, self.scale_out)  # type: ignore[no-any-return]
-
-
-class IntegerConv(nn.Module):
-    """A convolution with int8 weights and an int32 bias, from the grid of its input to the grid of its output."""
-
-    weight: Tensor
-    weight_scale: Tensor
-    bias: Tensor
-
-    def __init__(self, layer: nn.Module, parts: Folded, x: Codes, y: Codes, bits: int, site: str) -> None:
-        super().__init__()
-        self.register_buffer("weight", parts.weight)
-        self.register_buffer("weight_scale", parts.scale)
-        self.register_buffer("bias", parts.bias)
-        self.x, self.y, self.bits, self.site, self.headroom = x, y, bits, site, parts.headroom
-        self.stride, self.dilation, self.groups = list(layer.stride), list(layer.dilation), int(layer.groups)  # type: ignore[arg-type]
-        self.padding = list(layer.padding)  # type: ignore[arg-type]
-        self.largest_sum = largest_sum(parts.weight, x) + int(parts.bias.abs().max())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return convolution(  # type: ignore[no-any-return]
-            x,
-            self.weight,
-            self.weight_scale,
-            self.bias,
-            self.x.scale,
-            self.x.zero_point,
-            *self.y,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-        )
-
-
-class IntegerLinear(nn.Module):
-    """A linear with int8 weights; sums in 32 bits, then one multiplication and a float bias.
-
-    ``transposed`` is ``weight`` as the matrix product wants it, under a name of its own in exported files.
-    """
-
-    weight: Tensor
-    transposed: Tensor
-    scale: Tensor
-    bias: Tensor
-
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor, x: Codes, bits: int) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("transposed", weight.t().contiguous(), persistent=False)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", bias)
-        self.x, self.bits, self.headroom = x, bits, 1
-        self.largest_sum = largest_sum(weight, x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.transposed, self.scale, self.bias, self.x.scale, self.x.zero_point)  # type: ignore[no-any-return]
-
-
-class IntegerAttention(QuantizedAttention):
-    """Attention with both products in integers; softmax and masks are floats between quantizers."""
-
-    query_quantizer: Requantize
-    key_quantizer: Requantize
-    value_quantizer: Requantize
-    softmax_quantizer: Requantize
-
-    @classmethod
-    def of(cls, attention: QuantizedAttention) -> Self | None:
-        """``None`` where an operand has no codes."""
-        names = [f"{operand}_quantizer" for operand in ("query", "key", "value", "softmax")]
-        requantizers = [_requantizer(getattr(attention, name)) for name in names]
-        if None in requantizers:
-            return None
-        new = _adopted(cls, attention)
-        for name, requantizer in zip(names, requantizers, strict=True):
-            setattr(new, name, requantizer)
-        return new
-
-    def scores(self, query: Tensor, key: Tensor) -> Tensor:
-        left, right = self.query_quantizer.codes, self.key_quantizer.codes
-        return product(query, key, left.scale, left.zero_point, right.scale, right.zero_point)  # type: ignore[no-any-return]
-
-    def mixed(self, probabilities: Tensor, value: Tensor) -> Tensor:
-        left, right = self.softmax_quantizer.codes, self.value_quantizer.codes
-        return product(probabilities, value, left.scale, left.zero_point, right.scale, right.zero_point)  # type: ignore[no-any-return]
-
-
-class IntegerMultiheadAttention(QuantizedMultiheadAttention):
-    """Multi-head attention with its four linears and two products in integers."""
-
-    q: IntegerLinear
-    k: IntegerLinear
-    v: IntegerLinear
-    out: IntegerLinear
-
-    @classmethod
-    def of(cls, layer: QuantizedMultiheadAttention) -> Self | None:
-        """``None`` where an operand has no codes."""
-        attention = IntegerAttention.of(layer.attention)
-        source, joined = _requantizer(layer.input_quantizer), _requantizer(layer.output_quantizer)
-        if attention is None or source is None or joined is None or not layer.weight_quantizers:
-            return None
-        names = ["in_proj_weight"] if layer.packed else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
-        linears = []
-        biases = (None, None, None) if layer.in_proj_bias is None else layer.in_proj_bias.detach().chunk(3)
-        parts = [part for name in names for part in _linear_parts(layer, name, 3 if layer.packed else 1)]
-        for (weight, step, bits), bias in zip(parts, biases, strict=True):
-            linears.append(_integer_linear(weight, step, bias, source.codes, bits))
-        ((weight, step, bits),) = _linear_parts(layer, "out_proj_weight", 1)
-        bias = layer.out_proj.bias
-        new = _adopted(cls, layer)
-        for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"):
-            new._parameters[name] = None
-        del new.out_proj, new.weight_quantizers
-        new.input_quantizer, new.attention, new.output_quantizer = source, attention, joined
-        new.q, new.k, new.v = linears
-        new.out = _integer_linear(weight, step, None if bias is None else bias.detach(), joined.codes, bits)
-        return new
-
-    def project_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.q(query), self.k(key), self.v(value)
-
-    def project_output(self, x: Tensor) -> Tensor:
-        return self.out(x)  # type: ignore[no-any-return]
-
-
-class IntegerCall(QuantizedCall):
-    """A linear or a matrix product in Python code, in integers."""
-
-    left: Requantize  # type: ignore[assignment]
-    right: Requantize  # type: ignore[assignment]
-
-    @classmethod
-    def of(cls, call: QuantizedCall) -> Self | None:
-        """``None`` where an operand has no codes, or the operation has no integer form."""
-        left, right = _requantizer(call.left), _requantizer(call.right)
-        if left is None or right is None or call.kind not in ("linear", *_PRODUCTS):
-            return None
-        new = _adopted(cls, call)
-        new.left, new.right = left, right
-        return new
-
-    def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        left, right = LINEAR[self.kind].operands(args, kwargs)
-        if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
-            return super().call(function, args, kwargs)
-        a, b = self.left.codes, self.right.codes
-        linear = self.kind == "linear"
-        y = product(left, right.t() if linear else right, a.scale, a.zero_point, b.scale, b.zero_point)
-        bias = (args[2] if len(args) > 2 else kwargs.get("bias")) if linear else None
-        return y if bias is None else y + bias
-
-
-def _adopted(cls: type[_Kind], module: nn.Module) -> _Kind:
-    """A module of this class with all that ``module`` has."""
-    new = cls.__new__(cls)
-    new.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(module).items()}
-    return new
-
-
-def _requantizer(quantizer: nn.Module | None) -> Requantize | None:
-    known = isinstance(quantizer, LSQQuantizer) and quantizer.calibrated and quantizer.step.numel() == 1
-    codes = codes_of(quantizer) if known else None  # type: ignore[arg-type]
-    return None if codes is None else Requantize(codes, "")
-
-
-def _linear_parts(layer: QuantizedMultiheadAttention, name: str, parts: int) -> list[tuple[Tensor, Tensor, int]]:
-    """Codes, steps (one a row) and bits of a weight of ``layer``, cut into ``parts`` by rows."""
-    weight, quantizer = layer.latent_weights()[name].detach(), layer.weight_quantizers[name]
-    assert isinstance(quantizer, LSQWeightQuantizer)
-    step = quantizer.step.detach().clamp(min=MIN_STEP)
-    codes, steps = quantizer.grid.encode(weight, step).to(torch.int8), step.flatten().expand(len(weight))
-    return [(c.contiguous(), s, quantizer.bits) for c, s in zip(codes.chunk(parts), steps.chunk(parts), strict=True)]
-
-
-def _integer_linear(weight: Tensor, step: Tensor, bias: Tensor | None, x: Codes, bits: int) -> IntegerLinear:
-    """A linear of codes ``weight``; ``step`` is one, or one a row."""
-    scale = (step.flatten() * torch.tensor(x.scale)).float()
-    return IntegerLinear(weight, scale, torch.zeros(len(weight)) if bias is None else bias.clone(), x, bits)
-
-
-class FloatLayer(nn.Module):
-    """A convolution or linear that has to stay in floating point; its weight is stored as codes all the same."""
-
-    weight: Tensor
-    scale: Tensor
-
-    def __init__(self, layer: QuantizedLayer, weight: Tensor, scale: Tensor, bits: int) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
-        self.layer, self.bits, self.headroom = layer, bits, 1
-        layer.weight_quantizer = None
-        del layer._parameters["weight"]
-
-    def forward(self, x: Tensor) -> Tensor:
-        vars(self.layer)["weight"] = self.weight.float() * self.scale
-        return self.layer(x)  # type: ignore[no-any-return]
-
-
-@dataclass(frozen=True)
-class Folded:
-    """A convolution's weight codes times ``headroom``, its scale by channel, and its bias in units of the sums.
-
-    ``snapped`` is the bias that the norm (the layer, if the norm has none) would have if it were that integer exactly;
-    ``None`` where neither has a bias.
-    """
-
-    weight: Tensor
-    scale: Tensor
-    bias: Tensor
-    headroom: int
-    snapped: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -295,12 +72,6 @@ class IntegerModel:
     def largest_sum(self) -> int:
         """The largest magnitude that any accumulator can reach; 32 bits hold less than ``2**31``."""
         return max((layer.largest_sum for layer in self.layers.values()), default=0)
-
-
-def largest_sum(weight: Tensor, x: Codes) -> int:
-    """How far from zero the sum of an output can get, whatever the input."""
-    reach = max(abs(x.low - x.zero_point), abs(x.high - x.zero_point))
-    return int(weight.flatten(1).int().abs().sum(1).max()) * reach
 
 
 @torch.no_grad()
@@ -344,7 +115,7 @@ def _modules(result: IntegerModel) -> None:
             elif isinstance(child, QuantizedLayer) and child.weight_quantizer is not None:
                 if not child.weight_quantizer.calibrated:
                     continue
-                setattr(module, child_name, _float_layer(child))
+                setattr(module, child_name, float_layer(child))
                 result.float_layers[path] = "called by Python code, outside every graph"
 
 
@@ -402,7 +173,7 @@ class _Rewriting:
                     self._quantizer(node, codes)
             elif isinstance(module, QuantizedLinear):
                 self._linear(node, module)
-            elif operation(self.gm, node)[0] in _PRODUCTS:
+            elif operation(self.gm, node)[0] in PRODUCTS:
                 self._product(node)
         for node in list(self.gm.graph.nodes):
             module = self._module(node)
@@ -534,7 +305,7 @@ class _Rewriting:
             return
         weight, step = codes_of_weight(layer)
         bias = None if layer.bias is None else layer.bias.detach()
-        integer = _integer_linear(weight, step, bias, x, layer.weight_quantizer.bits)
+        integer = integer_linear(weight, step, bias, x, layer.weight_quantizer.bits)
         new = self._call(node, str(node.target), integer, self._on_codes(node, x))
         self.result.layers[f"{self.scope}{node.target}"] = integer
         node.replace_all_uses_with(new)
@@ -565,7 +336,7 @@ class _Rewriting:
         else:
             reason = "no quantizer takes its output alone"
         self.result.float_layers[name] = reason
-        set_module(self.gm, str(node.target), _float_layer(layer))
+        set_module(self.gm, str(node.target), float_layer(layer))
 
     @staticmethod
     def _has_integer_form(layer: Any) -> bool:
@@ -603,66 +374,3 @@ def _taken(gm: GraphModule, name: str) -> bool:
 def _scaled(codes: Codes | None, factor: float) -> Codes | None:
     """The same codes, worth ``factor`` times as much."""
     return codes if codes is None or factor == 1 else codes._replace(scale=codes.scale * factor)
-
-
-def codes_of(quantizer: LSQQuantizer) -> Codes | None:
-    """The uint8 codes of a quantizer of one step; ``None`` for signs, which no clipped rounding makes."""
-    grid, step = quantizer.grid, float(quantizer.step.detach().clamp(min=MIN_STEP))
-    if grid.binary:
-        return None
-    high = grid.high
-    if isinstance(quantizer, QuantizedClippedReLU) and quantizer.ceiling < math.inf:
-        high = min(high, int((torch.tensor(quantizer.ceiling) / step).round()))
-    zero = -grid.low
-    return Codes(step, zero, 0, high + zero)
-
-
-def codes_of_weight(layer: QuantizedLayer) -> tuple[Tensor, Tensor]:
-    """int8 codes of a weight, and its step: one, or one an output channel in a shape that broadcasts."""
-    assert layer.weight_quantizer is not None
-    step = layer.weight_quantizer.step.detach().clamp(min=MIN_STEP)
-    return layer.weight_quantizer.grid.encode(layer.weight.detach(), step).to(torch.int8), step
-
-
-def fold(layer: Any, norm: nn.Module | None, x: Codes) -> Folded:
-    """A convolution and the batch norm behind it in integers.
-
-    The batch norm's factor goes into the scale, and everything else into the bias, an integer in units of the sums
-    (``x.scale * scale``). Codes of few bits are multiplied by a constant into the room that int8 has: the unit gets
-    finer, and rounding the bias moves fewer codes of the output.
-    """
-    codes, step = codes_of_weight(layer)
-    channels = len(codes)
-    factor, shift = torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
-    if layer.bias is not None:
-        shift = layer.bias.detach().double()
-    if norm is not None:
-        assert isinstance(norm, _BatchNorm) and norm.running_var is not None and norm.running_mean is not None
-        variance: Tensor = norm.running_var.double()
-        factor = torch.rsqrt(variance + norm.eps)
-        if norm.affine:
-            factor = factor * norm.weight.detach().double()
-        shift = (shift - norm.running_mean.double()) * factor
-        if norm.affine:
-            shift = shift + norm.bias.detach().double()
-    reach = max(abs(x.low - x.zero_point), abs(x.high - x.zero_point))
-    headroom = max(1, min(127, 16383 // max(reach, 1)) // max(1, int(codes.abs().max())))  # sums of pairs in int16
-    scale = step.double().flatten().expand(channels) * factor / headroom
-    vanishing = scale.abs() * x.scale * 2**30 <= shift.abs()  # the weights of such a channel count for nothing
-    scale = torch.where(vanishing, (shift.abs() / (x.scale * 2**20)).clamp(min=1e-12), scale)
-    codes = torch.where(vanishing.view(-1, *[1] * (codes.dim() - 1)), 0, codes)
-    scale = scale.float()
-    unit = scale.double() * torch.tensor(x.scale).double()
-    bias = (shift / unit).round()
-    moved, snapped = bias * unit - shift, None
-    if norm is not None and norm.affine:
-        snapped = norm.bias.detach() + moved
-    elif layer.bias is not None:
-        snapped = layer.bias.detach() + moved / factor
-    return Folded((codes * headroom).to(torch.int8), scale, bias.to(torch.int32), headroom, snapped)
-
-
-def _float_layer(layer: QuantizedLayer) -> FloatLayer:
-    weight, step = codes_of_weight(layer)
-    assert layer.weight_quantizer is not None
-    return FloatLayer(layer, weight, step.float(), layer.weight_quantizer.bits)

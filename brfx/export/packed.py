@@ -19,7 +19,8 @@ from torch.fx.operator_schemas import normalize_function
 from brfx.card import card_entries
 from brfx.errors import ExportError, first_line
 from brfx.export.destination import destination, replacing
-from brfx.export.integer import FloatLayer, IntegerConv, IntegerLinear, Requantize, integer_model
+from brfx.export.integer import integer_model
+from brfx.export.layers import FloatLayer, IntegerConv, IntegerLinear, Requantize
 from brfx.export.operators import Codes
 from brfx.export.packing import pack, unpack
 from brfx.nn import QUANTIZED_LAYERS, LSQQuantizer, QuantizedLayer

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import GraphModule, Node
 
-from brfx.export.integer import IntegerConv, IntegerModel, Requantize
+from brfx.export.integer import IntegerModel
+from brfx.export.layers import IntegerConv, Requantize
 from brfx.nn import LSQActivationQuantizer
 
 

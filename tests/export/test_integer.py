@@ -8,7 +8,8 @@ from torchvision.ops import StochasticDepth
 
 import brfx
 from brfx.errors import NotCalibratedError
-from brfx.export.integer import IntegerConv, integer_model
+from brfx.export.integer import integer_model
+from brfx.export.layers import IntegerConv
 from brfx.export.parity import compare_codes
 from brfx.models import build_model
 from brfx.nn import LSQActivationQuantizer

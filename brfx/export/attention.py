@@ -1,0 +1,137 @@
+"""Attention and the linear algebra of Python code in integers; softmax and masks stay floats between quantizers."""
+
+from __future__ import annotations
+
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from brfx.export.layers import IntegerLinear, Requantize, codes_of, integer_linear
+from brfx.export.operators import product
+from brfx.grid import MIN_STEP
+from brfx.nn import LSQQuantizer, LSQWeightQuantizer, QuantizedAttention, QuantizedMultiheadAttention
+from brfx.operators import LINEAR
+from brfx.python_calls import QuantizedCall
+
+_Kind = TypeVar("_Kind", bound=nn.Module)
+
+#: Matrix products of two activations.
+PRODUCTS = ("matmul", "rmatmul", "mm", "bmm")
+
+
+class IntegerAttention(QuantizedAttention):
+    """Attention with both products in integers; softmax and masks are floats between quantizers."""
+
+    query_quantizer: Requantize
+    key_quantizer: Requantize
+    value_quantizer: Requantize
+    softmax_quantizer: Requantize
+
+    @classmethod
+    def of(cls, attention: QuantizedAttention) -> Self | None:
+        """``None`` where an operand has no codes."""
+        names = [f"{operand}_quantizer" for operand in ("query", "key", "value", "softmax")]
+        requantizers = [_requantizer(getattr(attention, name)) for name in names]
+        if None in requantizers:
+            return None
+        new = _adopted(cls, attention)
+        for name, requantizer in zip(names, requantizers, strict=True):
+            setattr(new, name, requantizer)
+        return new
+
+    def scores(self, query: Tensor, key: Tensor) -> Tensor:
+        left, right = self.query_quantizer.codes, self.key_quantizer.codes
+        return product(query, key, left.scale, left.zero_point, right.scale, right.zero_point)  # type: ignore[no-any-return]
+
+    def mixed(self, probabilities: Tensor, value: Tensor) -> Tensor:
+        left, right = self.softmax_quantizer.codes, self.value_quantizer.codes
+        return product(probabilities, value, left.scale, left.zero_point, right.scale, right.zero_point)  # type: ignore[no-any-return]
+
+
+class IntegerMultiheadAttention(QuantizedMultiheadAttention):
+    """Multi-head attention with its four linears and two products in integers."""
+
+    q: IntegerLinear
+    k: IntegerLinear
+    v: IntegerLinear
+    out: IntegerLinear
+
+    @classmethod
+    def of(cls, layer: QuantizedMultiheadAttention) -> Self | None:
+        """``None`` where an operand has no codes."""
+        attention = IntegerAttention.of(layer.attention)
+        source, joined = _requantizer(layer.input_quantizer), _requantizer(layer.output_quantizer)
+        if attention is None or source is None or joined is None or not layer.weight_quantizers:
+            return None
+        names = ["in_proj_weight"] if layer.packed else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+        linears = []
+        biases = (None, None, None) if layer.in_proj_bias is None else layer.in_proj_bias.detach().chunk(3)
+        parts = [part for name in names for part in _linear_parts(layer, name, 3 if layer.packed else 1)]
+        for (weight, step, bits), bias in zip(parts, biases, strict=True):
+            linears.append(integer_linear(weight, step, bias, source.codes, bits))
+        ((weight, step, bits),) = _linear_parts(layer, "out_proj_weight", 1)
+        bias = layer.out_proj.bias
+        new = _adopted(cls, layer)
+        for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"):
+            new._parameters[name] = None
+        del new.out_proj, new.weight_quantizers
+        new.input_quantizer, new.attention, new.output_quantizer = source, attention, joined
+        new.q, new.k, new.v = linears
+        new.out = integer_linear(weight, step, None if bias is None else bias.detach(), joined.codes, bits)
+        return new
+
+    def project_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q(query), self.k(key), self.v(value)
+
+    def project_output(self, x: Tensor) -> Tensor:
+        return self.out(x)  # type: ignore[no-any-return]
+
+
+class IntegerCall(QuantizedCall):
+    """A linear or a matrix product in Python code, in integers."""
+
+    left: Requantize  # type: ignore[assignment]
+    right: Requantize  # type: ignore[assignment]
+
+    @classmethod
+    def of(cls, call: QuantizedCall) -> Self | None:
+        """``None`` where an operand has no codes, or the operation has no integer form."""
+        left, right = _requantizer(call.left), _requantizer(call.right)
+        if left is None or right is None or call.kind not in ("linear", *PRODUCTS):
+            return None
+        new = _adopted(cls, call)
+        new.left, new.right = left, right
+        return new
+
+    def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        left, right = LINEAR[self.kind].operands(args, kwargs)
+        if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
+            return super().call(function, args, kwargs)
+        a, b = self.left.codes, self.right.codes
+        linear = self.kind == "linear"
+        y = product(left, right.t() if linear else right, a.scale, a.zero_point, b.scale, b.zero_point)
+        bias = (args[2] if len(args) > 2 else kwargs.get("bias")) if linear else None
+        return y if bias is None else y + bias
+
+
+def _adopted(cls: type[_Kind], module: nn.Module) -> _Kind:
+    """A module of this class with all that ``module`` has."""
+    new = cls.__new__(cls)
+    new.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(module).items()}
+    return new
+
+
+def _requantizer(quantizer: nn.Module | None) -> Requantize | None:
+    known = isinstance(quantizer, LSQQuantizer) and quantizer.calibrated and quantizer.step.numel() == 1
+    codes = codes_of(quantizer) if known else None  # type: ignore[arg-type]
+    return None if codes is None else Requantize(codes, "")
+
+
+def _linear_parts(layer: QuantizedMultiheadAttention, name: str, parts: int) -> list[tuple[Tensor, Tensor, int]]:
+    """Codes, steps (one a row) and bits of a weight of ``layer``, cut into ``parts`` by rows."""
+    weight, quantizer = layer.latent_weights()[name].detach(), layer.weight_quantizers[name]
+    assert isinstance(quantizer, LSQWeightQuantizer)
+    step = quantizer.step.detach().clamp(min=MIN_STEP)
+    codes, steps = quantizer.grid.encode(weight, step).to(torch.int8), step.flatten().expand(len(weight))
+    return [(c.contiguous(), s, quantizer.bits) for c, s in zip(codes.chunk(parts), steps.chunk(parts), strict=True)]

@@ -1,0 +1,194 @@
+"""What an integer model is made of: quantizers, convolutions and linears from codes to codes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from brfx.export.operators import Codes, convolution, linear, requantize
+from brfx.grid import MIN_STEP
+from brfx.nn import LSQQuantizer, QuantizedClippedReLU, QuantizedLayer
+
+_BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+class Requantize(nn.Module):
+    """Puts values on a grid of 8-bit codes; ``site`` names the quantizer of the trained model that it stands for."""
+
+    def __init__(self, codes: Codes, site: str, scale_out: float | None = None) -> None:
+        super().__init__()
+        self.codes, self.site = codes, site
+        self.scale_out = codes.scale if scale_out is None else scale_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return requantize(x, *self.codes, self.scale_out)  # type: ignore[no-any-return]
+
+
+class IntegerConv(nn.Module):
+    """A convolution with int8 weights and an int32 bias, from the grid of its input to the grid of its output."""
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor
+
+    def __init__(self, layer: nn.Module, parts: Folded, x: Codes, y: Codes, bits: int, site: str) -> None:
+        super().__init__()
+        self.register_buffer("weight", parts.weight)
+        self.register_buffer("weight_scale", parts.scale)
+        self.register_buffer("bias", parts.bias)
+        self.x, self.y, self.bits, self.site, self.headroom = x, y, bits, site, parts.headroom
+        self.stride, self.dilation, self.groups = list(layer.stride), list(layer.dilation), int(layer.groups)  # type: ignore[arg-type]
+        self.padding = list(layer.padding)  # type: ignore[arg-type]
+        self.largest_sum = largest_sum(parts.weight, x) + int(parts.bias.abs().max())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return convolution(  # type: ignore[no-any-return]
+            x,
+            self.weight,
+            self.weight_scale,
+            self.bias,
+            self.x.scale,
+            self.x.zero_point,
+            *self.y,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+        )
+
+
+class IntegerLinear(nn.Module):
+    """A linear with int8 weights; sums in 32 bits, then one multiplication and a float bias.
+
+    ``transposed`` is ``weight`` as the matrix product wants it, under a name of its own in exported files.
+    """
+
+    weight: Tensor
+    transposed: Tensor
+    scale: Tensor
+    bias: Tensor
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor, x: Codes, bits: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("transposed", weight.t().contiguous(), persistent=False)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+        self.x, self.bits, self.headroom = x, bits, 1
+        self.largest_sum = largest_sum(weight, x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.transposed, self.scale, self.bias, self.x.scale, self.x.zero_point)  # type: ignore[no-any-return]
+
+
+class FloatLayer(nn.Module):
+    """A convolution or linear that has to stay in floating point; its weight is stored as codes all the same."""
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, layer: QuantizedLayer, weight: Tensor, scale: Tensor, bits: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.layer, self.bits, self.headroom = layer, bits, 1
+        layer.weight_quantizer = None
+        del layer._parameters["weight"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        vars(self.layer)["weight"] = self.weight.float() * self.scale
+        return self.layer(x)  # type: ignore[no-any-return]
+
+
+def codes_of(quantizer: LSQQuantizer) -> Codes | None:
+    """The uint8 codes of a quantizer of one step; ``None`` for signs, which no clipped rounding makes."""
+    grid, step = quantizer.grid, float(quantizer.step.detach().clamp(min=MIN_STEP))
+    if grid.binary:
+        return None
+    high = grid.high
+    if isinstance(quantizer, QuantizedClippedReLU) and quantizer.ceiling < math.inf:
+        high = min(high, int((torch.tensor(quantizer.ceiling) / step).round()))
+    zero = -grid.low
+    return Codes(step, zero, 0, high + zero)
+
+
+def codes_of_weight(layer: QuantizedLayer) -> tuple[Tensor, Tensor]:
+    """int8 codes of a weight, and its step: one, or one an output channel in a shape that broadcasts."""
+    assert layer.weight_quantizer is not None
+    step = layer.weight_quantizer.step.detach().clamp(min=MIN_STEP)
+    return layer.weight_quantizer.grid.encode(layer.weight.detach(), step).to(torch.int8), step
+
+
+def largest_sum(weight: Tensor, x: Codes) -> int:
+    """How far from zero the sum of an output can get, whatever the input."""
+    reach = max(abs(x.low - x.zero_point), abs(x.high - x.zero_point))
+    return int(weight.flatten(1).int().abs().sum(1).max()) * reach
+
+
+def integer_linear(weight: Tensor, step: Tensor, bias: Tensor | None, x: Codes, bits: int) -> IntegerLinear:
+    """A linear of codes ``weight``; ``step`` is one, or one a row."""
+    scale = (step.flatten() * torch.tensor(x.scale)).float()
+    return IntegerLinear(weight, scale, torch.zeros(len(weight)) if bias is None else bias.clone(), x, bits)
+
+
+def float_layer(layer: QuantizedLayer) -> FloatLayer:
+    weight, step = codes_of_weight(layer)
+    assert layer.weight_quantizer is not None
+    return FloatLayer(layer, weight, step.float(), layer.weight_quantizer.bits)
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A convolution's weight codes times ``headroom``, its scale by channel, and its bias in units of the sums.
+
+    ``snapped`` is the bias that the norm (the layer, if the norm has none) would have if it were that integer exactly;
+    ``None`` where neither has a bias.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor
+    headroom: int
+    snapped: Tensor | None
+
+
+def fold(layer: Any, norm: nn.Module | None, x: Codes) -> Folded:
+    """A convolution and the batch norm behind it in integers.
+
+    The batch norm's factor goes into the scale, and everything else into the bias, an integer in units of the sums
+    (``x.scale * scale``). Codes of few bits are multiplied by a constant into the room that int8 has: the unit gets
+    finer, and rounding the bias moves fewer codes of the output.
+    """
+    codes, step = codes_of_weight(layer)
+    channels = len(codes)
+    factor, shift = torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
+    if layer.bias is not None:
+        shift = layer.bias.detach().double()
+    if norm is not None:
+        assert isinstance(norm, _BatchNorm) and norm.running_var is not None and norm.running_mean is not None
+        variance: Tensor = norm.running_var.double()
+        factor = torch.rsqrt(variance + norm.eps)
+        if norm.affine:
+            factor = factor * norm.weight.detach().double()
+        shift = (shift - norm.running_mean.double()) * factor
+        if norm.affine:
+            shift = shift + norm.bias.detach().double()
+    reach = max(abs(x.low - x.zero_point), abs(x.high - x.zero_point))
+    headroom = max(1, min(127, 16383 // max(reach, 1)) // max(1, int(codes.abs().max())))  # sums of pairs in int16
+    scale = step.double().flatten().expand(channels) * factor / headroom
+    vanishing = scale.abs() * x.scale * 2**30 <= shift.abs()  # the weights of such a channel count for nothing
+    scale = torch.where(vanishing, (shift.abs() / (x.scale * 2**20)).clamp(min=1e-12), scale)
+    codes = torch.where(vanishing.view(-1, *[1] * (codes.dim() - 1)), 0, codes)
+    scale = scale.float()
+    unit = scale.double() * torch.tensor(x.scale).double()
+    bias = (shift / unit).round()
+    moved, snapped = bias * unit - shift, None
+    if norm is not None and norm.affine:
+        snapped = norm.bias.detach() + moved
+    elif layer.bias is not None:
+        snapped = layer.bias.detach() + moved / factor
+    return Folded((codes * headroom).to(torch.int8), scale, bias.to(torch.int32), headroom, snapped)
