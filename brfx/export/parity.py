@@ -62,6 +62,10 @@ class _Comparing(fx.Interpreter):
         super().__init__(module)
         self.seen, self.found = seen, list[SiteParity]()
 
+    def fetch_args_kwargs_from_env(self, n: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return _mutable(args), _mutable(kwargs)  # as the graph's own code has them: Swin3d changes a list it is given
+
     def run_node(self, n: Node) -> Any:
         output = super().run_node(n)
         module = self.module.get_submodule(str(n.target)) if n.op == "call_module" else None
@@ -72,3 +76,11 @@ class _Comparing(fx.Interpreter):
         distance = ((output - expected) / scale).round().abs()
         self.found.append(SiteParity(module.site, distance.numel(), int((distance > 0).sum()), int(distance.max())))
         return expected
+
+
+def _mutable(value: Any) -> Any:
+    """``value`` with plain lists in the place of those of a graph."""
+    if isinstance(value, (list, tuple)):
+        items = [_mutable(item) for item in value]
+        return tuple(items) if type(value) is tuple else items if isinstance(value, list) else value
+    return {key: _mutable(item) for key, item in value.items()} if isinstance(value, dict) else value

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models.video.swin_transformer import SwinTransformer3d
 from torchvision.ops import StochasticDepth
 
 import brfx
@@ -232,3 +233,14 @@ def test_attention_without_codes_stays_float_and_is_named():
     qmodel = brfx.prepare_qat(model, brfx.QATConfig(weight_bits=2, act_bits=32)).eval()
     brfx.calibrate(qmodel, [torch.randn(2, 5, 16)])
     assert "self_attn" in integer_model(qmodel).float_layers
+
+
+def test_a_function_that_changes_a_list_it_is_given_can_be_compared():
+    torch.manual_seed(0)
+    model = SwinTransformer3d([2, 4, 4], 16, [2], [2], [8, 4, 4], num_classes=5)  # a window larger than the video
+    video = torch.randn(2, 3, 4, 32, 32)
+    qmodel = brfx.prepare_qat(model).eval()
+    brfx.calibrate(qmodel, [video])
+    integer = integer_model(qmodel)
+    assert compare_codes(qmodel, integer, video) and not integer.float_layers
+    torch.testing.assert_close(integer.model(video), qmodel(video))
