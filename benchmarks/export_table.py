@@ -44,10 +44,11 @@ from benchmarks.model_inputs import (  # noqa: E402
     settle,
 )
 from brfx.export import OnnxReport, export_onnx  # noqa: E402
+from brfx.nn import LSQActivationQuantizer  # noqa: E402
 from brfx.train import reestimate_batch_norm  # noqa: E402
 
 BEGIN, END = "<!-- export: begin -->", "<!-- export: end -->"
-TIMEOUT = 240
+TIMEOUT = 400
 SMALL = 1e-3  # a difference to the reference, relative to the largest output
 
 
@@ -74,8 +75,9 @@ def check_model(name: str) -> dict[str, Any]:
 
     Keys: model, revision (of git), parameter_bytes, outcome (exact, close, differs, not run: ONNX Runtime did not take
     the file, failed), stage, reason, brfx_error, traceback (of what failed), integer_layers, float_layers (reason ->
-    count), flipped, codes, bytes, reference_difference, output_size, max_difference, same_top1, whole (why a
-    detection model was exported as :class:`Network`), export_seconds, seconds, memory_gb.
+    count), flipped, codes, bytes, reference_difference, output_size, max_difference, same_top1, one_ulp
+    (:func:`_moved_by_one_ulp`, of what differs), whole (why a detection model was exported as :class:`Network`),
+    export_seconds, seconds, memory_gb.
     """
     start = time.perf_counter()
     row: dict[str, Any] = {"model": name, "revision": _revision()}
@@ -130,6 +132,18 @@ def _export(name: str, path: Path, row: dict[str, Any]) -> None:
     with torch.no_grad():
         row["output_size"] = max(float(x.abs().max()) for x in outputs(qmodel(*inputs)) if x.numel())
     row.update(_summary(report, row["output_size"]))
+    if row["outcome"] == "differs":
+        row["one_ulp"] = _moved_by_one_ulp(qmodel, inputs)
+
+
+@torch.no_grad()
+def _moved_by_one_ulp(qmodel: nn.Module, inputs: tuple[Any, ...]) -> float:
+    """How far the model's own outputs move if every step of an activation moves by one unit in the last place."""
+    before = outputs(qmodel(*inputs))
+    for module in qmodel.modules():
+        if isinstance(module, LSQActivationQuantizer):
+            module.step.copy_(torch.nextafter(module.step, torch.tensor(math.inf)))
+    return max(float((x - y).abs().max()) for x, y in zip(outputs(qmodel(*inputs)), before, strict=True) if x.numel())
 
 
 def _stage(row: dict[str, Any], stage: str) -> None:
@@ -222,6 +236,8 @@ def _outcome(row: dict[str, Any]) -> str:
         difference, size = row["reference_difference"], row["output_size"]
         share = difference / size if size else math.inf
         word = "verified, difference" if row["outcome"] == "close" else "not verified: difference"
+        if "one_ulp" in row:
+            part += f"; PyTorch's own outputs move by {row['one_ulp']:.1e} where every step moves by one ulp"
         return f"{word} {difference:.1e} ({share:.0e} of the largest output){part}"
     reason = row.get("reason", "ONNX Runtime is not installed")[:120]
     reason = reason.replace("|", "\\|")
