@@ -38,6 +38,7 @@ def main(epochs: int = 8) -> float:
             schedule.step()
         print(f"epoch {epoch}: loss {loss:.3f}, BR_W {br.weight:.4f}, BR_A {br.act:.4f}")
 
+    brfx.snap_biases(qmodel)  # so that an exported file decides what this model does
     accuracy = brfx.evaluate(qmodel, test).accuracy
     print(f"W2A2 test accuracy {accuracy:.2%}")
     return accuracy
