@@ -20,6 +20,27 @@ _Kind = TypeVar("_Kind", bound=nn.Module)
 PRODUCTS = ("matmul", "rmatmul", "mm", "bmm")
 
 
+def as_matmul(equation: str) -> tuple[list[int], list[int], list[int]] | None:
+    """An einsum of two operands as ``matmul``: how to permute the left one, the right one, and the result.
+
+    ``None`` where it is no product of matrices: other than one letter for rows, for columns and for what is summed.
+    """
+    terms, _, out = equation.replace(" ", "").partition("->")
+    left, _, right = terms.partition(",")
+    batch = [letter for letter in out if letter in left and letter in right]
+    summed = [letter for letter in left if letter in right and letter not in out]
+    rows, columns = [c for c in left if c not in right], [c for c in right if c not in left]
+    made = [*batch, *rows, *columns]
+    once = all(len(set(term)) == len(term) for term in (left, right, out))
+    if not once or [len(rows), len(columns), len(summed)] != [1, 1, 1] or sorted(made) != sorted(out):
+        return None
+    return (
+        [left.index(letter) for letter in (*batch, *rows, *summed)],
+        [right.index(letter) for letter in (*batch, *summed, *columns)],
+        [made.index(letter) for letter in out],
+    )
+
+
 class IntegerAttention(QuantizedAttention):
     """Attention with both products in integers; softmax and masks are floats between quantizers."""
 

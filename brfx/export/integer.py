@@ -17,7 +17,7 @@ from torchvision.ops import StochasticDepth
 
 from brfx.calibration import require_calibrated
 from brfx.errors import ExportError
-from brfx.export.attention import PRODUCTS, IntegerAttention, IntegerCall, IntegerMultiheadAttention
+from brfx.export.attention import PRODUCTS, IntegerAttention, IntegerCall, IntegerMultiheadAttention, as_matmul
 from brfx.export.layers import (
     IntegerConv,
     IntegerLinear,
@@ -173,7 +173,7 @@ class _Rewriting:
                     self._quantizer(node, codes)
             elif isinstance(module, QuantizedLinear):
                 self._linear(node, module)
-            elif operation(self.gm, node)[0] in PRODUCTS:
+            elif operation(self.gm, node)[0] in (*PRODUCTS, "einsum"):
                 self._product(node)
         for node in list(self.gm.graph.nodes):
             module = self._module(node)
@@ -313,15 +313,25 @@ class _Rewriting:
 
     def _product(self, node: Node) -> None:
         """A matrix product of two activations."""
-        pair = operands(self.gm, node)
-        grids = [self._codes(operand.node) for operand in pair]
-        if len(pair) != 2 or grids[0] is None or grids[1] is None:
+        pair = [operand.node for operand in operands(self.gm, node)]
+        grids = [codes for value in pair if (codes := self._codes(value))]
+        einsum = operation(self.gm, node)[0] == "einsum"
+        permuted = as_matmul(str(node.args[0])) if einsum else None
+        if len(grids) != 2 or (einsum and permuted is None):
             return
-        zeros = [setting for codes in grids if codes for setting in (codes.scale, codes.zero_point)]
-        with self.gm.graph.inserting_before(node):
-            new = self.gm.graph.call_function(torch.ops.brfx.product.default, (pair[0].node, pair[1].node, *zeros))
+        left, right = grids
+        graph = self.gm.graph
+        with graph.inserting_before(node):
+            if permuted:
+                pair = [
+                    graph.call_method("permute", (value, dims)) for value, dims in zip(pair, permuted, strict=False)
+                ]
+            settings = (left.scale, left.zero_point, right.scale, right.zero_point)
+            new = graph.call_function(torch.ops.brfx.product.default, (*pair, *settings))
+            if permuted:
+                new = graph.call_method("permute", (new, permuted[2]))
         node.replace_all_uses_with(new)
-        self.gm.graph.erase_node(node)
+        graph.erase_node(node)
 
     def _left_in_float(self, node: Node, layer: QuantizedLayer) -> None:
         """A layer that no quantizer behind it has made its own."""

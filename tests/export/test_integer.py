@@ -9,6 +9,7 @@ from torchvision.ops import StochasticDepth
 
 import brfx
 from brfx.errors import NotCalibratedError
+from brfx.export.attention import as_matmul
 from brfx.export.integer import integer_model
 from brfx.export.layers import IntegerConv
 from brfx.export.parity import compare_codes
@@ -244,3 +245,41 @@ def test_a_function_that_changes_a_list_it_is_given_can_be_compared():
     integer = integer_model(qmodel)
     assert compare_codes(qmodel, integer, video) and not integer.float_layers
     torch.testing.assert_close(integer.model(video), qmodel(video))
+
+
+@pytest.mark.parametrize(
+    "equation", ["b i d, b j d -> b i j", "bghij,bghjd->bghid", "id,jd->ji", "bid,bjd->jib", "bdi,bjd->bij"]
+)
+def test_an_einsum_is_a_product_of_matrices(equation):
+    letters, (left, right) = dict(zip("bghijd", (2, 3, 2, 4, 5, 6), strict=True)), equation.split("->")[0].split(",")
+    a, b = (torch.randn([letters[c] for c in term if c != " "]) for term in (left, right))
+    forms = as_matmul(equation)
+    assert forms is not None
+    torch.testing.assert_close(
+        (a.permute(forms[0]) @ b.permute(forms[1])).permute(forms[2]), torch.einsum(equation, a, b)
+    )
+
+
+@pytest.mark.parametrize("equation", ["bi,bi->b", "ij,ij->ij", "ii,ij->j", "abi,abj->ij", "b...d,b...d->b..."])
+def test_other_einsums_are_left(equation):
+    assert as_matmul(equation) is None
+
+
+def test_attention_by_einsum_is_integers():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(8, 24)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).chunk(3, -1)
+            scores = torch.einsum("b i d, b j d -> b i j", q, k).softmax(-1)
+            return torch.einsum("b i j, b j d -> b d i", scores, v)
+
+    x = torch.randn(3, 5, 8)
+    qmodel = brfx.prepare_qat(Attention()).eval()
+    brfx.calibrate(qmodel, [x])
+    integer = integer_model(qmodel)
+    targets = [node.target for node in integer.model.graph.nodes]
+    assert targets.count(torch.ops.brfx.product.default) == 2 and torch.einsum not in targets
+    torch.testing.assert_close(integer.model(x), qmodel(x))
