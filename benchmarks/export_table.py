@@ -126,7 +126,8 @@ def _export(name: str, path: Path, row: dict[str, Any]) -> None:
         if not is_detection(name):
             raise
         row["whole"] = str(_told(error)["reason"])
-        qmodel, inputs = Network(qmodel).eval(), (torch.stack(inputs[0]),)
+        images, _ = qmodel.transform(inputs[0])
+        qmodel, inputs = Network(qmodel).eval(), (images.tensors,)
         report = export_onnx(qmodel, path, inputs, profile="compact")
     row["export_seconds"] = time.perf_counter() - start
     with torch.no_grad():
