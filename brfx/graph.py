@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from itertools import count
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
@@ -29,14 +26,6 @@ def scope(node: Node) -> str:
     """Dotted name of the module whose ``forward`` made this node; ``""`` for the model itself."""
     stack = node.meta.get("nn_module_stack")
     return next(reversed(stack)) if stack else ""
-
-
-def source_line(node: Node) -> str | None:
-    """``"net.py:12"``, the line of the user's code that made this node; ``None`` where it was not traced."""
-    frames = re.findall(r'File "(.+)", line (\d+)', node.meta.get("stack_trace") or "")
-    home = str(Path(torch.__file__).parent)
-    users = [f"{Path(file).name}:{line}" for file, line in frames if not file.startswith(home)]
-    return users[-1] if users else None
 
 
 def attribute(gm: GraphModule, node: Node) -> Any:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.fx import Node
 
@@ -15,6 +18,10 @@ from brfx.errors import TraceError
 from brfx.nn import QUANTIZED_LAYERS, ActivationObserver, LSQQuantizer, QuantizedLayer
 
 _LEAVES = (LSQQuantizer, QuantizedLayer, ActivationObserver)
+
+
+#: Files whose frames are not lines of the user's code.
+_NOT_THE_USER_S = (str(Path(torch.__file__).parent), __file__)
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,15 @@ class Tracer(fx.Tracer):
     def __init__(self, tracing: Tracing) -> None:
         super().__init__()
         self.leaf_modules = tracing.leaf_modules
-        self.record_stack_traces = True  # for brfx.graph.source_line
+        self.record_stack_traces = True
+
+    def create_node(self, *args: Any, **kwargs: Any) -> Node:
+        """A node that knows its line of the user's code, and not the whole stack, which exporters would write out."""
+        node = super().create_node(*args, **kwargs)
+        frames = re.findall(r'File "(.+)", line (\d+)', node.meta.pop("stack_trace", None) or "")
+        lines = [f"{Path(file).name}:{line}" for file, line in frames if not file.startswith(_NOT_THE_USER_S)]
+        node.meta["source_line"] = lines[-1] if lines else None
+        return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, (*_LEAVES, *self.leaf_modules)) or is_plain_layer(m):

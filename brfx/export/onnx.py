@@ -25,7 +25,6 @@ from brfx.export.integer import IntegerModel, integer_model
 from brfx.export.operators import translations
 from brfx.export.parity import SiteParity, compare_codes
 from brfx.export.proto import share_codes, store_quantized, store_weights, strip
-from brfx.graph import source_line
 from brfx.observing import graphs
 from brfx.operators import name_of
 
@@ -131,7 +130,7 @@ def _told(error: BaseException, model: nn.Module) -> str:
     calls = [
         node for gm in graphs(model).values() for node in gm.graph.nodes if unknown[2] in str(name_of(node.target))
     ]
-    lines = list(dict.fromkeys(line for node in calls if (line := source_line(node))))
+    lines = list(dict.fromkeys(line for node in calls if (line := node.meta.get("source_line"))))
     where = f", called in {', '.join(lines[:3])}" if lines else ""
     return f"ONNX has no operator for {unknown[1]}{where}; replace it in the model, or export a part of the model"
 
