@@ -39,7 +39,7 @@ def compare_codes(qmodel: nn.Module, integer: IntegerModel, *inputs: Tensor) -> 
         return []
     seen: dict[str, Tensor] = {}
     hooks = [
-        module.register_forward_hook(lambda _, __, output, name=name: seen.__setitem__(name, output.detach()))
+        module.register_forward_hook(lambda _, __, output, name=name: seen.__setitem__(name, output.detach().clone()))
         for name, module in qmodel.named_modules()
         if isinstance(module, LSQActivationQuantizer)
     ]

@@ -283,3 +283,12 @@ def test_attention_by_einsum_is_integers():
     targets = [node.target for node in integer.model.graph.nodes]
     assert targets.count(torch.ops.brfx.product.default) == 2 and torch.einsum not in targets
     torch.testing.assert_close(integer.model(x), qmodel(x))
+
+
+def test_codes_are_compared_before_an_activation_in_place_changes_them(images):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardswish(inplace=True), nn.Conv2d(4, 4, 3))
+    qmodel = trained(model, images)
+    brfx.snap_biases(qmodel)
+    sites = compare_codes(qmodel, integer_model(qmodel), images)
+    assert [site.site for site in sites] == ["0_input", "0_output", "2_input", "2_output"]
+    assert [site.flipped for site in sites] == [0, 0, 0, 0]
