@@ -75,8 +75,8 @@ def insert_before(gm: GraphModule, node: Node, name: str, module: nn.Module) -> 
     node.args = (new, *node.args[1:])
 
 
-def insert_after(gm: GraphModule, value: Node, name: str, module: nn.Module) -> None:
-    """Put a call of ``module``, at ``name``, between ``value`` and everything that reads it."""
+def insert_after(gm: GraphModule, value: Node, name: str, module: nn.Module) -> Node:
+    """Put a call of ``module``, at ``name``, between ``value`` and everything that reads it; the new node."""
     set_module(gm, name, module)
     readers = list(value.users)
     with gm.graph.inserting_after(value):
@@ -84,6 +84,7 @@ def insert_after(gm: GraphModule, value: Node, name: str, module: nn.Module) -> 
     new.meta = dict(value.meta)
     for reader in readers:
         reader.replace_input_with(value, new)
+    return new
 
 
 def check(gm: GraphModule) -> None:

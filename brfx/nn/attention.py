@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from brfx.nn.layers import adopted
 from brfx.nn.lsq import LSQActivationQuantizer, LSQWeightQuantizer
 
 
@@ -117,8 +118,7 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
         kind = cls
         if type(layer) not in cls.__mro__:
             kind = type(f"Quantized{type(layer).__name__}", (cls, type(layer)), {"__module__": __name__})
-        new = kind.__new__(kind)
-        new.__dict__ = {k: v.copy() if isinstance(v, dict) else v for k, v in vars(layer).items()}
+        new = adopted(kind, layer)
         new.packed = layer._qkv_same_embed_dim
         new._qkv_same_embed_dim = False  # so that nn.TransformerEncoderLayer calls this layer in eval mode, too
         new.input_quantizer = _quantizer(act_bits, "input of an attention layer")

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from torch import Tensor, nn
 
 from brfx.nn.lsq import LSQActivationQuantizer, LSQWeightQuantizer
+
+_Kind = TypeVar("_Kind", bound=nn.Module)
+
+
+def adopted(kind: type[_Kind], module: nn.Module) -> _Kind:
+    """A module of class ``kind`` with the very parameters, buffers, submodules, settings and hooks of ``module``."""
+    new = kind.__new__(kind)
+    new.__dict__ = {k: v.copy() if isinstance(v, dict) else v for k, v in vars(module).items()}
+    return new
 
 
 class QuantizedLayer(nn.Module):
@@ -27,9 +36,7 @@ class QuantizedLayer(nn.Module):
         kind = cls
         if type(layer) not in cls.__mro__:  # a subclass may have what the parameters depend on, as weight norm's has
             kind = type(f"Quantized{type(layer).__name__}", (cls, type(layer)), {"__module__": __name__})
-        new = kind.__new__(kind)
-        new.__dict__ = {k: v.copy() if isinstance(v, dict) else v for k, v in vars(layer).items()}
-        return new
+        return adopted(kind, layer)
 
     @classmethod
     def from_float(cls, layer: nn.Module, bits: int | None, *, per_channel: bool = False) -> Self:
@@ -53,6 +60,18 @@ class QuantizedLayer(nn.Module):
     def regularized(self) -> list[tuple[Tensor, LSQWeightQuantizer]]:
         """Each latent weight with its quantizer, for the bin regularizer."""
         return [] if self.weight_quantizer is None else [(self.weight, self.weight_quantizer)]
+
+
+def has_integer_form(layer: Any) -> bool:
+    """Whether integer kernels compute this layer: a quantized convolution, not transposed, padded with zeros."""
+    return (
+        isinstance(layer, QuantizedLayer)
+        and isinstance(layer, nn.modules.conv._ConvNd)
+        and layer.weight_quantizer is not None
+        and not layer.transposed
+        and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str)
+    )
 
 
 class _QuantizedConv(QuantizedLayer):

@@ -75,7 +75,8 @@ class AlignResiduals:
             negative = flows[branch].negative
             reason = f"{flows[branch].source} into a residual add"
             quantizer = LSQActivationQuantizer(own.residual_bits, signed=negative, regularized=False, reason=reason)
-            insert_after(gm, branch, name, quantizer)
+            quantized = insert_after(gm, branch, name, quantizer)
+            flows[quantized] = Flow(quantized, negative, "quantizer")  # a later add may read it
         return 1
 
     @staticmethod

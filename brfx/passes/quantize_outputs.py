@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
 from torch.fx import GraphModule, Node
 
 from brfx.config import QATConfig
 from brfx.flow import Flow, analyse, operation, quantizer_behind
 from brfx.graph import free_name, insert_after, module_calls
-from brfx.nn import LSQActivationQuantizer, QuantizedLayer
-
-_Conv, _BatchNorm = nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm
+from brfx.nn import LSQActivationQuantizer
+from brfx.nn.layers import has_integer_form
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class QuantizeOutputs:
         flows = analyse(gm)
         changed = 0
         for node, layer in module_calls(gm):
-            if not (isinstance(layer, QuantizedLayer) and isinstance(layer, _Conv)) or layer.transposed:
+            if not has_integer_form(layer):
                 continue
             own = self.config.at(f"{self.scope}{node.target}", type(layer).__name__.removeprefix("Quantized"))
             value = _output(gm, node)
@@ -50,13 +48,11 @@ class QuantizeOutputs:
 
 
 def _output(gm: GraphModule, node: Node) -> Node:
-    """What a convolution computes together with the batch norm and the ReLU that it alone feeds."""
-    while len(node.users) == 1:
-        (user,) = node.users
-        norm = user.op == "call_module" and isinstance(gm.get_submodule(str(user.target)), _BatchNorm)
-        if not norm and operation(gm, user)[0] != "relu":
-            break
-        node = user
+    """What a convolution computes together with the batch norm, and behind it the ReLU, that it alone feeds."""
+    for name in ("batch_norm", "relu"):
+        users = list(node.users)
+        if len(users) == 1 and str(operation(gm, users[0])[0]).rstrip("123d") == name:
+            (node,) = users
     return node
 
 

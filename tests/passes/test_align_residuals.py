@@ -73,6 +73,28 @@ def test_declines_constants_32_bits_and_sums_of_sums():
     assert AlignResiduals(QATConfig())(trace(Positions())) == 0
 
 
+class TwoAdds(nn.Module):
+    """A value that two adds read."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        v = self.a(x)
+        return self.b(v + self.b(v)) + (v + self.c(v))
+
+
+def test_a_branch_that_two_adds_read_is_quantized_once():
+    config = QATConfig(bits=2)
+    gm = trace(TwoAdds())
+    QuantizeLayers(config)(gm)
+    assert AlignResiduals(config)(gm) == 3 and AlignResiduals(config)(gm) == 0
+    a = next(node for node in gm.graph.nodes if str(node.target) == "a")
+    (user,) = a.users
+    assert isinstance(gm.get_submodule(str(user.target)), LSQActivationQuantizer)
+
+
 def test_rounding_the_branch_moves_no_final_code():
     """The codes behind the add are those of the unrounded branch and the snapped shortcut."""
     torch.manual_seed(0)

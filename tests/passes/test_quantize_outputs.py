@@ -87,3 +87,15 @@ def test_declines_32_bits_and_what_is_on_no_grid():
 
 def test_a_transposed_convolution_has_no_integer_form_and_is_left():
     assert rewritten(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.ConvTranspose2d(4, 3, 2)))[1] == 0
+
+
+def test_a_batch_norm_behind_the_relu_is_no_part_of_the_convolution():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 4, 1))
+    gm, _ = rewritten(model, QATConfig(bits=2, overrides=(("1", {"act_bits": 32}),)))
+    before = next(node for node in gm.graph.nodes if node.name == "_0_output").args[0]
+    assert isinstance(gm.get_submodule(str(before.target)), nn.ReLU)
+
+
+def test_what_only_a_string_or_a_reflection_pads_is_left():
+    for padding in ({"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}):
+        assert rewritten(nn.Sequential(nn.Conv2d(3, 4, 3, **padding), nn.SiLU()))[1] == 0
