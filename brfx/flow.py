@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -27,12 +27,14 @@ class Flow:
         negative: whether it may be negative.
         source: torch's name of what made it, such as ``"relu"``.
         from_input: computed from the graph's inputs alone, no layer in between: an image, normalized or not.
+        factor: what the grid's levels are multiplied by on the way here.
     """
 
     grid: Node | None
     negative: bool
     source: str
     from_input: bool = False
+    factor: float = 1.0
 
 
 def analyse(gm: GraphModule) -> dict[Node, Flow]:
@@ -98,15 +100,30 @@ def _flow(gm: GraphModule, node: Node, flows: dict[Node, Flow]) -> Flow:
     if name is None or not inputs:
         return Flow(None, True, name or str(node.target), from_input=False)
     from_input = name not in LINEAR and node.op != "call_module" and all(flow.from_input for flow in inputs)
-    if passes(name, args, kwargs) or (name in ("relu", "mul", "div", "truediv") and len(inputs) == 1):
-        scale = [value for value in (*args[1:2], *kwargs.values()) if isinstance(value, (int, float))]
-        flipped = name != "relu" and not passes(name, args, kwargs) and any(value < 0 for value in scale)
-        negative = (inputs[0].negative or flipped) and name != "relu"
-        return Flow(inputs[0].grid, negative, inputs[0].source if name != "relu" else name, from_input)
+    if passes(name, args, kwargs):
+        return replace(inputs[0], from_input=from_input)
+    if name == "relu":
+        return replace(inputs[0], negative=False, source=name, from_input=from_input)
+    factor = _factor(name, args, kwargs)
+    if factor is not None:
+        negative = inputs[0].negative or factor < 0
+        return replace(inputs[0], negative=negative, from_input=from_input, factor=inputs[0].factor * factor)
     if name in JOINS:
-        grids = {flow.grid for flow in inputs}
-        return Flow(grids.pop() if len(grids) == 1 else None, _any_negative(inputs), name, from_input)
+        (grid, factor), *others = {(flow.grid, flow.factor) for flow in inputs}
+        on_one = grid if not others else None
+        return Flow(on_one, _any_negative(inputs), name, from_input, factor if on_one is not None else 1.0)
     return Flow(None, _negative(name, args, kwargs, inputs), name, from_input)
+
+
+def _factor(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+    """The constant that a value is multiplied or divided by; ``None`` for all else, such as ``x * x`` and ``1 / x``."""
+    both = [*args, *kwargs.values()]
+    constants = [value for value in both if isinstance(value, (int, float))]
+    if len(both) != 2 or len(constants) != 1 or constants[0] == 0:
+        return None
+    if name in ("mul", "imul"):
+        return float(constants[0])
+    return 1 / constants[0] if name in ("div", "truediv") and both[0] is not constants[0] else None
 
 
 def commutes_with_rounding(gm: GraphModule, node: Node) -> bool:

@@ -34,6 +34,10 @@ CASES = {
     "padding module": (lambda m, x: m.pad(m.q(x)), False, False),
     "a factor": (lambda m, x: m.q(x) * 0.125, True, False),
     "a negative factor": (lambda m, x: m.q(x) * -1, True, True),
+    "a square": (lambda m, x: (lambda q: q * q)(m.q(x)), False, False),
+    "a reciprocal": (lambda m, x: 1 / m.q(x), False, False),
+    "cat of two factors": (lambda m, x: (lambda q: torch.cat([q, 0.5 * q], 1))(m.q(x)), False, False),
+    "cat of one factor": (lambda m, x: (lambda q: torch.cat([q / 2, 0.5 * q], 1))(m.q(x)), True, False),
     "relu of a signed grid": (lambda m, x: torch.relu(m.other(x)), True, False),
     "cat of one grid": (lambda m, x: (lambda q: torch.cat([q, q], 1))(m.q(x)), True, False),
     "cat of two grids": (lambda m, x: torch.cat([m.q(x), m.other(x)], 1), False, True),
@@ -65,3 +69,9 @@ def test_what_comes_from_the_input_alone_is_known():
     silu, stacked = next(node for node in gm.graph.nodes if node.op == "output").args[0]
     flows = analyse(gm)
     assert flows[stacked].from_input and not flows[silu].from_input
+
+
+def test_constant_factors_multiply():
+    gm = trace(Net(lambda m, x: torch.relu(0.5 * m.q(x).flatten(1)) / -4))
+    output = next(node for node in gm.graph.nodes if node.op == "output").args[0]
+    assert analyse(gm)[output].factor == -0.125
