@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -48,14 +48,15 @@ class Tracer(fx.Tracer):
     def __init__(self, tracing: Tracing) -> None:
         super().__init__()
         self.leaf_modules = tracing.leaf_modules
-        self.record_stack_traces = True
 
-    def create_node(self, *args: Any, **kwargs: Any) -> Node:
-        """A node that knows its line of the user's code, and not the whole stack, which exporters would write out."""
-        node = super().create_node(*args, **kwargs)
-        frames = re.findall(r'File "(.+)", line (\d+)', node.meta.pop("stack_trace", None) or "")
-        lines = [f"{Path(file).name}:{line}" for file, line in frames if not file.startswith(_NOT_THE_USER_S)]
-        node.meta["source_line"] = lines[-1] if lines else None
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> Node:
+        """A node that knows its line of the user's code, as ``"net.py:12"``; fx's own record is the whole stack."""
+        node = super().create_node(kind, *args, **kwargs)
+        frame = sys._getframe(1) if kind.startswith("call_") else None
+        while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_USER_S):
+            frame = frame.f_back
+        if frame is not None:
+            node.meta["source_line"] = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
         return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

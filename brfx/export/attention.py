@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from brfx.export.layers import IntegerLinear, Requantize, codes_of, integer_linear
-from brfx.export.operators import product
+from brfx.export.layers import IntegerLinear, IntegerProduct, Requantize, codes_of, integer_linear
 from brfx.grid import MIN_STEP
 from brfx.nn import LSQQuantizer, LSQWeightQuantizer, QuantizedAttention, QuantizedMultiheadAttention
+from brfx.nn.layers import adopted
 from brfx.operators import LINEAR
 from brfx.python_calls import QuantizedCall
-
-_Kind = TypeVar("_Kind", bound=nn.Module)
 
 #: Matrix products of two activations.
 PRODUCTS = ("matmul", "rmatmul", "mm", "bmm")
@@ -56,18 +54,16 @@ class IntegerAttention(QuantizedAttention):
         requantizers = [_requantizer(getattr(attention, name)) for name in names]
         if None in requantizers:
             return None
-        new = _adopted(cls, attention)
+        new = adopted(cls, attention)
         for name, requantizer in zip(names, requantizers, strict=True):
             setattr(new, name, requantizer)
         return new
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
-        left, right = self.query_quantizer.codes, self.key_quantizer.codes
-        return product(query, key, left.scale, left.zero_point, right.scale, right.zero_point)  # type: ignore[no-any-return]
+        return IntegerProduct(self.query_quantizer.codes, self.key_quantizer.codes)(query, key)  # type: ignore[no-any-return]
 
     def mixed(self, probabilities: Tensor, value: Tensor) -> Tensor:
-        left, right = self.softmax_quantizer.codes, self.value_quantizer.codes
-        return product(probabilities, value, left.scale, left.zero_point, right.scale, right.zero_point)  # type: ignore[no-any-return]
+        return IntegerProduct(self.softmax_quantizer.codes, self.value_quantizer.codes)(probabilities, value)  # type: ignore[no-any-return]
 
 
 class IntegerMultiheadAttention(QuantizedMultiheadAttention):
@@ -93,7 +89,7 @@ class IntegerMultiheadAttention(QuantizedMultiheadAttention):
             linears.append(integer_linear(weight, step, bias, source.codes, bits))
         ((weight, step, bits),) = _linear_parts(layer, "out_proj_weight", 1)
         bias = layer.out_proj.bias
-        new = _adopted(cls, layer)
+        new = adopted(cls, layer)
         for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"):
             new._parameters[name] = None
         del new.out_proj, new.weight_quantizers
@@ -121,7 +117,7 @@ class IntegerCall(QuantizedCall):
         left, right = _requantizer(call.left), _requantizer(call.right)
         if left is None or right is None or call.kind not in ("linear", *PRODUCTS):
             return None
-        new = _adopted(cls, call)
+        new = adopted(cls, call)
         new.left, new.right = left, right
         return new
 
@@ -129,18 +125,11 @@ class IntegerCall(QuantizedCall):
         left, right = LINEAR[self.kind].operands(args, kwargs)
         if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
             return super().call(function, args, kwargs)
-        a, b = self.left.codes, self.right.codes
-        linear = self.kind == "linear"
-        y = product(left, right.t() if linear else right, a.scale, a.zero_point, b.scale, b.zero_point)
-        bias = (args[2] if len(args) > 2 else kwargs.get("bias")) if linear else None
+        multiply = IntegerProduct(self.left.codes, self.right.codes)
+        if self.kind != "linear":
+            return multiply(left, right)
+        y, bias = multiply(left, right.t()), args[2] if len(args) > 2 else kwargs.get("bias")
         return y if bias is None else y + bias
-
-
-def _adopted(cls: type[_Kind], module: nn.Module) -> _Kind:
-    """A module of this class with all that ``module`` has."""
-    new = cls.__new__(cls)
-    new.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(module).items()}
-    return new
 
 
 def _requantizer(quantizer: nn.Module | None) -> Requantize | None:

@@ -21,6 +21,7 @@ from brfx.export.attention import PRODUCTS, IntegerAttention, IntegerCall, Integ
 from brfx.export.layers import (
     IntegerConv,
     IntegerLinear,
+    IntegerProduct,
     Requantize,
     codes_of,
     codes_of_weight,
@@ -42,6 +43,7 @@ from brfx.nn import (
     QuantizedLinear,
     QuantizedMultiheadAttention,
 )
+from brfx.nn.layers import has_integer_form
 from brfx.observing import graphs
 from brfx.python_calls import QuantizedCall
 from brfx.trace import pruned
@@ -122,8 +124,6 @@ def _modules(result: IntegerModel) -> None:
 def _attention(result: IntegerModel, parent: nn.Module, name: str, path: str) -> None:
     """Put the integer form in the place of an attention, where it has one."""
     layer = getattr(parent, name)
-    if isinstance(layer, (IntegerAttention, IntegerMultiheadAttention)):
-        return
     kind = IntegerMultiheadAttention if isinstance(layer, QuantizedMultiheadAttention) else IntegerAttention
     integer = kind.of(layer)
     if integer is None:
@@ -193,7 +193,7 @@ class _Rewriting:
         if new is None:
             self._absorb_parts(node.args[0], codes)
             new = self._call(node, str(node.target), Requantize(codes, site), node.args[0])
-        self.codes[new] = codes
+        self.codes[node] = self.codes[new] = codes
         node.replace_all_uses_with(new)
         self.gm.graph.erase_node(node)
 
@@ -243,7 +243,7 @@ class _Rewriting:
         if isinstance(self._module(node), _BatchNorm) and len(node.users) == 1:
             norm, node = self._module(node), node.args[0]  # type: ignore[assignment]
         layer: Any = self._module(node)
-        if not self._has_integer_form(layer) or len(node.users) != 1 or len(value.users) != 1:
+        if not has_integer_form(layer) or len(node.users) != 1 or len(value.users) != 1:
             return None
         x = self._input_codes(node)
         if x is None:
@@ -267,27 +267,15 @@ class _Rewriting:
 
     def _codes(self, value: object) -> Codes | None:
         """The grid that a value lies on: a quantizer's, scaled where a constant factor lies between."""
-        factor = 1.0
-        while isinstance(value, Node):
-            if value in self.codes:
-                return _scaled(self.codes[value], factor)
-            grid = self.flows[value].grid if value in self.flows else None
-            if grid is None:
-                return None
-            if grid is value:
-                module = self._module(value)
-                codes = codes_of(module) if isinstance(module, LSQActivationQuantizer) else None
-                return _scaled(codes, factor)
-            inputs = value.all_input_nodes
-            name, args, kwargs = operation(self.gm, value)
-            if not commutes_with_rounding(self.gm, value):
-                constants = [c for c in (*args, *kwargs.values()) if isinstance(c, (int, float))]
-                times = name in ("mul", "imul")
-                if len(constants) != 1 or constants[0] <= 0 or not (times or isinstance(args[0], Node)):
-                    return None
-                factor *= constants[0] if times else 1 / constants[0]
-            value = inputs[0] if inputs else None
-        return None
+        if not isinstance(value, Node):
+            return None
+        if value in self.codes:
+            return self.codes[value]
+        flow = self.flows.get(value)
+        codes = self.codes.get(flow.grid) if flow and flow.grid else None
+        if flow is None or codes is None or flow.factor <= 0:
+            return None
+        return codes._replace(scale=codes.scale * flow.factor)
 
     def _on_codes(self, node: Node, codes: Codes) -> object:
         """The input of a layer, as the output of a quantizer: where max-pooling or a reshape lies between, put on
@@ -319,15 +307,13 @@ class _Rewriting:
         permuted = as_matmul(str(node.args[0])) if einsum else None
         if len(grids) != 2 or (einsum and permuted is None):
             return
-        left, right = grids
+        name = free_name(self.gm, f"{node.name}_int")
+        set_module(self.gm, name, IntegerProduct(*grids))
         graph = self.gm.graph
         with graph.inserting_before(node):
             if permuted:
-                pair = [
-                    graph.call_method("permute", (value, dims)) for value, dims in zip(pair, permuted, strict=False)
-                ]
-            settings = (left.scale, left.zero_point, right.scale, right.zero_point)
-            new = graph.call_function(torch.ops.brfx.product.default, (*pair, *settings))
+                pair = [graph.call_method("permute", (pair[side], permuted[side])) for side in (0, 1)]
+            new = graph.call_module(name, tuple(pair))
             if permuted:
                 new = graph.call_method("permute", (new, permuted[2]))
         node.replace_all_uses_with(new)
@@ -339,7 +325,7 @@ class _Rewriting:
         if layer.weight_quantizer is None:
             self.result.float_layers[name] = "its weight is FP32"
             return
-        if isinstance(layer, nn.modules.conv._ConvNd) and not self._has_integer_form(layer):
+        if isinstance(layer, nn.modules.conv._ConvNd) and not has_integer_form(layer):
             reason = "transposed convolutions and padding other than with zeros have no integer form"
         elif self._input_codes(node) is None:
             reason = "its input is on no grid: placement='deploy' puts it on one"
@@ -347,17 +333,6 @@ class _Rewriting:
             reason = "no quantizer takes its output alone"
         self.result.float_layers[name] = reason
         set_module(self.gm, str(node.target), float_layer(layer))
-
-    @staticmethod
-    def _has_integer_form(layer: Any) -> bool:
-        return (
-            isinstance(layer, QuantizedLayer)
-            and isinstance(layer, nn.modules.conv._ConvNd)
-            and layer.weight_quantizer is not None
-            and not layer.transposed
-            and layer.padding_mode == "zeros"
-            and not isinstance(layer.padding, str)
-        )
 
     def _step(self, node: object) -> Tensor:
         """A step that the graph reads."""
@@ -379,8 +354,3 @@ def _taken(gm: GraphModule, name: str) -> bool:
     except AttributeError:
         return False
     return True
-
-
-def _scaled(codes: Codes | None, factor: float) -> Codes | None:
-    """The same codes, worth ``factor`` times as much."""
-    return codes if codes is None or factor == 1 else codes._replace(scale=codes.scale * factor)

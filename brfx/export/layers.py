@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from brfx.export.operators import Codes, convolution, linear, requantize
+from brfx.export.operators import Codes, convolution, linear, product, requantize
 from brfx.grid import MIN_STEP
 from brfx.nn import LSQQuantizer, QuantizedClippedReLU, QuantizedLayer
 
@@ -83,6 +83,18 @@ class IntegerLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.transposed, self.scale, self.bias, self.x.scale, self.x.zero_point)  # type: ignore[no-any-return]
+
+
+class IntegerProduct(nn.Module):
+    """``a @ b`` of two activations, each given by the grid that it lies on; sums in 32 bits, one multiplication."""
+
+    def __init__(self, left: Codes, right: Codes) -> None:
+        super().__init__()
+        self.left, self.right = left, right
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        left, right = self.left, self.right
+        return product(a, b, left.scale, left.zero_point, right.scale, right.zero_point)  # type: ignore[no-any-return]
 
 
 class FloatLayer(nn.Module):

@@ -25,8 +25,8 @@ from brfx.export.integer import IntegerModel, integer_model
 from brfx.export.operators import translations
 from brfx.export.parity import SiteParity, compare_codes
 from brfx.export.proto import share_codes, store_quantized, store_weights, strip
+from brfx.flow import operation
 from brfx.observing import graphs
-from brfx.operators import name_of
 
 #: What a profile is for: the opset it needs, and the narrowest type that weights are stored in.
 PROFILES = {"compact": (25, 2), "fast": (21, 8), "portable": (21, 4)}
@@ -128,7 +128,7 @@ def _told(error: BaseException, model: nn.Module) -> str:
     if unknown is None:
         return first_line(error)
     calls = [
-        node for gm in graphs(model).values() for node in gm.graph.nodes if unknown[2] in str(name_of(node.target))
+        node for gm in graphs(model).values() for node in gm.graph.nodes if unknown[2] in str(operation(gm, node)[0])
     ]
     lines = list(dict.fromkeys(line for node in calls if (line := node.meta.get("source_line"))))
     where = f", called in {', '.join(lines[:3])}" if lines else ""

@@ -20,7 +20,7 @@ from brfx.card import card_entries
 from brfx.errors import ExportError, first_line
 from brfx.export.destination import destination, replacing
 from brfx.export.integer import integer_model
-from brfx.export.layers import FloatLayer, IntegerConv, IntegerLinear, Requantize
+from brfx.export.layers import FloatLayer, IntegerConv, IntegerLinear, IntegerProduct, Requantize
 from brfx.export.operators import Codes
 from brfx.export.packing import pack, unpack
 from brfx.nn import QUANTIZED_LAYERS, LSQQuantizer, QuantizedLayer
@@ -130,6 +130,9 @@ class _Writing:
             return self._function(node)
         module = self.gm.get_submodule(str(node.target))
         name = self.layer_names.get(id(module), str(node.target))
+        if isinstance(module, IntegerProduct):
+            left, right = self._plain(list(node.args))
+            return "product", {"left": left, "right": right, "x": _codes(module.left), "y": _codes(module.right)}
         if len(node.args) != 1 or node.kwargs:
             raise ExportError(f"{name}: a packed file has no form for a layer called with several arguments")
         return self._module(name, module)
@@ -411,7 +414,9 @@ class _Reading:
             if "tensor" in part:
                 self._read(name, part)
         check = {"convolution": self._convolution, "linear": self._linear, "requantize": self._requantize}
-        if node["op"] in check:
+        if node["op"] == "product":
+            _product(f"node {name!r}", attributes)
+        elif node["op"] in check:
             _must(len(node["inputs"]) == 1, f"node {name!r}: takes one input, has {len(node['inputs'])}")
             check[node["op"]](f"node {name!r}", attributes)
         known.add(name)
@@ -488,6 +493,14 @@ class _Reading:
     def _requantize(self, where: str, attributes: dict[str, Any]) -> None:
         _grid(where, attributes, "y")
         _must(_is_scale(attributes.get("scale_out")), f"{where}: scale_out={str(attributes.get('scale_out'))[:20]}")
+
+
+def _product(where: str, attributes: dict[str, Any]) -> None:
+    for key in ("left", "right"):
+        value = attributes.get(key)
+        _must(isinstance(value, dict) and set(value) == {"value"}, f"{where}: has no value {key!r}")
+    for key in ("x", "y"):
+        _grid(where, attributes, key)
 
 
 def _grid(where: str, attributes: dict[str, Any], key: str) -> int:

@@ -80,7 +80,10 @@ class _Comparing(fx.Interpreter):
 
 def _mutable(value: Any) -> Any:
     """``value`` with plain lists in the place of those of a graph."""
-    if isinstance(value, (list, tuple)):
-        items = [_mutable(item) for item in value]
-        return tuple(items) if type(value) is tuple else items if isinstance(value, list) else value
-    return {key: _mutable(item) for key, item in value.items()} if isinstance(value, dict) else value
+    if isinstance(value, list):
+        return [_mutable(item) for item in value]
+    if type(value) is tuple:
+        return tuple(_mutable(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _mutable(item) for key, item in value.items()}
+    return value

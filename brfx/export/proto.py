@@ -15,7 +15,7 @@ def share_codes(proto: Any) -> None:
 
     c -> DequantizeLinear(s, z) -> QuantizeLinear(s, z) -> d    =>    c = d
     """
-    constants = _constants(proto)
+    constants = _scalars(proto)
     made = {output: node for node in proto.graph.node for output in node.output}
     renamed: dict[str, str] = {}
     for node in list(proto.graph.node):
@@ -33,18 +33,34 @@ def share_codes(proto: Any) -> None:
     _drop_dead(proto)
 
 
-def _constants(proto: Any) -> dict[str, tuple[str, bytes]]:
-    """Constant values by name, comparable."""
-    import onnx
-
+def _constants(proto: Any) -> dict[str, Any]:
+    """Constant tensors by name."""
     found = {initializer.name: initializer for initializer in proto.graph.initializer}
-    found |= {
+    return found | {
         node.output[0]: node.attribute[0].t
         for node in proto.graph.node
         if node.op_type == "Constant" and node.attribute[0].name == "value"
     }
-    arrays = {name: onnx.numpy_helper.to_array(value) for name, value in found.items() if value.dims in ([], [1])}
+
+
+def _scalars(proto: Any) -> dict[str, tuple[str, bytes]]:
+    """Constants of one value by name, comparable."""
+    import onnx
+
+    found = {name: value for name, value in _constants(proto).items() if value.dims in ([], [1])}
+    arrays = {name: onnx.numpy_helper.to_array(value) for name, value in found.items()}
     return {name: (str(array.dtype), array.tobytes()) for name, array in arrays.items()}
+
+
+def _pack(proto: Any, initializer: Any, codes: np.ndarray[Any, Any], bits: int) -> str:
+    """Put packed codes in the place of an initializer; their name."""
+    import onnx
+
+    name = f"{initializer.name}.int{bits}"
+    tensor = onnx.TensorProto(name=name, data_type=CONTAINERS[bits], dims=codes.shape, raw_data=pack(codes, bits))
+    proto.graph.initializer.remove(initializer)
+    proto.graph.initializer.append(tensor)
+    return name
 
 
 def _drop_dead(proto: Any) -> None:
@@ -81,10 +97,8 @@ def store_weights(proto: Any, integer: IntegerModel, narrowest: int) -> None:
         if bits == 8:
             continue
         codes = onnx.numpy_helper.to_array(initializer) // np.int8(layer.headroom)  # type: ignore[arg-type]
-        name, packed = initializer.name, f"{initializer.name}.int{bits}"
-        tensor = onnx.TensorProto(name=packed, data_type=CONTAINERS[bits], dims=codes.shape, raw_data=pack(codes, bits))
-        proto.graph.initializer.remove(initializer)
-        proto.graph.initializer.append(tensor)
+        name = initializer.name
+        packed = _pack(proto, initializer, codes, bits)
         scaled = int(layer.headroom) != 1  # type: ignore[arg-type]
         cast = f"{name}.codes" if scaled else name
         nodes = [onnx.helper.make_node("Cast", [packed], [cast], to=onnx.TensorProto.INT8)]
@@ -106,8 +120,7 @@ def store_quantized(proto: Any, narrowest: int) -> None:
     import onnx
 
     to_array = onnx.numpy_helper.to_array
-    values = {value.name: value for value in proto.graph.initializer}
-    values |= {n.output[0]: n.attribute[0].t for n in proto.graph.node if n.op_type == "Constant" and n.attribute}
+    values = _constants(proto)
     readers: dict[str, list[Any]] = {}
     for node in proto.graph.node:
         for name in node.input:
@@ -120,14 +133,13 @@ def store_quantized(proto: Any, narrowest: int) -> None:
         clips = [node for node in readers[quantizer.output[0]] if node.op_type == "Clip"]
         low, high = (int(to_array(values[name])) for name in clips[0].input[1:]) if clips else (0, 255)
         low, high = low - int(zero), high - int(zero)
-        bits = next(b for b in CONTAINERS if b >= narrowest and -(1 << b - 1) <= low and high < 1 << b - 1)
-        codes = np.clip(np.rint(to_array(weight) / step), low, high).astype(np.int8)
-        packed, cast = f"{weight.name}.int{bits}", f"{weight.name}.codes"
-        tensor = onnx.TensorProto(name=packed, data_type=CONTAINERS[bits], dims=codes.shape, raw_data=pack(codes, bits))
-        proto.graph.initializer.remove(weight)
-        proto.graph.initializer.append(tensor)
+        bits = next((b for b in CONTAINERS if b >= narrowest and -(1 << b - 1) <= low and high < 1 << b - 1), None)
+        if bits is None:  # unsigned codes of 8 bits fit no signed container
+            continue
+        name, cast = weight.name, f"{weight.name}.codes"
+        packed = _pack(proto, weight, np.clip(np.rint(to_array(weight) / step), low, high).astype(np.int8), bits)
         place = list(proto.graph.node).index(quantizer)
-        proto.graph.node.insert(place, onnx.helper.make_node("Mul", [cast, quantizer.input[1]], [weight.name]))
+        proto.graph.node.insert(place, onnx.helper.make_node("Mul", [cast, quantizer.input[1]], [name]))
         proto.graph.node.insert(place, onnx.helper.make_node("Cast", [packed], [cast], to=onnx.TensorProto.FLOAT))
 
 

@@ -96,6 +96,10 @@ class Interpreter:
         total = codes @ self.tensors[weight["tensor"]].astype(np.int32).T
         return total.astype(np.float32) * self.tensors[scale["tensor"]] + self.tensors[bias["tensor"]]
 
+    def product(self, a, b, *, left, right, x, y):
+        codes = [np.rint(v / np.float32(g["scale"])).astype(np.int32) for v, g in ((a, x), (b, y))]
+        return (codes[0] @ codes[1]).astype(np.float32) * (np.float32(x["scale"]) * np.float32(y["scale"]))
+
     def requantize(self, value, *, y, scale_out):
         stored = np.clip(np.rint(value / np.float32(y["scale"])) + y["zero_point"], y["low"], y["high"])
         return (stored - y["zero_point"]).astype(np.float32) * np.float32(scale_out)
@@ -312,3 +316,39 @@ def test_files_that_are_none(tmp_path, content):
         read_packed(path)
     with pytest.raises(ExportError, match="no such file"):
         read_packed(tmp_path / "absent")
+
+
+class Product(nn.Module):
+    """Two linears, and the product of what they give."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.a(x).relu() @ self.b(x)
+
+
+def test_a_product_of_two_activations(tmp_path):
+    torch.manual_seed(0)
+    qmodel = brfx.prepare_qat(Product()).eval()
+    x = torch.randn(3, 6, 6)
+    brfx.calibrate(qmodel, [x])
+    path = export_packed(qmodel, tmp_path / "model.safetensors")
+    assert np.array_equal(run_by(path, x), integer_model(qmodel).model(x).detach().numpy())
+    node = read_packed(path).header["nodes"][-1]
+    assert node["op"] == "product" and set(node["attributes"]) == {"left", "right", "x", "y"}
+
+
+@pytest.mark.parametrize("part", ["left", "right", "x", "y"])
+def test_a_product_without_one_of_its_parts_is_refused(tmp_path, part):
+    qmodel = brfx.prepare_qat(Product()).eval()
+    brfx.calibrate(qmodel, [torch.randn(3, 6, 6)])
+    path = export_packed(qmodel, tmp_path / "model.safetensors")
+    with safe_open(path, "np") as file:
+        header = json.loads(file.metadata()["brfx"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del header["nodes"][-1]["attributes"][part]
+    save_file(tensors, path, {"brfx": json.dumps(header)})
+    with pytest.raises(ExportError, match=f"has no (value|grid) '{part}'"):
+        read_packed(path)
