@@ -123,8 +123,7 @@ def _rows(tensors: list[Tensor], rows: list[int], fill: float) -> Tensor:
 
 def _distances(values: Tensor, step: Tensor, grid: Grid, clamp: bool) -> tuple[Tensor, Tensor]:
     """Each value's code, and its signed distance to that code's level."""
-    step = step.clamp(min=MIN_STEP)
-    code = grid.encode(values, step)
+    code, step = grid.encode(values, step), step.clamp(min=MIN_STEP)
     distance = values - code * step
     if clamp:
         distance = torch.where((values < grid.low * step) | (values > grid.high * step), 0.0, distance)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from brfx.grid import MIN_STEP
+from brfx.grid import MIN_STEP, in_full
 from brfx.nn.layers import QuantizedLayer
 from brfx.nn.lsq import LSQActivationQuantizer
 
@@ -30,9 +30,9 @@ class Coded(NamedTuple):
 def coded(quantizer: LSQActivationQuantizer, x: Tensor) -> Coded:
     """``quantizer(x)`` with its codes; a scalar step."""
     values = quantizer(x)
+    code = quantizer.grid.encode(quantizer.prepare(in_full(x.detach())), quantizer.step.detach())
     step = quantizer.step.detach().clamp(min=MIN_STEP)
-    code = (values.detach() / step).round().to(torch.int8 if quantizer.signed else torch.uint8)
-    return Coded(values, code, step)
+    return Coded(values, code.to(torch.int8 if quantizer.signed else torch.uint8), step)
 
 
 def coded_weight(layer: QuantizedLayer) -> Coded | None:

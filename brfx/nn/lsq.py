@@ -25,20 +25,20 @@ class _LSQ(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(values, step)
         ctx.settings = (grid, scale, floor, ceiling)
-        clipped = _clip(in_full(values), floor, ceiling)
-        return (grid.encode(clipped, step) * step.clamp(min=MIN_STEP)).to(values.dtype)
+        code = grid.encode(clipped(in_full(values), floor, ceiling), step)
+        return (code * step.clamp(min=MIN_STEP)).to(values.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved, step = ctx.saved_tensors
         grid, scale, floor, ceiling = ctx.settings
         values, grad = in_full(saved), in_full(grads[0])
-        clipped = _clip(values, floor, ceiling)
-        code = grid.encode(clipped, step)
+        within = clipped(values, floor, ceiling)
+        code = grid.encode(within, step)
         if grid.binary:  # v^ = s * sign(v): the gradient passes straight to v, and d v^ / d s = sign(v)
             grad_values, slope = grad, code
         else:
-            ratio = clipped / step.clamp(min=MIN_STEP)
+            ratio = within / step.clamp(min=MIN_STEP)
             inside = (ratio >= grid.low) & (ratio <= grid.high)
             slope = code - torch.where(inside, ratio, 0.0)
             open_ = inside
@@ -47,13 +47,23 @@ class _LSQ(torch.autograd.Function):
             if ceiling < math.inf:
                 open_ = open_ & (values < ceiling)
             grad_values = torch.where(open_, grad, 0.0)
-        grad_step = (grad * slope).sum_to_size(step.shape) * scale
+        grad_step = _sum_to(grad * slope, step) * scale
         return grad_values.to(saved.dtype), grad_step, None, None, None, None
 
 
-def _clip(values: Tensor, floor: float, ceiling: float) -> Tensor:
-    low, high = None if floor == -math.inf else floor, None if ceiling == math.inf else ceiling
-    return values if low is None and high is None else values.clamp(low, high)
+def _sum_to(values: Tensor, step: Tensor) -> Tensor:
+    if step.numel() == 1 and values.dim() > 2:
+        values = values.sum([d for d in range(values.dim()) if d != 1])
+    return values.sum_to_size(step.shape)
+
+
+def clipped(values: Tensor, floor: float, ceiling: float) -> Tensor:
+    """``values`` between two bounds, by the operations of a ReLU and a ReLU6, so that compiled code has them once."""
+    if floor == -math.inf and ceiling == math.inf:
+        return values
+    if floor == 0.0 and ceiling == math.inf:
+        return nn.functional.relu(values)
+    return nn.functional.hardtanh(values, floor, ceiling)
 
 
 def lsq_quantize(
@@ -248,9 +258,7 @@ class QuantizedClippedReLU(LSQActivationQuantizer):
         self.ceiling = math.inf if clip_value is None else clip_value
 
     def prepare(self, values: Tensor) -> Tensor:
-        if self.clip_value is None:
-            return nn.functional.relu(values)
-        return nn.functional.hardtanh(values, 0.0, self.clip_value)
+        return clipped(values, self.floor, self.ceiling)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, clip_value={self.clip_value}"
