@@ -1,8 +1,9 @@
 """The form of a rewritten graph that trains fastest and in the least memory. It computes what the graph computes.
 
 Two things differ. Layers and residual adds keep the *codes* of what they read, and layers those of their weights, a
-byte a value instead of four (:mod:`brfx.nn.codes`). And the chains that end in a quantizer (batch norm, residual add,
-ReLU, rounding, the bins of the regularizer) can be compiled as one kernel each, for models that otherwise run eagerly.
+byte a value instead of four (:mod:`brfx.nn.codes`). And the chains from a layer to the quantizer behind it
+(convolution, batch norm, residual add, ReLU, rounding, the bins of the regularizer) can be compiled, each as one
+function, for models that otherwise run eagerly.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from brfx.operators import name_of
 from brfx.ranks import SyncedBatchNorm
 from brfx.trace import TracedModule, generated, pruned
 
-#: What a chain is made of, besides batch norms and quantizers.
-_CHEAP = frozenset({"add", "iadd"})
-_CHEAP_MODULES = (nn.modules.batchnorm._BatchNorm, ActivationObserver, AlignedAdd)
+#: What a chain is made of, besides the layers that it starts with and the quantizer that it ends in.
+_LINKS = frozenset({"add", "iadd"})
+_LINK_MODULES = (nn.modules.batchnorm._BatchNorm, ActivationObserver, AlignedAdd)
 
 
 class QuantizedGraph(TracedModule):
@@ -50,6 +51,7 @@ def lean_forward(gm: GraphModule, look: Look | None, *, kernels: bool) -> Callab
     if kernels:
         compile_weights(gm, graph)
         compile_chains(gm, graph)
+        compile_decoding(graph)
     graph.eliminate_dead_code(_impure)
     return generated(gm, graph)  # type: ignore[no-any-return]
 
@@ -73,7 +75,7 @@ def keep_codes(gm: GraphModule, graph: fx.Graph) -> None:
                     new = graph.call_function(apply_coded, (layer, pair))
                 user.replace_all_uses_with(new)
                 graph.erase_node(user)
-            elif _is(gm, user, AlignedAdd) or name_of(user.target) in _CHEAP:
+            elif _is(gm, user, AlignedAdd) or name_of(user.target) in _LINKS:
                 with graph.inserting_before(user):
                     user.replace_input_with(node, graph.call_function(remade, (pair,)))
         node.replace_all_uses_with(values)
@@ -81,9 +83,9 @@ def keep_codes(gm: GraphModule, graph: fx.Graph) -> None:
 
 
 def compile_weights(gm: GraphModule, graph: fx.Graph) -> None:
-    """Quantize the weights of all layers that read codes in one compiled call, and decode with a compiled function.
+    """Quantize the weights of all layers that read codes in one compiled call.
 
-    y = apply_coded(conv, c)  ->  w = _all_weights(conv, ...); y = _apply_with(conv, c, w[0])
+    y = apply_coded(conv, c)  ->  w = _all_weights(conv, ...); y = apply_coded(conv, c, w[0])
     """
     users = [node for node in graph.nodes if node.target is apply_coded]
     names = list(dict.fromkeys(_module_of(node) for node in users))
@@ -93,7 +95,7 @@ def compile_weights(gm: GraphModule, graph: fx.Graph) -> None:
         weights = graph.call_function(_all_weights, tuple(graph.get_attr(name) for name in names))
         each = {name: graph.call_function(getitem, (weights, index)) for index, name in enumerate(names)}
     for node in users:
-        node.target, node.args = _apply_with, (*node.args, each[_module_of(node)])
+        node.args = (*node.args, each[_module_of(node)])
 
 
 def _all_weights(*layers: Any) -> list[Coded | None]:
@@ -106,15 +108,13 @@ def _coded_weights(*layers: Any) -> list[Coded | None]:
 
 
 _compiled_weights = compiled(_coded_weights)
-_compiled_decode = compiled(decode, dynamic=True)
-
-
-def _apply_with(layer: nn.Module, x: Coded, weight: Coded | None) -> Tensor:
-    return apply_coded(layer, x, weight, _compiled_decode)
 
 
 def compile_chains(gm: GraphModule, graph: fx.Graph) -> None:
-    """Make each chain that ends in a quantizer one call of a compiled function."""
+    """Make each chain that ends in a quantizer one call of a compiled function.
+
+    y = apply_coded(conv, c, w); b = bn(y); d = coded(quantizer, b)  ->  d = chain_0(conv, c, w, bn, quantizer)
+    """
     for sink in [node for node in graph.nodes if node.target is coded]:
         _compile_chain(gm, graph, _chain(gm, sink))
 
@@ -128,17 +128,17 @@ def _chain(gm: GraphModule, sink: Node) -> list[Node]:
     waiting = [source]
     while waiting:
         node = waiting.pop()
-        if node not in members and _cheap(gm, node) and set(node.users) <= members:
+        if node not in members and _is_link(gm, node) and set(node.users) <= members:
             members.add(node)
             waiting.extend(node.all_input_nodes)
     return [node for node in sink.graph.nodes if node in members]
 
 
-def _cheap(gm: GraphModule, node: Node) -> bool:
+def _is_link(gm: GraphModule, node: Node) -> bool:
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
-        return isinstance(module, _CHEAP_MODULES) and not isinstance(module, (nn.SyncBatchNorm, SyncedBatchNorm))
-    return node.target is remade or (node.op in ("call_function", "call_method") and name_of(node.target) in _CHEAP)
+        return isinstance(module, _LINK_MODULES) and not isinstance(module, (nn.SyncBatchNorm, SyncedBatchNorm))
+    return node.target in (apply_coded, remade) or (node.op.startswith("call") and name_of(node.target) in _LINKS)
 
 
 def _compile_chain(gm: GraphModule, graph: fx.Graph, chain: list[Node]) -> None:
@@ -199,6 +199,23 @@ def _kind(gm: GraphModule, node: Node) -> str:
     if isinstance(value, LSQActivationQuantizer):
         return repr(value)
     return type(value).__name__
+
+
+def compile_decoding(graph: fx.Graph) -> None:
+    """Let layers that are in no chain decode with a compiled function.
+
+    y = apply_coded(fc, c, w)  ->  y = _apply_decoding(fc, c, w)
+    """
+    for node in graph.nodes:
+        if node.target is apply_coded:
+            node.target = _apply_decoding
+
+
+def _apply_decoding(layer: nn.Module, x: Coded, weight: Coded | None) -> Tensor:
+    return apply_coded(layer, x, weight, _compiled_decode)
+
+
+_compiled_decode = compiled(decode, dynamic=True)
 
 
 def _call(module: Callable[..., Any], *args: Any) -> Any:
