@@ -7,10 +7,17 @@ from typing import Any
 
 import torch
 
-#: When inductor writes a value to memory that several kernels read, instead of making it again in each. A batch norm's
-#: output counts five reads, one more than inductor's own limit, and a quantizer with its bins some 60 operations:
-#: written out, none of it fuses with the reductions over it (docs/benchmarks.md: a step took 15 % longer).
-_REMAKE = {"realize_reads_threshold": 8, "realize_opcount_threshold": 100}
+#: Of inductor's own choices, those that cost training time here (docs/benchmarks.md).
+_OPTIONS = {
+    # When a value that several kernels read is written to memory instead of being made again in each. A batch norm's
+    # output counts five reads, one more than inductor's limit, and a quantizer with its bins some 60 operations:
+    # written out, none of it fuses with the reductions over it (a step of ResNet-20 took 15 % longer).
+    "realize_reads_threshold": 8,
+    "realize_opcount_threshold": 100,
+    # Convolutions are channels-last in graphs that have one, but a backward graph has none: there what a depthwise
+    # convolution reads was copied into the order that its weight's strides suggest (MobileNetV2: 30 % longer).
+    "force_layout_optimization": True,
+}
 
 
 def compiled(
@@ -21,7 +28,7 @@ def compiled(
     torch counts compilations by code, not by closure, and gives up after eight: the ninth model of a process, or the
     ninth shape of a chain, would run uncompiled or fail. Here there is room for 256.
     """
-    inner = torch.compile(function, dynamic=dynamic, fullgraph=fullgraph, options=_REMAKE | options)
+    inner = torch.compile(function, dynamic=dynamic, fullgraph=fullgraph, options=_OPTIONS | options)
 
     def run(*args: Any) -> Any:
         with torch._dynamo.config.patch(recompile_limit=256):
