@@ -21,7 +21,7 @@ demo: .venv/installed  ## train, quantize to 2 bits, evaluate and export on hand
 		--output-dir $(DEMO)/w2a2
 
 test: .venv/installed  ## the tests, under ten minutes on two cores
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 sweep: .venv/installed  ## the slow tests too
 	$(BIN)/python -m pytest -m "slow or not slow" --timeout=3600

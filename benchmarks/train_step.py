@@ -40,6 +40,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import brfx
+from brfx.nn import QuantizedLayer
 from brfx.train.step import LossStep, build_step, loss_step
 from brfx.train.update import Update
 
@@ -49,6 +50,10 @@ LAMBDA_WEIGHT, LAMBDA_ACT = 0.1, 0.01  # the command line's defaults
 FORMS = ("eager", "compiled")
 WARM_UP = 4  # steps before the first timed one
 COMPILE_LIMIT_S = 1800.0
+PROFILED = 4  # steps under the profiler
+#: What a profiled step is divided into, and the operations that count as products.
+SPENT = ("convolutions and products", "generated kernels", "all else")
+PRODUCTS = frozenset({"aten::convolution_backward", "aten::mkldnn_convolution", "aten::addmm", "aten::mm"})
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,11 @@ def float_case(model: nn.Module, images: Tensor, form: str) -> Built:
     if form == "compiled":
         return model, torch.compile(loss_step(model, None), dynamic=False)
     return model, build_step(model, None, "none")
+
+
+def fit_case(model: nn.Module, images: Tensor, form: str) -> Built:
+    """The float model as ``brfx.fit`` compiles it."""
+    return model, build_step(model, None, "whole" if form == "compiled" else "kernels")
 
 
 def brfx_case(
@@ -267,6 +277,7 @@ def swap(
 
 CASES: dict[str, Callable[[nn.Module, Tensor, str], Built]] = {
     "FP32": float_case,
+    "FP32 in brfx.fit": fit_case,
     "brfx LSQ": brfx_case,
     "brfx LSQ + BR(W)": partial(brfx_case, weight=LAMBDA_WEIGHT),
     "brfx LSQ + BR(W+A)": partial(brfx_case, weight=LAMBDA_WEIGHT, act=LAMBDA_ACT),
@@ -275,6 +286,7 @@ CASES: dict[str, Callable[[nn.Module, Tensor, str], Built]] = {
     "Brevitas, learned scales": brevitas_case,
     "torchao pt2e, W8A8": torchao_case,
 }
+FLOAT_CASES = ("FP32", "FP32 in brfx.fit")
 NEEDS = {"Brevitas, learned scales": "brevitas", "torchao pt2e, W8A8": "torchao"}
 
 
@@ -404,7 +416,33 @@ def measure_times(name: str, cases: Sequence[str], options: argparse.Namespace, 
             runners[case, form] = runner
             say(f"{where}: first step {results[case][form]['first_step_s']:.1f} s")
     time_rounds(runners, results, options.rounds)
+    for (case, form), runner in runners.items():
+        if form == "compiled" and (case in FLOAT_CASES or case.startswith("brfx")):
+            results[case][form]["profile"] = profile_of(runner)
+            if case.startswith("brfx"):
+                results[case][form]["quantized"] = quantized_values(runner)
     return results
+
+
+def profile_of(runner: Runner) -> dict[str, float]:
+    """Milliseconds of a step by what they are spent in."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        for _ in range(PROFILED):
+            runner()
+    spent = dict.fromkeys(SPENT, 0.0)
+    for event in found.key_averages():
+        operation, kernels, other = SPENT
+        kind = operation if event.key in PRODUCTS else kernels if "CompiledFxGraph" in event.key else other
+        spent[kind] += event.self_cpu_time_total / 1000 / PROFILED
+    return spent
+
+
+def quantized_values(runner: Runner) -> dict[str, int]:
+    """How many activations and weights a step quantizes."""
+    with torch.no_grad():
+        activations = sum(values.numel() for values in brfx.observe(runner.model, runner.images).values())
+    layers = [module for module in runner.model.modules() if isinstance(module, QuantizedLayer)]
+    return {"activations": activations, "weights": sum(w.numel() for layer in layers for w, _ in layer.regularized())}
 
 
 def time_rounds(runners: dict[tuple[str, str], Runner], results: dict[str, Any], rounds: int) -> None:
@@ -546,6 +584,29 @@ def table(model: dict[str, Any]) -> list[str]:
     return lines
 
 
+def profile_table(model: dict[str, Any]) -> list[str]:
+    profiles = {
+        name: case["compiled"] for name, case in model["cases"].items() if "profile" in case.get("compiled", {})
+    }
+    if not profiles:
+        return []
+    lines = ["| compiled, ms a step under the profiler | " + " | ".join(SPENT) + " |", "|---|---|---|---|"]
+    for name, entry in profiles.items():
+        lines.append(f"| {name} | " + " | ".join(f"{entry['profile'][kind]:.0f}" for kind in SPENT) + " |")
+    lines.append("")
+    plain, full = (profiles.get(f"brfx LSQ{terms}") for terms in ("", " + BR(W+A)"))
+    if plain and full:
+        values = full["quantized"]
+        more = full["profile"]["generated kernels"] - plain["profile"]["generated kernels"]
+        lines += [
+            f"A step quantizes {values['activations'] / 1e6:.1f} million activations and {values['weights'] / 1e6:.1f} "
+            f"million weights. The bins of both take {more:.0f} ms of generated kernels, "
+            f"{1e6 * more / sum(values.values()):.2f} ns a value, forward and backward together.",
+            "",
+        ]
+    return lines
+
+
 def section(name: str, model: dict[str, Any]) -> list[str]:
     ran = model["environment"]
     base = [model["cases"]["FP32"][form] for form in FORMS]
@@ -567,6 +628,7 @@ def section(name: str, model: dict[str, Any]) -> list[str]:
         "",
         *table(model),
         "",
+        *profile_table(model),
         f"{ran['date']}: `{ran['command']}`",
         "",
     ]
@@ -583,9 +645,12 @@ it that hold the median with 95 % probability (of fewer than 6 rounds: the least
 
 - **brfx** has {BITS}-bit weights and ReLUs, the first and the last layer included (`placement="paper"`), as the
   published way and Brevitas have here; `"deploy"`, the default, has every operand of a product on a grid. Eager is
-  `compile="kernels"` of `fit`, compiled is `compile="on"`. Before anything is timed, the gradients of each case are
+  `compile="kernels"` of `fit`: PyTorch's own convolutions and autograd, with what lies between two convolutions
+  compiled, piece by piece; compiled is `compile="on"`. Before anything is timed, the gradients of each case are
   compared with those of the plain eager step in float64 on a small batch, to 1e-6 of each one's norm (`--no-check`
   leaves that to `tests/test_penalty.py`).
+- **FP32** is `torch.compile` as it comes, and what all ratios are to. **FP32 in brfx.fit** is the same float model with
+  the compiler options that `fit` gives (`brfx/compiling.py`): part of what brfx gains is open to every network.
 - **published** is LSQ from autograd operations with `detach`, and the regularizer's loop over bins, mean and variance
   of the values that a mask selects, as the papers print them.
 - **Brevitas** has learned scales for weights and ReLUs, {BITS} bits. **torchao** is `prepare_qat_pt2e` with
