@@ -47,8 +47,8 @@ class _BinSums(torch.autograd.Function):
         values, step = ctx.saved_tensors
         grid, clamp, by_row = ctx.settings
         code, distance = _distances(values, step, grid, clamp)
-        if by_row:  # rows may be filled up with NaN
-            code, distance = code.nan_to_num(), distance.nan_to_num()
+        if by_row:  # rows may be filled up with NaN; a comparison vectorizes where nan_to_num does not
+            code, distance = (torch.where(part == part, part, 0.0) for part in (code, distance))
         grad_values = distance * _look_up(2 * grads[1], code, grid).to(distance.dtype)
         grad_step = -(code * grad_values).sum_to_size(step.shape) if ctx.needs_input_grad[1] else None
         return grad_values, grad_step, None, None, None
