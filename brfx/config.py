@@ -236,12 +236,13 @@ class TrainConfig:
         weight_decay: of weights with two or more dimensions; biases and norms get none.
         seed: of everything random in the run.
         device: where the model and the batches live.
-        compile: ``"on"`` (the whole step as one graph), ``"kernels"`` (the quantizers with the batch norms, adds and
-            regularizers around them), ``"off"``, or ``"auto"``: what a run of so many batches earns back. Without a
-            C++ compiler nothing is compiled.
+        compile: ``"on"`` (the whole step as one graph), ``"kernels"`` (each chain from a layer to the quantizer behind
+            it), ``"off"``, or ``"auto"``: what a run of so many batches earns back. Without a C++ compiler nothing is
+            compiled.
         precision: ``"bf16"`` or ``"fp16"`` (with loss scaling) train under autocast; steps, codes and bins are
             computed in FP32 all the same.
-        channels_last: keep images and 4-d weights in that memory format, which convolutions run faster in.
+        channels_last: keep images and 4-d weights in that memory format, which convolutions run faster in. Compiled
+            convolutions run in it all the same.
         label_smoothing: share of the target that goes to all classes alike.
         distill: share of the loss that is distillation from a teacher, in :func:`brfx.fit` given as such; 0: none.
         temperature: of distillation's softmax.

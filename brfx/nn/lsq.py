@@ -52,6 +52,7 @@ class _LSQ(torch.autograd.Function):
 
 
 def _sum_to(values: Tensor, step: Tensor) -> Tensor:
+    """The sum in the shape of ``step``; by channel first, in which compiled code fuses it with a batch norm's sums."""
     if step.numel() == 1 and values.dim() > 2:
         values = values.sum([d for d in range(values.dim()) if d != 1])
     return values.sum_to_size(step.shape)
