@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 
-#: Of inductor's own choices, those that cost training time here (docs/benchmarks.md).
+#: Of inductor's own choices, those that cost training time here.
 _OPTIONS = {
     # When a value that several kernels read is written to memory instead of being made again in each. A batch norm's
     # output counts five reads, one more than inductor's limit, and a quantizer with its bins some 60 operations:
-    # written out, none of it fuses with the reductions over it (a step of ResNet-20 took 15 % longer).
+    # written out, none of it fuses with the reductions over it.
     "realize_reads_threshold": 8,
     "realize_opcount_threshold": 100,
     # Convolutions are channels-last in graphs that have one, but a backward graph has none: there what a depthwise
-    # convolution reads was copied into the order that its weight's strides suggest (MobileNetV2: 30 % longer).
+    # convolution reads was copied into the order that its weight's strides suggest (docs/benchmarks.md, MobileNetV2,
+    # "FP32 in brfx.fit").
     "force_layout_optimization": True,
 }
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from brfx.grid import MIN_STEP, in_full
 from brfx.nn.layers import QuantizedLayer
-from brfx.nn.lsq import LSQActivationQuantizer
+from brfx.nn.lsq import LSQQuantizer
 
 #: ``(code, step, dtype) -> values``
 Decode = Callable[[Tensor, Tensor, torch.dtype], Tensor]
@@ -27,8 +27,8 @@ class Coded(NamedTuple):
     step: Tensor  #: as it was in this forward; an optimizer may change the parameter before backward
 
 
-def coded(quantizer: LSQActivationQuantizer, x: Tensor) -> Coded:
-    """``quantizer(x)`` with its codes; a scalar step."""
+def coded(quantizer: LSQQuantizer, x: Tensor) -> Coded:
+    """``quantizer(x)`` with its codes."""
     values = quantizer(x)
     code = quantizer.grid.encode(quantizer.prepare(in_full(x.detach())), quantizer.step.detach())
     step = quantizer.step.detach().clamp(min=MIN_STEP)
@@ -37,10 +37,7 @@ def coded(quantizer: LSQActivationQuantizer, x: Tensor) -> Coded:
 
 def coded_weight(layer: QuantizedLayer) -> Coded | None:
     """A layer's quantized weight with its codes; ``None`` where it is FP32."""
-    if layer.weight_quantizer is None:
-        return None
-    values, step = layer.quantized_weight(), layer.weight_quantizer.step.detach().clamp(min=MIN_STEP)
-    return Coded(values, (values.detach() / step).round().to(torch.int8), step)
+    return None if layer.weight_quantizer is None else coded(layer.weight_quantizer, layer.weight)
 
 
 def decode(code: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
