@@ -19,15 +19,15 @@ from torch.fx import GraphModule, Node
 from brfx.compiling import compiled
 from brfx.graph import attribute
 from brfx.nn import ActivationObserver, AlignedAdd, LSQActivationQuantizer
-from brfx.nn.codes import Coded, apply_coded, coded, coded_weight, decode, remade, takes_codes
+from brfx.nn.codes import Coded, apply_coded, coded, coded_weight, decode, remade, takes_codes, uncoded
+from brfx.nn.norm import batch_norm, can_tile
 from brfx.observing import Look, watched
 from brfx.operators import name_of
-from brfx.ranks import SyncedBatchNorm
 from brfx.trace import TracedModule, generated, pruned
 
 #: What a chain is made of, besides the layers that it starts with and the quantizer that it ends in.
 _LINKS = frozenset({"add", "iadd"})
-_LINK_MODULES = (nn.modules.batchnorm._BatchNorm, ActivationObserver, AlignedAdd)
+_LINK_MODULES = (ActivationObserver, AlignedAdd)
 
 
 class QuantizedGraph(TracedModule):
@@ -48,6 +48,7 @@ def lean_forward(gm: GraphModule, look: Look | None, *, kernels: bool) -> Callab
     """
     graph = pruned(gm, True) if look is None else watched(gm, True, look)
     keep_codes(gm, graph)
+    tile_norms(gm, graph)
     if kernels:
         compile_weights(gm, graph)
         compile_chains(gm, graph)
@@ -61,6 +62,7 @@ def keep_codes(gm: GraphModule, graph: fx.Graph) -> None:
 
     q = quantizer(x); y = conv(q)  ->  c = coded(quantizer, x); y = apply_coded(conv, c)
     q = quantizer(x); z = q + y    ->  c = coded(quantizer, x); z = remade(c) + y
+    y = conv(x)                    ->  y = apply_coded(conv, uncoded(x))
     """
     for node in list(graph.nodes):
         if not _is(gm, node, LSQActivationQuantizer):
@@ -80,6 +82,26 @@ def keep_codes(gm: GraphModule, graph: fx.Graph) -> None:
                     user.replace_input_with(node, graph.call_function(remade, (pair,)))
         node.replace_all_uses_with(values)
         graph.erase_node(node)
+    for node in list(graph.nodes):
+        if node.op == "call_module" and takes_codes(gm.get_submodule(str(node.target))) and len(node.args) == 1:
+            with graph.inserting_before(node):
+                pair = graph.call_function(uncoded, node.args)
+                new = graph.call_function(apply_coded, (graph.get_attr(str(node.target)), pair))
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
+
+
+def tile_norms(gm: GraphModule, graph: fx.Graph) -> None:
+    """Let batch norms have the sums that compiled code is fast at.
+
+    y = bn(x)  ->  y = batch_norm(bn, x)
+    """
+    for node in list(graph.nodes):
+        if node.op == "call_module" and can_tile(gm.get_submodule(str(node.target))) and len(node.args) == 1:
+            with graph.inserting_before(node):
+                new = graph.call_function(batch_norm, (graph.get_attr(str(node.target)), *node.args))
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
 
 
 def compile_weights(gm: GraphModule, graph: fx.Graph) -> None:
@@ -98,12 +120,12 @@ def compile_weights(gm: GraphModule, graph: fx.Graph) -> None:
         node.args = (*node.args, each[_module_of(node)])
 
 
-def _all_weights(*layers: Any) -> list[Coded | None]:
-    weights: list[Coded | None] = _compiled_weights(*layers)
+def _all_weights(*layers: Any) -> list[Coded]:
+    weights: list[Coded] = _compiled_weights(*layers)
     return weights
 
 
-def _coded_weights(*layers: Any) -> list[Coded | None]:
+def _coded_weights(*layers: Any) -> list[Coded]:
     return [coded_weight(layer) for layer in layers]
 
 
@@ -136,9 +158,10 @@ def _chain(gm: GraphModule, sink: Node) -> list[Node]:
 
 def _is_link(gm: GraphModule, node: Node) -> bool:
     if node.op == "call_module":
-        module = gm.get_submodule(str(node.target))
-        return isinstance(module, _LINK_MODULES) and not isinstance(module, (nn.SyncBatchNorm, SyncedBatchNorm))
-    return node.target in (apply_coded, remade) or (node.op.startswith("call") and name_of(node.target) in _LINKS)
+        return isinstance(gm.get_submodule(str(node.target)), _LINK_MODULES)
+    if node.target in (apply_coded, batch_norm, remade, uncoded):
+        return True
+    return node.op.startswith("call") and name_of(node.target) in _LINKS
 
 
 def _compile_chain(gm: GraphModule, graph: fx.Graph, chain: list[Node]) -> None:
@@ -211,7 +234,7 @@ def compile_decoding(graph: fx.Graph) -> None:
             node.target = _apply_decoding
 
 
-def _apply_decoding(layer: nn.Module, x: Coded, weight: Coded | None) -> Tensor:
+def _apply_decoding(layer: nn.Module, x: Coded, weight: Coded) -> Tensor:
     return apply_coded(layer, x, weight, _compiled_decode)
 
 

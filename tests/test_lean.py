@@ -2,7 +2,7 @@ import torch
 from torch import nn
 
 import brfx
-from brfx.lean import compile_chains, compile_weights, keep_codes
+from brfx.lean import compile_chains, compile_weights, keep_codes, tile_norms
 from brfx.nn import QuantizedClippedReLU, QuantizedLayer
 from brfx.nn.codes import apply_coded
 from brfx.nn.layers import QuantizedConv2d
@@ -40,6 +40,7 @@ def test_every_chain_starts_with_the_layer_in_front_of_it(images):
     keep_codes(qmodel, graph)
     layers = [node for node in graph.nodes if node.target is apply_coded]
     assert len(layers) == sum(isinstance(module, QuantizedLayer) for module in qmodel.modules()) == 5
+    tile_norms(qmodel, graph)
     compile_weights(qmodel, graph)
     compile_chains(qmodel, graph)
     left = [str(node.args[0].target) for node in graph.nodes if node.target is apply_coded]
@@ -49,6 +50,7 @@ def test_every_chain_starts_with_the_layer_in_front_of_it(images):
 
 def test_backward_keeps_codes_and_what_batch_norms_read(images):
     """Of each convolution one map of floats, its output, and of each quantizer one of bytes."""
+    images = images.to(memory_format=torch.channels_last)  # as fit has them
     qmodel = quantized(images, "paper")
     step = build_step(qmodel, None, "kernels")
     labels = torch.arange(len(images)) % 4

@@ -139,15 +139,16 @@ def test_every_form_of_the_step_has_the_gradients_of_plain_calls(tiny, images, p
 class Residual(nn.Module):
     """An aligned shortcut and an aligned projection, the default placement of a ResNet."""
 
-    def __init__(self):
+    def __init__(self, width):
         super().__init__()
-        self.stem, self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
-        self.project, self.head = nn.Conv2d(4, 4, 1), nn.Linear(4, 4)
+        self.stem, self.project, self.head = nn.Conv2d(3, width, 2), nn.Conv2d(width, width, 1), nn.Linear(width, 4)
+        self.a, self.b = (nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2))
+        self.norm_a, self.norm_b = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
 
     def forward(self, x):
         x = F.relu(self.stem(x))
-        x = F.relu(self.a(x) + x)
-        x = F.relu(self.b(x) + self.project(x))
+        x = F.relu(self.norm_a(self.a(x)) + x)
+        x = F.relu(self.norm_b(self.b(x)) + self.project(x))
         return self.head(x.mean((2, 3)))
 
 
@@ -159,9 +160,10 @@ def test_hooks_of_a_layer_run_in_every_form(tiny, images):
     assert loss == coded_loss and all(torch.equal(grad, coded_grads[name]) for name, grad in grads.items())
 
 
-def test_aligned_residuals_too(images):
+@pytest.mark.parametrize("width", [4, 16])  # 16 channels: their sums are made line by line (brfx.nn.norm)
+def test_aligned_residuals_too(images, width):
     torch.manual_seed(0)
-    qmodel = calibrated(Residual().double(), images.double()).train()
+    qmodel = calibrated(Residual(width).double(), images.double()).train()
     assert sum(isinstance(module, AlignedAdd) for module in qmodel.modules()) == 2
     assert_forms_agree(qmodel, brfx.BinPenalty(qmodel, 1.0, 1.0), images.double())
 

@@ -20,11 +20,11 @@ Decode = Callable[[Tensor, Tensor, torch.dtype], Tensor]
 
 
 class Coded(NamedTuple):
-    """A quantized activation or weight with what it can be made from again: ``values == code * step``."""
+    """An activation or weight with what it can be made from again, ``values == code * step``, if it is quantized."""
 
     values: Tensor
-    code: Tensor  #: uint8 where the grid is unsigned, else int8
-    step: Tensor  #: as it was in this forward; an optimizer may change the parameter before backward
+    code: Tensor | None  #: uint8 where the grid is unsigned, else int8
+    step: Tensor | None  #: as it was in this forward; an optimizer may change the parameter before backward
 
 
 def coded(quantizer: LSQQuantizer, x: Tensor) -> Coded:
@@ -35,9 +35,14 @@ def coded(quantizer: LSQQuantizer, x: Tensor) -> Coded:
     return Coded(values, code.to(torch.int8 if quantizer.signed else torch.uint8), step)
 
 
-def coded_weight(layer: QuantizedLayer) -> Coded | None:
-    """A layer's quantized weight with its codes; ``None`` where it is FP32."""
-    return None if layer.weight_quantizer is None else coded(layer.weight_quantizer, layer.weight)
+def uncoded(values: Tensor) -> Coded:
+    """``values`` that no quantizer made; they are kept as they are."""
+    return Coded(values, None, None)
+
+
+def coded_weight(layer: QuantizedLayer) -> Coded:
+    """A layer's weight, with its codes if it is quantized."""
+    return uncoded(layer.weight) if layer.weight_quantizer is None else coded(layer.weight_quantizer, layer.weight)
 
 
 def decode(code: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
@@ -67,8 +72,8 @@ class _Convolution(torch.autograd.Function):
     def forward(
         ctx: Any,
         values: Tensor,
-        code: Tensor,
-        step: Tensor,
+        code: Tensor | None,
+        step: Tensor | None,
         weight: Tensor,
         weight_code: Tensor | None,
         weight_step: Tensor | None,
@@ -76,7 +81,9 @@ class _Convolution(torch.autograd.Function):
         settings: Any,
         decode: Decode,
     ) -> Tensor:
-        ctx.save_for_backward(code, step, weight if weight_code is None else weight_code, weight_step)
+        ctx.save_for_backward(
+            values if code is None else code, step, weight if weight_code is None else weight_code, weight_step
+        )
         ctx.settings, ctx.biased, ctx.dtype = settings, None if bias is None else list(bias.shape), values.dtype
         ctx.decode = decode
         return torch.ops.aten.convolution(values, weight, bias, *settings)  # type: ignore[no-any-return]
@@ -98,15 +105,17 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any,
         values: Tensor,
-        code: Tensor,
-        step: Tensor,
+        code: Tensor | None,
+        step: Tensor | None,
         weight: Tensor,
         weight_code: Tensor | None,
         weight_step: Tensor | None,
         bias: Tensor | None,
         decode: Decode,
     ) -> Tensor:
-        ctx.save_for_backward(code, step, weight if weight_code is None else weight_code, weight_step)
+        ctx.save_for_backward(
+            values if code is None else code, step, weight if weight_code is None else weight_code, weight_step
+        )
         ctx.biased, ctx.dtype, ctx.decode = bias is not None, values.dtype, decode
         return nn.functional.linear(values, weight, bias)
 
@@ -122,8 +131,8 @@ class _Linear(torch.autograd.Function):
 
 def _decoded(ctx: Any) -> tuple[Tensor, Tensor]:
     """Input and weight of a layer, from what its forward kept."""
-    code, step, weight, weight_step = ctx.saved_tensors
-    values = ctx.decode(code, step, ctx.dtype)
+    kept, step, weight, weight_step = ctx.saved_tensors
+    values = kept if step is None else ctx.decode(kept, step, ctx.dtype)
     return values, weight if weight_step is None else ctx.decode(weight, weight_step, ctx.dtype)
 
 
@@ -145,12 +154,12 @@ def apply_coded(layer: Any, coded: Coded, weight: Coded | None = None, decode: D
 
     Args:
         layer: one that :func:`takes_codes`.
-        coded: its input.
+        coded: its input, :func:`uncoded` where no quantizer made it.
         weight: its :func:`coded_weight`, where that is there already.
         decode: what makes floats of codes in backward.
     """
     values, code, step = coded
-    w, w_code, w_step = weight or coded_weight(layer) or (layer.weight, None, None)
+    w, w_code, w_step = weight or coded_weight(layer)
     bias = layer.bias
     if torch.is_autocast_enabled(values.device.type):
         dtype = torch.get_autocast_dtype(values.device.type)

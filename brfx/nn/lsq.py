@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from brfx.errors import NotCalibratedError
 from brfx.grid import MIN_STEP, Grid, in_full
+from brfx.nn.norm import sum_by_channel
 from brfx.start import START_RULES
 
 
@@ -54,7 +55,7 @@ class _LSQ(torch.autograd.Function):
 def _sum_to(values: Tensor, step: Tensor) -> Tensor:
     """The sum in the shape of ``step``; by channel first, in which compiled code fuses it with a batch norm's sums."""
     if step.numel() == 1 and values.dim() > 2:
-        values = values.sum([d for d in range(values.dim()) if d != 1])
+        values = sum_by_channel(values)
     return values.sum_to_size(step.shape)
 
 
