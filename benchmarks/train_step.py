@@ -4,7 +4,7 @@
 
 Every case of a model runs in one process, one step of each in turn, so that a ratio compares steps that ran next to
 each other. Memory is measured in a process of its own for each case. A run writes after each model and leaves what
-the files hold of other models.
+the files hold of other models and of machines with another instruction set.
 """
 
 from __future__ import annotations
@@ -619,7 +619,7 @@ def section(name: str, model: dict[str, Any]) -> list[str]:
     ]
     versions = ", ".join(f"{package} {number}" for package, number in ran["versions"].items())
     return [
-        f"## {name}, {model['pixels']} px, batch {model['batch']}",
+        f"## {name}, {model['pixels']} px, batch {model['batch']}" + (f", {ran['simd']}" if "simd" in ran else ""),
         "",
         f"FP32 takes {own} a step"
         + (f", and at its peak {' and '.join(memory)} at batch {model['memory_batch']}" if memory else "")
@@ -667,8 +667,9 @@ it that hold the median with 95 % probability (of fewer than 6 rounds: the least
 
 def write(results: dict[str, Any], options: argparse.Namespace) -> None:
     options.json.write_text(json.dumps(results, indent=1) + "\n")
-    known = [name for name in MODELS if name in results["models"]]
-    lines = [line for name in known for line in section(name, results["models"][name])]
+    found = results["models"]  # by model and instruction set; the oldest have none in their names
+    known = [key for name in MODELS for key in found if key.partition(",")[0] == name]
+    lines = [line for key in known for line in section(key.partition(",")[0], found[key])]
     options.page.write_text(PAGE + "\n".join(lines))
 
 
@@ -684,6 +685,7 @@ def environment(options: argparse.Namespace) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {package: version(package) for package in packages if installed(package)},
         "cpu": cpu_model(),
+        "simd": torch.backends.cpu.get_cpu_capability(),
         "threads": options.threads,
     }
 
@@ -712,7 +714,7 @@ def run_model(
                 say(f"{name}, {case}, {form}: gradients agree")
     measured = measure_times(name, cases, options, caches)
     setting = MODELS[name]
-    results["models"][name] = {
+    results["models"][f"{name}, {torch.backends.cpu.get_cpu_capability()}"] = {
         "environment": environment(options),
         "pixels": setting.pixels,
         "batch": batch_of(name, options),
