@@ -2,7 +2,7 @@
 
 A reduction over all but the channels of a channels-last map becomes a loop over groups of 8 or 16 channels around one
 over all pixels: the map goes through the cache once for each group. The tiles here, a line of the image each, stay in
-the cache meanwhile (``python benchmarks/tiles.py``: 1.2 to 2.5 times faster).
+the cache meanwhile (``python benchmarks/tiles.py`` compares).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from brfx.grid import in_full
 from brfx.ranks import SyncedBatchNorm
 
 #: Channels must be a multiple: inductor's reduction over a line that it reads in two layouts at once stores a whole
-#: vector of channels even where fewer are left, over what lies behind (torch 2.9 to 2.14).
+#: vector of channels even where fewer are left, over what lies behind (seen in torch 2.14).
 _VECTOR = 16
 
 
