@@ -189,8 +189,8 @@ def fold(layer: Any, norm: nn.Module | None, x: Codes) -> Folded:
         shift = (shift - norm.running_mean.double()) * factor
         if norm.affine:
             shift = shift + norm.bias.detach().double()
-    reach = max(abs(x.low - x.zero_point), abs(x.high - x.zero_point))
-    headroom = max(1, min(127, 16383 // max(reach, 1)) // max(1, int(codes.abs().max())))  # sums of pairs in int16
+    # Kernels without VNNI sum pairs of products in int16, of the codes as they are stored, with the zero point in them.
+    headroom = max(1, min(127, 16383 // max(x.high, 1)) // max(1, int(codes.abs().max())))
     scale = step.double().flatten().expand(channels) * factor / headroom
     vanishing = scale.abs() * x.scale * 2**30 <= shift.abs()  # the weights of such a channel count for nothing
     scale = torch.where(vanishing, (shift.abs() / (x.scale * 2**20)).clamp(min=1e-12), scale)

@@ -68,6 +68,17 @@ def test_the_model_is_left_as_it_was(images):
     assert torch.equal(qmodel(images), before) and list(qmodel.state_dict()) == keys
 
 
+@pytest.mark.parametrize("input_bits", [2, 4, 8])
+def test_pairs_of_products_fit_16_bits(input_bits):
+    """Of stored codes, zero point included: CPUs without VNNI saturate such pairs."""
+    qmodel = brfx.prepare_qat(build_model("resnet20", 10), brfx.QATConfig(input_bits=input_bits))
+    brfx.calibrate(qmodel, [torch.randn(2, 3, 32, 32)])
+    layers = [m for m in integer_model(qmodel.eval()).layers.values() if isinstance(m, IntegerConv)]
+    assert len(layers) >= 19
+    for layer in layers:
+        assert 2 * layer.x.high * int(layer.weight.int().abs().max()) < 1 << 15
+
+
 def test_weights_are_codes_times_headroom_and_sums_are_bounded(images):
     integer = integer_model(trained(Mixed(), images))
     conv = integer.layers["a"]
