@@ -19,6 +19,7 @@ from brfx.binreg import bin_sums
 from brfx.compiling import compiled
 from brfx.nn import QuantizedClippedReLU
 from brfx.nn.codes import coded
+from brfx.nn.norm import batch_norm
 
 BITS, SHAPE, ROUNDS = 2, (128, 16, 32, 32), 200
 
@@ -46,7 +47,7 @@ def case(sums: Sums | None) -> Callable[[Tensor], object]:
 
     @torch.no_grad()
     def forward(x: Tensor) -> object:
-        values = norm(x)
+        values = batch_norm(norm, x)
         made = coded(quantizer, values)
         inside, step = quantizer.prepare(values), quantizer.step
         if sums is None:

@@ -5,7 +5,6 @@ python benchmarks/tiles.py
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from statistics import median
@@ -30,7 +29,7 @@ def run(forward: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> float:
 
 
 def main() -> None:
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(2)
     torch.manual_seed(0)
     warnings.filterwarnings("ignore")
     print(f"{torch.backends.cpu.get_cpu_capability()}, ms forward and backward: eager, compiled, line by line")

@@ -72,11 +72,7 @@ def keep_codes(gm: GraphModule, graph: fx.Graph) -> None:
             values = graph.call_function(getitem, (pair, 0))
         for user in list(node.users):
             if user.op == "call_module" and takes_codes(gm.get_submodule(str(user.target))) and user.args == (node,):
-                with graph.inserting_before(user):
-                    layer = graph.get_attr(str(user.target))
-                    new = graph.call_function(apply_coded, (layer, pair))
-                user.replace_all_uses_with(new)
-                graph.erase_node(user)
+                _call_instead(graph, user, apply_coded, pair)
             elif _is(gm, user, AlignedAdd) or name_of(user.target) in _LINKS:
                 with graph.inserting_before(user):
                     user.replace_input_with(node, graph.call_function(remade, (pair,)))
@@ -86,9 +82,7 @@ def keep_codes(gm: GraphModule, graph: fx.Graph) -> None:
         if node.op == "call_module" and takes_codes(gm.get_submodule(str(node.target))) and len(node.args) == 1:
             with graph.inserting_before(node):
                 pair = graph.call_function(uncoded, node.args)
-                new = graph.call_function(apply_coded, (graph.get_attr(str(node.target)), pair))
-            node.replace_all_uses_with(new)
-            graph.erase_node(node)
+            _call_instead(graph, node, apply_coded, pair)
 
 
 def tile_norms(gm: GraphModule, graph: fx.Graph) -> None:
@@ -98,14 +92,19 @@ def tile_norms(gm: GraphModule, graph: fx.Graph) -> None:
     """
     for node in list(graph.nodes):
         if node.op == "call_module" and can_tile(gm.get_submodule(str(node.target))) and len(node.args) == 1:
-            with graph.inserting_before(node):
-                new = graph.call_function(batch_norm, (graph.get_attr(str(node.target)), *node.args))
-            node.replace_all_uses_with(new)
-            graph.erase_node(node)
+            _call_instead(graph, node, batch_norm, *node.args)
+
+
+def _call_instead(graph: fx.Graph, node: Node, function: Callable[..., Any], *args: Any) -> None:
+    """``function(module, *args)`` in the place of a call of the module."""
+    with graph.inserting_before(node):
+        new = graph.call_function(function, (graph.get_attr(str(node.target)), *args))
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
 
 
 def compile_weights(gm: GraphModule, graph: fx.Graph) -> None:
-    """Quantize the weights of all layers that read codes in one compiled call.
+    """Quantize the weights of all layers in one compiled call.
 
     y = apply_coded(conv, c)  ->  w = _all_weights(conv, ...); y = apply_coded(conv, c, w[0])
     """

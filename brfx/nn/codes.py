@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from brfx.grid import MIN_STEP, in_full
+from brfx.nn.hooks import has_hooks
 from brfx.nn.layers import QuantizedLayer
 from brfx.nn.lsq import LSQQuantizer
 
@@ -139,9 +140,7 @@ def _decoded(ctx: Any) -> tuple[Tensor, Tensor]:
 def takes_codes(layer: nn.Module) -> bool:
     """Whether :func:`apply_coded` computes what calling this layer computes: hooks and code of the user's own are
     reached by calls alone."""
-    if not isinstance(layer, QuantizedLayer) or layer.input_quantizer is not None:
-        return False
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+    if not isinstance(layer, QuantizedLayer) or layer.input_quantizer is not None or has_hooks(layer):
         return False
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         own = type(layer)._conv_forward in (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward, nn.Conv3d._conv_forward)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
 
 from brfx.grid import in_full
+from brfx.nn.hooks import has_hooks
 from brfx.ranks import SyncedBatchNorm
 
 #: Channels must be a multiple: inductor's reduction over a line that it reads in two layouts at once stores a whole
@@ -69,9 +70,7 @@ def can_tile(norm: nn.Module) -> bool:
     """Whether :func:`batch_norm` computes what calling ``norm`` computes."""
     if not isinstance(norm, AnyBatchNorm) or isinstance(norm, (nn.SyncBatchNorm, SyncedBatchNorm)):
         return False
-    if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks:
-        return False
-    return type(norm).forward is AnyBatchNorm.forward and norm.affine
+    return type(norm).forward is AnyBatchNorm.forward and norm.affine and not has_hooks(norm)
 
 
 def batch_norm(norm: Any, x: Tensor) -> Tensor:

@@ -31,8 +31,8 @@ LossStep = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 Objective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 #: Batches that a run must have before ``compile="auto"`` compiles the whole step, or its kernels. From an empty cache
-#: both compilations take about the time of 200 to 300 compiled batches of ResNet-20 (docs/benchmarks.md); an
-#: uncompiled batch takes three times as long as either, and the step is compiled anew when the warm-up is over.
+#: the compilations take the time of some 130 to 240 (kernels) and 290 to 550 (whole) compiled batches of ResNet-20
+#: (docs/benchmarks.md), and the step is compiled anew when the warm-up is over.
 WORTH_COMPILING, WORTH_KERNELS = 1000, 500
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

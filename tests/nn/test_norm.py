@@ -50,6 +50,13 @@ def test_it_computes_what_the_module_computes(as_compiled, shape, options):
     torch.testing.assert_close(dict(other.named_buffers()), dict(norm.named_buffers()))
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_is_summed_line_by_line(as_compiled, shape):
+    """Maps whose channels are a multiple of 16; the rest is PyTorch's own."""
+    _, norm, values = pair(shape)
+    assert ("_Normalized" in type(batch_norm(norm, values).grad_fn).__name__) == (len(shape) > 2 and shape[1] == 16)
+
+
 def test_gradients_are_those_of_finite_differences():
     _, norm, values = pair((2, 4, 2, 2))
     arguments = (values.requires_grad_(), norm.weight, norm.bias)
