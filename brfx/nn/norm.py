@@ -2,7 +2,8 @@
 
 A reduction over all but the channels of a channels-last map becomes a loop over groups of 8 or 16 channels around one
 over all pixels: the map goes through the cache once for each group. The tiles here, a line of the image each, stay in
-the cache meanwhile (``python benchmarks/tiles.py`` compares).
+the cache meanwhile. And what is the same for all pixels of a channel, such as the root of its variance, is computed
+again for each pixel there, and once here (``python benchmarks/tiles.py`` compares).
 """
 
 from __future__ import annotations
@@ -40,15 +41,15 @@ class _Normalized(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         values = in_full(x)
-        variances, means = torch.var_mean(values.movedim(1, -1), -2, correction=0)
-        means, variances = means.flatten(0, -2), variances.flatten(0, -2)
-        mean = means.mean(0)
-        variance = variances.mean(0) + (means - mean).square().mean(0)
-        scale = torch.rsqrt(variance + eps)
+        means, variances = _lines(values)
+        share = 1 / means.shape[0]
+        mean = (share * means).sum(0)
+        variance = (share * (variances + (means - mean).square())).sum(0)
+        scale = _once(torch.rsqrt(variance + eps))
         ctx.save_for_backward(x, weight, mean, scale)
         ctx.mark_non_differentiable(mean, variance)
         shape = _broadcast(x)
-        result = (values - mean.view(shape)) * scale.view(shape) * weight.view(shape) + bias.view(shape)
+        result = (values - mean.view(shape)) * _once(scale * weight).view(shape) + bias.view(shape)
         return result.to(x.dtype), mean, variance
 
     @staticmethod
@@ -56,10 +57,29 @@ class _Normalized(torch.autograd.Function):
         x, weight, mean, scale = ctx.saved_tensors
         shape, count = _broadcast(x), x.numel() // x.shape[1]
         grad = in_full(grads[0])
-        normal = (in_full(x) - mean.view(shape)) * scale.view(shape)
-        grad_bias, grad_weight = sum_by_channel(grad), sum_by_channel(grad * normal)
-        centred = grad - (grad_bias / count).view(shape) - normal * (grad_weight / count).view(shape)
-        return (centred * (scale * weight).view(shape)).to(x.dtype), grad_weight, grad_bias, None
+        centred = in_full(x) - mean.view(shape)
+        grad_bias, grad_weight = sum_by_channel(grad), sum_by_channel(grad * (centred * scale.view(shape)))
+        shift, slope, gain = _once(grad_bias / count), _once(scale * grad_weight / count), _once(scale * weight)
+        grad_x = (grad - shift.view(shape) - centred * slope.view(shape)) * gain.view(shape)
+        return grad_x.to(x.dtype), grad_weight, grad_bias, None
+
+
+def _lines(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each line of each channel, ``(lines, channels)``, from one reading. Differences to the
+    line's first value keep the digits that a far mean would cost, since that value is no further off than the line's
+    own deviation by the root of its length."""
+    lines = values.movedim(1, -1)
+    first = lines[..., :1, :]
+    shifted = lines - first
+    shifts = shifted.mean(-2)
+    means, variances = first.squeeze(-2) + shifts, shifted.square().mean(-2) - shifts.square()
+    return means.flatten(0, -2), variances.flatten(0, -2)
+
+
+def _once(of_channels: Tensor) -> Tensor:
+    """``of_channels`` computed once: inductor puts all but reductions into the loop over pixels that reads them, and
+    takes reductions of few values apart."""
+    return of_channels.expand(_VECTOR, -1).amax(0)
 
 
 def _broadcast(x: Tensor) -> list[int]:
