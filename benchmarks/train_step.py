@@ -661,6 +661,8 @@ it that hold the median with 95 % probability (of fewer than 6 rounds: the least
 - **peak memory** is what the resident set of a process with this case alone rises by during forward and backward of
   its third step; **saved for backward** counts what forward keeps besides parameters and inputs. Both are ratios to
   FP32 in the same form.
+- **the profile** takes {PROFILED} steps of one case after those of another, not in turn. The cases have the same
+  products: where those differ the machine did, and the rows, and what is said of bins below, do not compare.
 
 """
 
