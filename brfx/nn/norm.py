@@ -45,7 +45,7 @@ class _Normalized(torch.autograd.Function):
         share = 1 / means.shape[0]
         mean = (share * means).sum(0)
         variance = (share * (variances + (means - mean).square())).sum(0)
-        scale = _once(torch.rsqrt(variance + eps))
+        scale = torch.rsqrt(variance + eps)
         ctx.save_for_backward(x, weight, mean, scale)
         ctx.mark_non_differentiable(mean, variance)
         shape = _broadcast(x)
@@ -65,9 +65,9 @@ class _Normalized(torch.autograd.Function):
 
 
 def _lines(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each line of each channel, ``(lines, channels)``, from one reading. Differences to the
-    line's first value keep the digits that a far mean would cost, since that value is no further off than the line's
-    own deviation by the root of its length."""
+    """Mean and variance of each line of each channel, ``(lines, channels)``, from one reading: of differences to the
+    line's first value, so that a far mean costs no digits. That value is no further off than the line's own deviation
+    by the root of its length; at worst the variance's relative error is the length by some roundings."""
     lines = values.movedim(1, -1)
     first = lines[..., :1, :]
     shifted = lines - first

@@ -74,6 +74,20 @@ def test_a_far_mean_costs_no_digits(as_compiled):
     torch.testing.assert_close(batch_norm(norm, values).double(), expected, atol=2e-3, rtol=0)
 
 
+def test_a_line_may_begin_with_its_farthest_value():
+    """Its moments are taken from differences to that value: as squares these are up to as many times the variance as
+    the line has values, and are rounded some nine times (twice by the difference, once each by square and mean, and so
+    again for the square of the mean)."""
+    values = torch.randn(4, 16, 8, 64)
+    values[..., 0] = 1e4
+    exact = values.double().movedim(1, -1)
+    variance, mean = (part.flatten(0, -2) for part in torch.var_mean(exact, -2, correction=0))
+    means, variances = norms._lines(values)
+    rounding = 64 * 2.0**-24
+    assert ((means - mean).abs() <= rounding * variance.sqrt()).all()
+    assert ((variances - variance).abs() <= 9 * rounding * variance).all()
+
+
 def test_half_precision_is_normalized_in_full(as_compiled):
     values = torch.randn(4, 16, 8, 8).bfloat16()
     norm, other = nn.BatchNorm2d(16), nn.BatchNorm2d(16)
