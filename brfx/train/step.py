@@ -31,7 +31,7 @@ LossStep = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 Objective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 #: Batches that a run must have before ``compile="auto"`` compiles the whole step, or its kernels. From an empty cache
-#: the compilations take the time of some 130 to 240 (kernels) and 290 to 550 (whole) compiled batches of ResNet-20
+#: the compilations take the time of some 140 to 280 (kernels) and 150 to 550 (whole) compiled batches of ResNet-20
 #: (docs/benchmarks.md), and the step is compiled anew when the warm-up is over.
 WORTH_COMPILING, WORTH_KERNELS = 1000, 500
 
