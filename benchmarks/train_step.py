@@ -51,6 +51,7 @@ FORMS = ("eager", "compiled")
 WARM_UP = 4  # steps before the first timed one
 COMPILE_LIMIT_S = 1800.0
 PROFILED = 4  # steps under the profiler
+QUIET = 0.1  # by so much of itself may a profile's time for products differ from another's to be compared with it
 #: What a profiled step is divided into, and the operations that count as products.
 SPENT = ("convolutions and products", "generated kernels", "all else")
 PRODUCTS = frozenset({"aten::convolution_backward", "aten::mkldnn_convolution", "aten::addmm", "aten::mm"})
@@ -596,13 +597,18 @@ def profile_table(model: dict[str, Any]) -> list[str]:
     plain, full = (profiles.get(f"brfx LSQ{terms}") for terms in ("", " + BR(W+A)"))
     if plain and full:
         values = full["quantized"]
-        more = full["profile"]["generated kernels"] - plain["profile"]["generated kernels"]
-        lines += [
+        text = (
             f"A step quantizes {values['activations'] / 1e6:.1f} million activations and {values['weights'] / 1e6:.1f} "
-            f"million weights. The bins of both take {more:.0f} ms of generated kernels, "
-            f"{1e6 * more / sum(values.values()):.2f} ns a value, forward and backward together.",
-            "",
-        ]
+            "million weights."
+        )
+        products, kernels = ([entry["profile"][kind] for entry in (plain, full)] for kind in SPENT[:2])
+        if max(products) < (1 + QUIET) * min(products):
+            more = kernels[1] - kernels[0]
+            text += (
+                f" The bins of both take {more:.0f} ms of generated kernels, "
+                f"{1e6 * more / sum(values.values()):.2f} ns a value, forward and backward together."
+            )
+        lines += [text, ""]
     return lines
 
 
@@ -661,8 +667,9 @@ it that hold the median with 95 % probability (of fewer than 6 rounds: the least
 - **peak memory** is what the resident set of a process with this case alone rises by during forward and backward of
   its third step; **saved for backward** counts what forward keeps besides parameters and inputs. Both are ratios to
   FP32 in the same form.
-- **the profile** takes {PROFILED} steps of one case after those of another, not in turn. The cases have the same
-  products: where those differ the machine did, and the rows, and what is said of bins below, do not compare.
+- **the profile** takes {PROFILED} steps of one case after those of another, not in turn. All cases have the same
+  products: where these differ the machine did, and rows do not compare. What bins take, the difference of two rows, is
+  said only where products differ by less than {QUIET:.0%}.
 
 """
 
