@@ -25,6 +25,7 @@ from torch import Tensor
 
 from brfx.errors import ConfigError
 from brfx.grid import MIN_STEP, Grid, in_full
+from brfx.nn.norm import sum_by_channel
 
 #: Up to this many bins, masked sums that compile to one vectorized pass are faster than scattering.
 _FEW = 16
@@ -49,9 +50,28 @@ class _BinSums(torch.autograd.Function):
         code, distance = _distances(values, step, grid, clamp)
         if by_row:  # rows may be filled up with NaN; a comparison vectorizes where nan_to_num does not
             code, distance = (torch.where(part == part, part, 0.0) for part in (code, distance))
-        grad_values = distance * _look_up(2 * grads[1], code, grid).to(distance.dtype)
-        grad_step = -(code * grad_values).sum_to_size(step.shape) if ctx.needs_input_grad[1] else None
-        return grad_values, grad_step, None, None, None
+        return *_pull(code, distance, step if ctx.needs_input_grad[1] else None, grads[1], grid), None, None, None
+
+
+class _LateBinSums(torch.autograd.Function):
+    """``(values, step, told) -> (count, 0, 0)``, of each bin and once; see :func:`late_bin_sums`."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, step: Tensor, told: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(values, step)
+        ctx.grid, ctx.told = grid, told.dtype
+        counts = _count(grid.encode(values, step), grid).to(_sums_dtype(values))
+        ctx.mark_non_differentiable(counts)
+        return counts, torch.zeros_like(counts), counts.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        values, step = ctx.saved_tensors
+        _, of_squares, of_loss = grads
+        code, distance = _distances(values, step, ctx.grid, False)
+        pull = _pull(code, distance, step if ctx.needs_input_grad[1] else None, of_squares, ctx.grid)
+        loss = sum_by_channel(distance * pull[0]).sum() / (2 * of_loss)
+        return *pull, torch.where(of_loss == 0, 0.0, loss).to(ctx.told), None
 
 
 def bin_sums(
@@ -73,6 +93,22 @@ def bin_sums(
     """
     sums: tuple[Tensor, Tensor] = _BinSums.apply(in_full(values), step, grid, clamp, by_row)  # type: ignore[no-untyped-call]
     return sums
+
+
+def late_bin_sums(values: Tensor, step: Tensor, grid: Grid, told: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`bin_sums` whose squares are summed in backward, where they cost next to nothing: a value's share of L_BR
+    is its distance by its gradient.
+
+    Args:
+        values, step, grid: as for :func:`bin_sums`; NaN is in any bin.
+        told: a scalar that requires grad. Its gradient is made the loss that these values have.
+
+    Returns:
+        Counts, and zeros that are differentiated as the squares. And a zero: the gradient that reaches it says what
+        the loss of these bins is multiplied by; add it to that loss.
+    """
+    late: tuple[Tensor, Tensor, Tensor] = _LateBinSums.apply(in_full(values), step, told, grid)  # type: ignore[no-untyped-call]
+    return late
 
 
 def bin_loss(counts: Tensor, squares: Tensor) -> Tensor:
@@ -130,8 +166,39 @@ def _distances(values: Tensor, step: Tensor, grid: Grid, clamp: bool) -> tuple[T
     return code, distance
 
 
+def _pull(
+    code: Tensor, distance: Tensor, step: Tensor | None, of_squares: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of values and step from those of the bins' squares."""
+    grad_values = distance * _look_up(2 * of_squares, code, grid).to(distance.dtype)
+    return grad_values, None if step is None else -(code * grad_values).sum_to_size(step.shape)
+
+
+def _sums_dtype(values: Tensor) -> torch.dtype:
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
+def _count(code: Tensor, grid: Grid) -> Tensor:
+    """How many values each bin holds. Few bins are counted by bits of the index, whose sums compile to fast code: how
+    often all of a set of bits are ones, less how often one more is."""
+    index = ((code - grid.low) / grid.codes.step).int()
+    if len(grid.codes) > _FEW:
+        index = index.flatten().long()
+        return torch.zeros(len(grid.codes), dtype=torch.int32, device=code.device).scatter_add(
+            0, index, torch.ones_like(index, dtype=torch.int32)
+        )
+    sets = [torch.ones_like(index)]
+    for bit in range(grid.bits):
+        sets += [ones & (index >> bit) for ones in sets]
+    counts = torch.stack([ones.sum(dtype=torch.int32) for ones in sets])
+    for bit in range(grid.bits):
+        without, having = counts.view(-1, 2, 1 << bit).unbind(1)
+        counts = torch.stack([without - having, having], 1).flatten()
+    return counts
+
+
 def _reduce(code: Tensor, squares: Tensor, grid: Grid, by_row: bool) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if squares.dtype == torch.float64 else torch.float32
+    dtype = _sums_dtype(squares)
     squares = squares.to(dtype)
     if len(grid.codes) <= _FEW:
         members = [code == k for k in grid.codes]

@@ -38,15 +38,21 @@ class QuantizedGraph(TracedModule):
         return partial(lean_forward(self, None, kernels=kernels), self)
 
 
-def lean_forward(gm: GraphModule, look: Look | None, *, kernels: bool) -> Callable[..., Any]:
+def lean_forward(
+    gm: GraphModule, look: Look | None, *, kernels: bool, late: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
     """A function ``(gm, *inputs) -> output``, or ``(output, {site: seen})`` with a ``look``, for training mode.
 
     Args:
         gm: a rewritten graph, calibrated.
         look: see :func:`brfx.observing.observed_forward`.
         kernels: compile chains and the weights' quantizers, for use without ``torch.compile`` around the whole.
+        late: looks at activations instead of ``look``, with one argument more: ``(quantizer, values, told)``. The
+            function is then ``(gm, told, *inputs)``.
     """
     graph = pruned(gm, True) if look is None else watched(gm, True, look)
+    if late is not None:
+        look_late(gm, graph, look, late)
     keep_codes(gm, graph)
     tile_norms(gm, graph)
     if kernels:
@@ -55,6 +61,18 @@ def lean_forward(gm: GraphModule, look: Look | None, *, kernels: bool) -> Callab
         compile_decoding(graph)
     graph.eliminate_dead_code(_impure)
     return generated(gm, graph)  # type: ignore[no-any-return]
+
+
+def look_late(gm: GraphModule, graph: fx.Graph, look: Look | None, late: Callable[..., Any]) -> None:
+    """Look at activations with a function that is told where to leave what backward finds.
+
+    s = look(quantizer, x)  ->  s = late(quantizer, x, told)
+    """
+    with graph.inserting_before(next(iter(graph.nodes))):
+        told = graph.placeholder("told")
+    for node in graph.nodes:
+        if node.target is look and isinstance(attribute(gm, node.args[0]), LSQActivationQuantizer):
+            node.target, node.args = late, (*node.args, told)
 
 
 def keep_codes(gm: GraphModule, graph: fx.Graph) -> None:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from brfx.binreg import bin_loss, bin_sums, joint_bin_sums
+from brfx.binreg import bin_loss, bin_sums, joint_bin_sums, late_bin_sums
 from brfx.calibration import quantizers
 from brfx.compiling import compiled
 from brfx.errors import ConfigError
-from brfx.grid import Grid
+from brfx.grid import Grid, in_full
 from brfx.lean import lean_forward
 from brfx.nn import LSQQuantizer, LSQWeightQuantizer, QuantizedLayer, QuantizedMultiheadAttention
 from brfx.observing import observed_forward, observed_sites
@@ -90,19 +90,40 @@ class BinPenalty(nn.Module):
     def training_form(self, kernels: bool) -> Callable[..., tuple[Any, BinLoss]]:
         """A function that computes what calling this computes, faster to train through (:mod:`brfx.lean`).
 
+        One thing differs: L_BR of the activations comes out of backward. ``act`` holds it from then on; in ``total``
+        it has its gradient and no value.
+
         Args:
             kernels: compile the pieces between layers, for use without ``torch.compile`` around the whole.
         """
         if not isinstance(self.model, GraphModule):
             return self
-        forward = lean_forward(self.model, self._look, kernels=kernels)
         weight_loss = compiled(self.weight_loss) if kernels else self.weight_loss
+        if not self._train_act:
+            forward = lean_forward(self.model, self._look, kernels=kernels)
 
-        def run(*inputs: Any) -> tuple[Any, BinLoss]:
-            output, seen = forward(self.model, *inputs)
-            return output, self._terms(seen, weight_loss)
+            def run(*inputs: Any) -> tuple[Any, BinLoss]:
+                output, seen = forward(self.model, *inputs)
+                return output, self._terms(seen, weight_loss)
 
-        return run
+            return run
+        late = late_bins_that_train_steps if self._look is bins_that_train_steps else late_bins
+        late_forward = lean_forward(self.model, self._look, kernels=kernels, late=late)
+        told = in_full(next(self.model.parameters())).new_zeros((), requires_grad=True)
+        act = torch.zeros_like(told, requires_grad=False)
+
+        def tell(told: Tensor) -> None:
+            if told.grad is not None:
+                act.copy_(told.grad)
+                told.grad = None
+
+        told.register_post_accumulate_grad_hook(tell)
+
+        def run_late(*inputs: Any) -> tuple[Any, BinLoss]:
+            output, seen = late_forward(self.model, told, *inputs)
+            return output, self._terms(seen, weight_loss)._replace(act=act)
+
+        return run_late
 
     def weight_loss(self) -> Tensor:
         """L_BR summed over the quantized weights of layers; 0 without any."""
@@ -116,21 +137,22 @@ class BinPenalty(nn.Module):
         ]
         return self._total(losses)
 
-    def _terms(self, seen: dict[str, tuple[Tensor, Tensor]], weight_loss: Callable[[], Tensor]) -> BinLoss:
+    def _terms(self, seen: dict[str, tuple[Tensor, ...]], weight_loss: Callable[[], Tensor]) -> BinLoss:
         of_functions = [isinstance(self._sites[site], LSQWeightQuantizer) for site in seen]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._train_weight):
-            read = [bin_loss(*sums) for sums, weight in zip(seen.values(), of_functions, strict=True) if weight]
+            read = [bin_loss(*sums[:2]) for sums, weight in zip(seen.values(), of_functions, strict=True) if weight]
             weight = weight_loss() + self._total(read)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._train_act):
             acts = [sums for sums, weight in zip(seen.values(), of_functions, strict=True) if not weight]
-            act = self._total([bin_loss(*sums) for sums in of_global_batch(acts)])
+            late = [zero for sums in acts for zero in sums[2:]]
+            act = self._total([bin_loss(*sums) for sums in of_global_batch([sums[:2] for sums in acts])] + late)
         return BinLoss(self.weight * weight + self.act * act, weight.detach(), act.detach())
 
     def _total(self, losses: list[Tensor]) -> Tensor:
         return torch.stack(losses).sum() if losses else self.weight.new_zeros(())
 
 
-def of_global_batch(sums: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+def of_global_batch(sums: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
     """The bins' counts and squares of all ranks' batches together, in one exchange."""
     if ranks() == 1 or not sums:
         return sums
@@ -148,3 +170,13 @@ def bins(quantizer: LSQQuantizer, values: Tensor) -> tuple[Tensor, Tensor]:
 def bins_that_train_steps(quantizer: LSQQuantizer, values: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`bins` with gradient to every step."""
     return bin_sums(quantizer.prepare(values), quantizer.step, quantizer.grid)
+
+
+def late_bins(quantizer: LSQQuantizer, values: Tensor, told: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`bins` of an activation, with squares that are summed in backward (:func:`brfx.binreg.late_bin_sums`)."""
+    return late_bin_sums(quantizer.prepare(values), quantizer.step.detach(), quantizer.grid, told)
+
+
+def late_bins_that_train_steps(quantizer: LSQQuantizer, values: Tensor, told: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`late_bins` with gradient to the step."""
+    return late_bin_sums(quantizer.prepare(values), quantizer.step, quantizer.grid, told)

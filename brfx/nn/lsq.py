@@ -40,7 +40,9 @@ class _LSQ(torch.autograd.Function):
             grad_values, slope = grad, code
         else:
             ratio = within / step.clamp(min=MIN_STEP)
-            inside = (ratio >= grid.low) & (ratio <= grid.high)
+            inside = ratio <= grid.high
+            if floor < grid.low:  # else the floor has seen to it
+                inside = inside & (ratio >= grid.low)
             slope = code - torch.where(inside, ratio, 0.0)
             open_ = inside
             if floor > -math.inf:
