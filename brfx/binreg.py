@@ -25,7 +25,7 @@ from torch import Tensor
 
 from brfx.errors import ConfigError
 from brfx.grid import MIN_STEP, Grid, in_full
-from brfx.nn.norm import sum_by_channel
+from brfx.nn.norm import once, sum_by_channel
 
 #: Up to this many bins, masked sums that compile to one vectorized pass are faster than scattering.
 _FEW = 16
@@ -100,12 +100,13 @@ def late_bin_sums(values: Tensor, step: Tensor, grid: Grid, told: Tensor) -> tup
     is its distance by its gradient.
 
     Args:
-        values, step, grid: as for :func:`bin_sums`; NaN is in any bin.
-        told: a scalar that requires grad. Its gradient is made the loss that these values have.
+        values, step, grid: as for :func:`bin_sums`; NaN may be in any bin.
+        told: a scalar that requires grad. What it gets as its gradient is :func:`bin_loss` of these values (0 where
+            that has no part in what is differentiated: its factor is 0).
 
     Returns:
-        Counts, and zeros that are differentiated as the squares. And a zero: the gradient that reaches it says what
-        the loss of these bins is multiplied by; add it to that loss.
+        Counts, and zeros that are differentiated as the squares. And a zero to be added to :func:`bin_loss` of the two:
+        the gradient that reaches it is that loss's factor.
     """
     late: tuple[Tensor, Tensor, Tensor] = _LateBinSums.apply(in_full(values), step, told, grid)  # type: ignore[no-untyped-call]
     return late
@@ -170,7 +171,8 @@ def _pull(
     code: Tensor, distance: Tensor, step: Tensor | None, of_squares: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of values and step from those of the bins' squares."""
-    grad_values = distance * _look_up(2 * of_squares, code, grid).to(distance.dtype)
+    pull = once(2 * of_squares) if of_squares.dim() == 1 else 2 * of_squares
+    grad_values = distance * _look_up(pull, code, grid).to(distance.dtype)
     return grad_values, None if step is None else -(code * grad_values).sum_to_size(step.shape)
 
 
@@ -181,12 +183,11 @@ def _sums_dtype(values: Tensor) -> torch.dtype:
 def _count(code: Tensor, grid: Grid) -> Tensor:
     """How many values each bin holds. Few bins are counted by bits of the index, whose sums compile to fast code: how
     often all of a set of bits are ones, less how often one more is."""
-    index = ((code - grid.low) / grid.codes.step).int()
     if len(grid.codes) > _FEW:
-        index = index.flatten().long()
-        return torch.zeros(len(grid.codes), dtype=torch.int32, device=code.device).scatter_add(
-            0, index, torch.ones_like(index, dtype=torch.int32)
-        )
+        index = _index(code, grid).flatten()
+        none = torch.zeros(len(grid.codes), dtype=torch.int32, device=code.device)
+        return none.scatter_add(0, index, torch.ones_like(index, dtype=torch.int32))
+    index = ((code - grid.low) / grid.codes.step).int()
     sets = [torch.ones_like(index)]
     for bit in range(grid.bits):
         sets += [ones & (index >> bit) for ones in sets]
@@ -195,6 +196,11 @@ def _count(code: Tensor, grid: Grid) -> Tensor:
         without, having = counts.view(-1, 2, 1 << bit).unbind(1)
         counts = torch.stack([without - having, having], 1).flatten()
     return counts
+
+
+def _index(code: Tensor, grid: Grid) -> Tensor:
+    """Which code of many each is; NaN is taken for the first, so that it comes out as NaN and not as an error."""
+    return torch.where(code == code, code - grid.low, 0.0).long()
 
 
 def _reduce(code: Tensor, squares: Tensor, grid: Grid, by_row: bool) -> tuple[Tensor, Tensor]:
@@ -207,8 +213,7 @@ def _reduce(code: Tensor, squares: Tensor, grid: Grid, by_row: bool) -> tuple[Te
         return counts.to(dtype), torch.stack([torch.where(member, squares, 0.0).sum(dim) for member in members], -1)
     if not by_row:
         code, squares = code.reshape(-1), squares.reshape(-1)
-    inside = ~code.isnan()
-    index = torch.where(inside, code - grid.low, 0.0).long()
+    inside, index = ~code.isnan(), _index(code, grid)
     bins = torch.zeros(*code.shape[:-1], len(grid.codes), dtype=dtype, device=code.device)
     counts = bins.int().scatter_add(-1, index, inside.int())  # in integers: floats stop at 2**24
     return counts.to(dtype), bins.scatter_add(-1, index, torch.where(inside, squares, 0.0))
@@ -217,7 +222,7 @@ def _reduce(code: Tensor, squares: Tensor, grid: Grid, by_row: bool) -> tuple[Te
 def _look_up(table: Tensor, code: Tensor, grid: Grid) -> Tensor:
     """``table[..., i]`` for the i-th code of the grid; a table ``(rows, K)`` has one for each row of ``code``."""
     if len(grid.codes) > _FEW:
-        index = (code - grid.low).long()
+        index = _index(code, grid)
         return table[index] if table.dim() == 1 else table.gather(-1, index)
     columns = [column.unsqueeze(-1) for column in table.unbind(-1)]
     found = columns[0]

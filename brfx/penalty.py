@@ -99,31 +99,19 @@ class BinPenalty(nn.Module):
         if not isinstance(self.model, GraphModule):
             return self
         weight_loss = compiled(self.weight_loss) if kernels else self.weight_loss
-        if not self._train_act:
-            forward = lean_forward(self.model, self._look, kernels=kernels)
+        late, first = None, tuple[Tensor, ...]()
+        if self._train_act:
+            late = late_bins_that_train_steps if self._look is bins_that_train_steps else late_bins
+            told, act = told_in_backward(self.model)
+            first = (told,)
+        forward = lean_forward(self.model, self._look, kernels=kernels, late=late)
 
-            def run(*inputs: Any) -> tuple[Any, BinLoss]:
-                output, seen = forward(self.model, *inputs)
-                return output, self._terms(seen, weight_loss)
+        def run(*inputs: Any) -> tuple[Any, BinLoss]:
+            output, seen = forward(self.model, *first, *inputs)
+            terms = self._terms(seen, weight_loss)
+            return output, terms._replace(act=act) if first else terms
 
-            return run
-        late = late_bins_that_train_steps if self._look is bins_that_train_steps else late_bins
-        late_forward = lean_forward(self.model, self._look, kernels=kernels, late=late)
-        told = in_full(next(self.model.parameters())).new_zeros((), requires_grad=True)
-        act = torch.zeros_like(told, requires_grad=False)
-
-        def tell(told: Tensor) -> None:
-            if told.grad is not None:
-                act.copy_(told.grad)
-                told.grad = None
-
-        told.register_post_accumulate_grad_hook(tell)
-
-        def run_late(*inputs: Any) -> tuple[Any, BinLoss]:
-            output, seen = late_forward(self.model, told, *inputs)
-            return output, self._terms(seen, weight_loss)._replace(act=act)
-
-        return run_late
+        return run
 
     def weight_loss(self) -> Tensor:
         """L_BR summed over the quantized weights of layers; 0 without any."""
@@ -150,6 +138,20 @@ class BinPenalty(nn.Module):
 
     def _total(self, losses: list[Tensor]) -> Tensor:
         return torch.stack(losses).sum() if losses else self.weight.new_zeros(())
+
+
+def told_in_backward(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """A scalar that requires grad, and a scalar that holds what the last backward gave it."""
+    told = in_full(next(model.parameters())).new_zeros((), requires_grad=True)
+    value = torch.zeros_like(told, requires_grad=False)
+
+    def tell(told: Tensor) -> None:
+        assert told.grad is not None
+        value.copy_(told.grad)
+        told.grad = None
+
+    told.register_post_accumulate_grad_hook(tell)  # type: ignore[no-untyped-call]
+    return told, value
 
 
 def of_global_batch(sums: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:

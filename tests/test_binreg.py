@@ -1,8 +1,10 @@
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from brfx.binreg import BinRegularizer
+from brfx.binreg import BinRegularizer, bin_loss, bin_sums, late_bin_sums
 from brfx.errors import ConfigError
 
 
@@ -39,6 +41,43 @@ def test_loss_and_gradients_equal_the_loop_over_bins(bits: int, signed: bool) ->
         results.append((loss.detach(), v.grad, s.grad))
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("signed", [True, False])
+def test_late_sums_have_the_same_gradients_and_leave_the_loss_in_backward(bits: int, signed: bool) -> None:
+    regularizer, values, step = case(bits, signed)
+    v, s = values.clone().requires_grad_(), step.clone().requires_grad_()
+    w, r = values.clone().requires_grad_(), step.clone().requires_grad_()
+    told = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    expected = regularizer(v, s)
+    (0.125 * expected).backward()
+    counts, squares, zero = late_bin_sums(w, r, regularizer.grid, told)
+    late = bin_loss(counts, squares) + zero
+    (0.125 * late).backward()
+    assert late == 0
+    assert torch.equal(counts, bin_sums(v, s, regularizer.grid)[0])
+    assert torch.equal(v.grad, w.grad) and torch.equal(s.grad, r.grad)
+    torch.testing.assert_close(told.grad, expected.detach(), rtol=1e-12, atol=0)
+
+
+def test_late_sums_of_a_loss_without_weight_are_told_as_zero() -> None:
+    regularizer, values, step = case(2, False)
+    told = torch.zeros((), requires_grad=True)
+    counts, squares, zero = late_bin_sums(values.requires_grad_(), step, regularizer.grid, told)
+    (0.0 * (bin_loss(counts, squares) + zero)).backward()
+    assert told.grad == 0 and values.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("bits", [2, 5])
+def test_nan_comes_out_as_nan(bits: int) -> None:
+    values, grid = torch.tensor([0.1, math.nan, 0.3]).requires_grad_(), BinRegularizer(bits).grid
+    BinRegularizer(bits)(values, torch.tensor(0.2)).backward()
+    assert values.grad.isnan().tolist() == [False, True, False]
+    told = torch.zeros((), requires_grad=True)
+    counts, squares, zero = late_bin_sums(values, torch.tensor(0.2), grid, told)
+    (bin_loss(counts, squares) + zero).backward()
+    assert told.grad.isnan()
 
 
 def test_a_detached_step_gets_no_gradient_and_the_values_the_same_one() -> None:

@@ -49,7 +49,7 @@ class _Normalized(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, scale)
         ctx.mark_non_differentiable(mean, variance)
         shape = _broadcast(x)
-        result = (values - mean.view(shape)) * _once(scale * weight).view(shape) + bias.view(shape)
+        result = (values - mean.view(shape)) * once(scale * weight).view(shape) + bias.view(shape)
         return result.to(x.dtype), mean, variance
 
     @staticmethod
@@ -59,7 +59,7 @@ class _Normalized(torch.autograd.Function):
         grad = in_full(grads[0])
         centred = in_full(x) - mean.view(shape)
         grad_bias, grad_weight = sum_by_channel(grad), sum_by_channel(grad * (centred * scale.view(shape)))
-        shift, slope, gain = _once(grad_bias / count), _once(scale * grad_weight / count), _once(scale * weight)
+        shift, slope, gain = once(grad_bias / count), once(scale * grad_weight / count), once(scale * weight)
         grad_x = (grad - shift.view(shape) - centred * slope.view(shape)) * gain.view(shape)
         return grad_x.to(x.dtype), grad_weight, grad_bias, None
 
@@ -76,10 +76,10 @@ def _lines(values: Tensor) -> tuple[Tensor, Tensor]:
     return means.flatten(0, -2), variances.flatten(0, -2)
 
 
-def _once(of_channels: Tensor) -> Tensor:
-    """``of_channels`` computed once: inductor puts all but reductions into the loop over pixels that reads them, and
-    takes reductions of few values apart."""
-    return of_channels.expand(_VECTOR, -1).amax(0)
+def once(row: Tensor) -> Tensor:
+    """``row (n,)`` computed once: inductor puts all but reductions into the loop over values that reads it, and takes
+    reductions of few values apart."""
+    return row.expand(_VECTOR, -1).amax(0)
 
 
 def _broadcast(x: Tensor) -> list[int]:
