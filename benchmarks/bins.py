@@ -1,8 +1,9 @@
-"""What the bins' sums add to the kernel that quantizes an activation, and which part of them it is.
+"""What bin regularization adds to the kernels around an activation quantizer, with its squares summed in forward
+(``bin_sums``) or in backward (``late_bin_sums``, as in training).
 
     python benchmarks/bins.py
 
-One map of ResNet-20's first stage at batch 128, forward, batch norm and quantizer compiled with each set of sums.
+Maps of ResNet-20, ResNet-18 and MobileNetV2; batch norm, quantizer and bins are one compiled function.
 """
 
 from __future__ import annotations
@@ -11,70 +12,75 @@ import warnings
 from collections.abc import Callable
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from brfx.binreg import bin_sums
+from brfx.binreg import bin_loss
 from brfx.compiling import compiled
 from brfx.nn import QuantizedClippedReLU
 from brfx.nn.codes import coded
 from brfx.nn.norm import batch_norm
+from brfx.penalty import bins, late_bins
 
-BITS, SHAPE, ROUNDS = 2, (128, 16, 32, 32), 200
+SHAPES = ((128, 16, 32, 32), (128, 64, 8, 8), (8, 64, 112, 112), (8, 144, 56, 56))
+ROUNDS, WARM_UP = 60, 5
 
-Sums = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
-
-
-def members(code: Tensor) -> list[Tensor]:
-    return [code == k for k in range(1 << BITS)]
-
-
-#: ``(code, squared distance) -> sums``
-PARTS: dict[str, Sums] = {
-    "no sums": lambda code, square: (),
-    "one sum of all values": lambda code, square: (square.sum(),),
-    "counts of bins": lambda code, square: tuple(member.sum(dtype=torch.int32) for member in members(code)),
-    "squares of bins": lambda code, square: tuple(torch.where(m, square, 0.0).sum() for m in members(code)),
+#: ``(quantizer, values, told) -> sums``
+LOOKS: dict[str, Callable[[Any, Tensor, Tensor], tuple[Tensor, ...]]] = {
+    "no bins": lambda quantizer, values, told: (),
+    "squares in forward": lambda quantizer, values, told: bins(quantizer, values),
+    "squares in backward": late_bins,
 }
 
 
-def case(sums: Sums | None) -> Callable[[Tensor], object]:
-    """A compiled function; ``None``: with what brfx itself sums."""
-    norm, quantizer = nn.BatchNorm2d(SHAPE[1]), QuantizedClippedReLU(BITS)
+def case(look: Callable[[Any, Tensor, Tensor], tuple[Tensor, ...]], x: Tensor) -> Callable[[], tuple[float, float]]:
+    """Seconds of forward and of backward."""
+    norm, quantizer = nn.BatchNorm2d(x.shape[1]), QuantizedClippedReLU(2)
     quantizer.step.data.fill_(0.7)
     quantizer.calibrated = True
+    told = torch.zeros((), requires_grad=True)
 
-    @torch.no_grad()
-    def forward(x: Tensor) -> object:
+    def forward(x: Tensor, told: Tensor) -> Any:
         values = batch_norm(norm, x)
-        made = coded(quantizer, values)
-        inside, step = quantizer.prepare(values), quantizer.step
-        if sums is None:
-            return made, bin_sums(inside, step, quantizer.grid)
-        code = quantizer.grid.encode(inside, step)
-        return made, sums(code, (inside - code * step).square())
+        return coded(quantizer, values), look(quantizer, values, told)
 
-    return compiled(forward)
+    run, above = compiled(forward), 1e-3 * torch.randn_like(x)
+
+    def step() -> tuple[float, float]:
+        start = perf_counter()
+        made, sums = run(x, told)
+        middle = perf_counter()
+        outputs, grads = [made.values], [above]
+        if sums:
+            outputs.append(bin_loss(*sums[:2]) + sum(sums[2:]))
+            grads.append(torch.ones(()))
+        torch.autograd.backward(outputs, grads)
+        return middle - start, perf_counter() - middle
+
+    return step
 
 
 def main() -> None:
     torch.set_num_threads(2)
     torch.manual_seed(0)
     warnings.filterwarnings("ignore")
-    x = torch.randn(SHAPE).to(memory_format=torch.channels_last)
-    cases = {name: case(sums) for name, sums in PARTS.items()} | {"brfx's bins": case(None)}
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    for index in range(ROUNDS + 5):
-        for name, run in cases.items():
-            start = perf_counter()
-            run(x)
-            if index >= 5:
-                times[name].append(perf_counter() - start)
-    base = times["no sums"]
-    for name, own in times.items():
-        more = median(1e9 * (a - b) / x.numel() for a, b in zip(own, base, strict=True))
-        print(f"{name:24} {1000 * median(own):.2f} ms, {more:+.2f} ns a value")
+    for shape in SHAPES:
+        x = torch.randn(shape).to(memory_format=torch.channels_last).requires_grad_()
+        cases = {name: case(look, x) for name, look in LOOKS.items()}
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
+        for index in range(ROUNDS + WARM_UP):
+            for name, step in cases.items():
+                found = step()
+                if index >= WARM_UP:
+                    times[name].append(found)
+        print(" x ".join(map(str, shape)))
+        for name, own in times.items():
+            pairs = list(zip(own, times["no bins"], strict=True))
+            more = [median(1e9 * (a[part] - b[part]) / x.numel() for a, b in pairs) for part in (0, 1)]
+            took = [1000 * median(time[part] for time in own) for part in (0, 1)]
+            print(f"  {name:20} {took[0]:6.2f} + {took[1]:6.2f} ms, {more[0]:+.2f} {more[1]:+.2f} ns a value")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ LAMBDA_WEIGHT, LAMBDA_ACT = 0.1, 0.01  # the command line's defaults
 FORMS = ("eager", "compiled")
 WARM_UP = 4  # steps before the first timed one
 COMPILE_LIMIT_S = 1800.0
-PROFILED = 4  # steps under the profiler
+PROFILED = 8  # steps of each case under the profiler
 QUIET = 0.1  # by so much of itself may a profile's time for products differ from another's to be compared with it
 #: What a profiled step is divided into, and the operations that count as products.
 SPENT = ("convolutions and products", "generated kernels", "all else")
@@ -418,24 +418,30 @@ def measure_times(name: str, cases: Sequence[str], options: argparse.Namespace, 
             runners[case, form] = runner
             say(f"{where}: first step {results[case][form]['first_step_s']:.1f} s")
     time_rounds(runners, results, options.rounds)
-    for (case, form), runner in runners.items():
-        if form == "compiled" and case.startswith(("FP32", "brfx")):
-            results[case][form]["profile"] = profile_of(runner)
-            if case.startswith("brfx"):
-                results[case][form]["quantized"] = quantized_values(runner)
+    own = {
+        case: runner
+        for (case, form), runner in runners.items()
+        if form == "compiled" and case.startswith(("FP32", "brfx"))
+    }
+    profiles = [{case: profile_of(runner) for case, runner in own.items()} for _ in range(PROFILED)]
+    for case, runner in own.items():
+        results[case]["compiled"]["profile"] = {
+            kind: median(profile[case][kind] for profile in profiles) for kind in SPENT
+        }
+        if case.startswith("brfx"):
+            results[case]["compiled"]["quantized"] = quantized_values(runner)
     return results
 
 
 def profile_of(runner: Runner) -> dict[str, float]:
-    """Milliseconds of a step by what they are spent in."""
+    """Milliseconds of one step by what they are spent in."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
-        for _ in range(PROFILED):
-            runner()
+        runner()
     products, kernels, other = SPENT
     spent = dict.fromkeys(SPENT, 0.0)
     for event in found.key_averages():
         kind = products if event.key in PRODUCTS else kernels if "CompiledFxGraph" in event.key else other
-        spent[kind] += event.self_cpu_time_total / 1000 / PROFILED
+        spent[kind] += event.self_cpu_time_total / 1000
     return spent
 
 
@@ -584,6 +590,15 @@ def table(model: dict[str, Any]) -> list[str]:
     return lines
 
 
+def regularizers(model: dict[str, Any]) -> list[str]:
+    """What bin regularization costs beyond LSQ, of the steps of one round."""
+    plain, full = (model["cases"].get(f"brfx LSQ{terms}", {}) for terms in ("", " + BR(W+A)"))
+    if not all(case.get(form, {}).get("times") for case in (plain, full) for form in FORMS):
+        return []
+    found = ", ".join(f"{ratio(full[form], plain[form])} {form}" for form in FORMS)
+    return [f"A step with both regularizers takes, of one with LSQ alone: {found}.", ""]
+
+
 def profile_table(model: dict[str, Any]) -> list[str]:
     profiles = {
         name: case["compiled"] for name, case in model["cases"].items() if "profile" in case.get("compiled", {})
@@ -633,6 +648,7 @@ def section(name: str, model: dict[str, Any]) -> list[str]:
         "",
         *table(model),
         "",
+        *regularizers(model),
         *profile_table(model),
         f"{ran['date']}: `{ran['command']}`",
         "",
@@ -667,9 +683,9 @@ it that hold the median with 95 % probability (of fewer than 6 rounds: the least
 - **peak memory** is what the resident set of a process with this case alone rises by during forward and backward of
   its third step; **saved for backward** counts what forward keeps besides parameters and inputs. Both are ratios to
   FP32 in the same form.
-- **the profile** takes {PROFILED} steps of one case after those of another, not in turn. All cases have the same
-  products: where these differ the machine did, and rows do not compare. What bins take, the difference of two rows, is
-  said only where products differ by less than {QUIET:.0%}.
+- **the profile** is the median of {PROFILED} more steps, each case in turn (sections of 2026-11-26 and before: the mean
+  of 4, one case after another). All cases have the same products: where these differ the machine did, and rows do not
+  compare. What bins take, the difference of two rows, is said only where products differ by less than {QUIET:.0%}.
 
 """
 
