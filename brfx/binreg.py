@@ -59,7 +59,7 @@ class _LateBinSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, step: Tensor, told: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(values, step)
-        ctx.grid, ctx.told = grid, told.dtype
+        ctx.grid, ctx.dtype = grid, told.dtype
         counts = _count(grid.encode(values, step), grid).to(_sums_dtype(values))
         ctx.mark_non_differentiable(counts)
         return counts, torch.zeros_like(counts), counts.new_zeros(())
@@ -71,7 +71,7 @@ class _LateBinSums(torch.autograd.Function):
         code, distance = _distances(values, step, ctx.grid, False)
         pull = _pull(code, distance, step if ctx.needs_input_grad[1] else None, of_squares, ctx.grid)
         loss = sum_by_channel(distance * pull[0]).sum() / (2 * of_loss)
-        return *pull, torch.where(of_loss == 0, 0.0, loss).to(ctx.told), None
+        return *pull, torch.where(of_loss == 0, 0.0, loss).to(ctx.dtype), None
 
 
 def bin_sums(

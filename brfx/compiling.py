@@ -31,10 +31,9 @@ def compiled(
     ninth shape of a chain, would run uncompiled or fail. Here there is room for 256.
     """
     inner = torch.compile(function, dynamic=dynamic, fullgraph=fullgraph, options=_OPTIONS | options)
-    room = torch._dynamo.config.patch(recompile_limit=256)
 
     def run(*args: Any) -> Any:
-        with room:
+        with torch._dynamo.config.patch(recompile_limit=256):
             return inner(*args)
 
     return run
