@@ -11,9 +11,11 @@ import torch
 _OPTIONS = {
     # When a value that several kernels read is written to memory instead of being made again in each. A batch norm's
     # output counts five reads, one more than inductor's limit, and a quantizer with its bins some 60 operations:
-    # written out, none of it fuses with the reductions over it. Eleven are what the gradient into a batch norm reads
-    # behind 2 bits: those five, 1/n of four bins, what came from above, and a shortcut.
-    "realize_reads_threshold": 12,
+    # written out, none of it fuses with the reductions over it. Ten are what the bins' own gradient reads behind 2
+    # bits: a map and its batch norm's three rows, a shortcut, the step, and 1/n of four bins. What joins it with a
+    # shortcut's gradient reads more and is to be written: where it is not, maps of convolutions cannot be written over
+    # in place (of ResNet-20's 19 this happens to 18 at ten, 16 at eleven, 9 at twelve, none at nine).
+    "realize_reads_threshold": 10,
     "realize_opcount_threshold": 100,
     # Convolutions are channels-last in graphs that have one, but a backward graph has none: there what a depthwise
     # convolution reads was copied into the order that its weight's strides suggest (docs/benchmarks.md, MobileNetV2,
