@@ -32,6 +32,7 @@ from brfx.train.checkpoint import (
 from brfx.train.ema import WeightAverage
 from brfx.train.evaluate import Evaluation, evaluate
 from brfx.train.finite import culprit
+from brfx.train.memory import memory_kept
 from brfx.train.random_state import random_state, set_random_state
 from brfx.train.report import Callback, EpochMetrics, FitResult, Means, Progress, Sums
 from brfx.train.step import LossStep, build_step, how_to_compile, objective
@@ -121,7 +122,7 @@ def fit(
         run.resume()
     elif run_dir is not None and has_checkpoints(run_dir):
         raise ConfigError(f"{run_dir}: holds a run that can be resumed: resume it, or give another folder")
-    with stop_requests() as stop, lost_ranks_named(), batch_norms_synced(model):
+    with stop_requests() as stop, lost_ranks_named(), batch_norms_synced(model), memory_kept():
         while run.epoch <= config.epochs:
             stage = "plain" if penalty is None else "penalty" if run.epoch > warmup else "warm-up"
             run.train_epoch(stage, stop)

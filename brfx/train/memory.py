@@ -1,0 +1,40 @@
+"""Memory that the process keeps from one training step for the next."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Names and numbers of malloc.h. Both settings: mappings of their own, free memory to keep at the heap's end, and what
+# the heap grows by.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
+_KEEP = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 256 << 20}
+#: What glibc's own settings come to in a process that has freed large tensors.
+_GIVE_BACK = {_M_MMAP_MAX: 65536, _M_TRIM_THRESHOLD: 64 << 20, _M_TOP_PAD: 128 << 10, _M_MMAP_THRESHOLD: 32 << 20}
+
+
+@contextmanager
+def memory_kept() -> Iterator[None]:
+    """Let glibc keep what a step frees, for the next to take; at the end it is given back.
+
+    By default it hands freed memory to the kernel and asks for it anew, and the kernel clears each page and maps it
+    when it is touched: thousands of page faults a step (``python benchmarks/kept_memory.py``). The process's highest
+    use of memory stays what it is. Other C libraries are left alone.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    try:
+        _set(libc, _KEEP)
+        yield
+    finally:
+        _set(libc, _GIVE_BACK)
+        libc.malloc_trim(0)
+
+
+def _set(libc: ctypes.CDLL, settings: dict[int, int]) -> None:
+    for name, value in settings.items():
+        libc.mallopt(name, value)
