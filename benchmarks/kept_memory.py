@@ -1,4 +1,6 @@
-"""What it is worth that ``brfx.fit`` keeps memory from step to step: the same steps in turn with and without.
+"""What it is worth that ``brfx.fit`` keeps memory from step to step: steps without it, then steps with it.
+
+Not in turn: once told anything, glibc no longer adapts to what a process frees, as it does by itself.
 
 python benchmarks/kept_memory.py --model resnet20
 """
@@ -12,21 +14,23 @@ import warnings
 from statistics import median
 
 import torch
-from train_step import MODELS, Runner, interval
+from train_step import MODELS, Runner
 
 from brfx.train.memory import memory_kept
 
 CASES = ("FP32", "brfx LSQ", "brfx LSQ + BR(W+A)")
-STEPS = 3  # of which the first, which takes the memory, is not counted
 
 
-def steps(runner: Runner) -> tuple[float, int]:
-    """Median seconds of a step, and page faults of the last."""
-    times = []
-    for _ in range(STEPS):
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        times.append(runner())
-    return median(times[1:]), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+def rounds(runners: dict[str, Runner], count: int) -> dict[str, tuple[float, float]]:
+    """Median milliseconds and page faults of a step of each case; two rounds more at first, which take the memory."""
+    found: dict[str, list[tuple[float, int]]] = {case: [] for case in runners}
+    for _ in range(count + 2):
+        for case, runner in runners.items():
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            seconds = runner()
+            found[case].append((1000 * seconds, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults))
+    columns = {case: list(zip(*each[2:], strict=True)) for case, each in found.items()}
+    return {case: (median(times), median(faults)) for case, (times, faults) in columns.items()}
 
 
 def main() -> None:
@@ -41,28 +45,15 @@ def main() -> None:
     runners = {
         case: Runner(options.model, case, options.form, batch=setting.batch, pixels=setting.pixels) for case in CASES
     }
-    for runner in runners.values():
-        runner()
-    with memory_kept():  # leave the settings as they are after a run, in both
-        pass
     gc.collect()
     gc.disable()
-    found: dict[str, list[tuple[tuple[float, int], tuple[float, int]]]] = {case: [] for case in CASES}
-    for _ in range(options.rounds):
-        for case, runner in runners.items():
-            given_back = steps(runner)
-            with memory_kept():
-                kept = steps(runner)
-            found[case].append((given_back, kept))
-    print(f"{options.model}, {options.form}: ms a step and page faults, given back and kept")
-    for case, rounds in found.items():
-        ratios = [kept[0] / given_back[0] for given_back, kept in rounds]
-        low, high = interval(ratios)
-        columns = [
-            f"{1000 * median(each[way][0] for each in rounds):7.1f} {median(each[way][1] for each in rounds):6.0f}"
-            for way in range(2)
-        ]
-        print(f"{case:20} {'   '.join(columns)}   {median(ratios):.3f} [{low:.3f}, {high:.3f}]")
+    own = rounds(runners, options.rounds)
+    with memory_kept():
+        kept = rounds(runners, options.rounds)
+    print(f"{options.model}, {options.form}: ms a step and page faults, as glibc does and kept")
+    for case in CASES:
+        columns = "   ".join(f"{ms:7.1f} {faults:6.0f}" for ms, faults in (own[case], kept[case]))
+        print(f"{case:20} {columns}   {kept[case][0] / own[case][0]:.3f} of the time")
 
 
 if __name__ == "__main__":

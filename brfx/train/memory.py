@@ -11,7 +11,7 @@ from contextlib import contextmanager
 # the heap grows by.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
 _KEEP = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 256 << 20}
-#: What glibc's own settings come to in a process that has freed large tensors.
+#: The most that glibc's own settings come to in a process that frees large tensors.
 _GIVE_BACK = {_M_MMAP_MAX: 65536, _M_TRIM_THRESHOLD: 64 << 20, _M_TOP_PAD: 128 << 10, _M_MMAP_THRESHOLD: 32 << 20}
 
 
