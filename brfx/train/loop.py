@@ -81,6 +81,7 @@ def fit(
     With a ``run_dir`` a run that is cut off anywhere goes on with ``resume=True``, and on the same machine ends with
     the weights, bit for bit, that it would have had (docs/reliability.md). Ctrl-C and SIGTERM leave a checkpoint.
     Where ``torchrun`` started several processes, each calls this with its share of every batch.
+    Until it returns, the process keeps freed memory instead of giving it back (:mod:`brfx.train.memory`).
 
     Args:
         model: logits ``(batch, classes)`` from images; trained in place and moved to ``config.device``.
