@@ -14,7 +14,7 @@ _OPTIONS = {
     # written out, none of it fuses with the reductions over it. Ten are what the bins' own gradient reads behind 2
     # bits: a map and its batch norm's three rows, a shortcut, the step, and 1/n of four bins. It is sensitive: of
     # ResNet-20's backward pass all that is not written over in place is 32 MB of maps at ten, 50 at eleven, 86 at
-    # twelve, 98 at eight and 104 at nine (added up from TORCH_LOGS=output_code), and the pass is fastest at ten.
+    # twelve, 98 at eight and 104 at nine (added up from TORCH_LOGS=output_code), and times go with it.
     "realize_reads_threshold": 10,
     "realize_opcount_threshold": 100,
     # Convolutions are channels-last in graphs that have one, but a backward graph has none: there what a depthwise

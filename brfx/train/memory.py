@@ -7,8 +7,8 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Names and numbers of malloc.h: free memory to keep at the heap's end, what the heap grows by, and from what size on and
-# how many blocks are mappings of their own.
+# Names and numbers of malloc.h: free memory to keep at the heap's end, what the heap grows by, and from what size
+# on and how many blocks are mappings of their own.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
 _KEEP = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 256 << 20}
 #: The most that glibc's own settings come to in a process that frees large tensors.
