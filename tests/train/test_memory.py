@@ -1,12 +1,15 @@
+"""In processes of their own: what a tensor costs depends on what was allocated before."""
+
 import platform
 import resource
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 import torch
 from torch import nn
 
 import brfx
-from brfx.data import BatchLoader
 from brfx.train import Callback, fit
 from brfx.train.memory import memory_kept
 
@@ -30,31 +33,54 @@ def resident() -> int:
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
-def test_freed_memory_is_taken_again_without_a_page_fault():
-    assert pages_taken() > 10
+def in_a_new_process(function):
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function).result()
+
+
+def pages_without_with_and_after() -> tuple[int, int, int]:
+    without = pages_taken()
     with memory_kept():
-        assert pages_taken() <= 10
-    assert pages_taken() > 10
+        kept = pages_taken()
+    return without, kept, pages_taken()
 
 
-def test_at_the_end_memory_is_given_back():
+def test_freed_memory_is_taken_again_without_a_page_fault():
+    without, kept, after = in_a_new_process(pages_without_with_and_after)
+    assert without > 10
+    assert kept <= 10
+    assert after > 10
+
+
+def resident_before_with_and_after() -> tuple[int, int, int]:
     before = resident()
     with memory_kept():
         pages_taken()
-        assert resident() > before + 48 * MB
-    assert resident() < before + 16 * MB
+        kept = resident()
+    return before, kept, resident()
 
 
-def test_training_keeps_memory(digits):
+def test_at_the_end_memory_is_given_back():
+    before, kept, after = in_a_new_process(resident_before_with_and_after)
+    assert kept > before + 48 * MB
+    assert after < before + 16 * MB
+
+
+def pages_before_and_in_training() -> tuple[int, int]:
     class Pages(Callback):
-        taken: int | None = None
+        taken = -1
 
         def on_batch(self, progress):
             self.taken = pages_taken()
 
-    seen = Pages()
+    before, seen = pages_taken(), Pages()
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
-    train, val = (BatchLoader(part, digits.preprocessing, 256) for part in (digits.train, digits.val))
-    fit(model, train, val, brfx.TrainConfig(epochs=1), callbacks=[seen])
-    assert seen.taken is not None
-    assert seen.taken <= 10
+    batches = [(torch.randn(8, 3, 8, 8), torch.arange(8))]
+    fit(model, batches, batches, brfx.TrainConfig(epochs=1), callbacks=[seen])
+    return before, seen.taken
+
+
+def test_training_keeps_memory():
+    before, taken = in_a_new_process(pages_before_and_in_training)
+    assert before > 10
+    assert 0 <= taken <= 10
