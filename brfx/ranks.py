@@ -95,6 +95,15 @@ def largest(value: float, device: torch.device | str = "cpu") -> float:
     return float(held)
 
 
+def anywhere(flag: Tensor) -> Tensor:
+    """Whether ``flag``, one boolean, is true on any rank; the host does not wait for the answer of a CUDA device."""
+    if ranks() == 1:
+        return flag
+    held = flag.byte()
+    dist.all_reduce(held, dist.ReduceOp.MAX)
+    return held.bool()
+
+
 @torch.no_grad()
 def share_buffers(model: nn.Module) -> None:
     """Give every rank rank 0's buffers, such as running statistics, which each rank estimates from its own batches."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.utils.hooks import RemovableHandle
 
 from brfx.ranks import ranks
@@ -36,7 +37,10 @@ def culprit(model: nn.Module, images: Tensor, loss: Tensor) -> str:
         for name, parameter in model.named_parameters()
         if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
     ]
-    return f"the gradient of {names[-1]} is not finite" if names else "the gradient's norm overflows"
+    if names:
+        return f"the gradient of {names[-1]} is not finite"
+    norm = get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    return "run once more, it is finite" if bool(torch.isfinite(norm)) else "the gradient's norm overflows"
 
 
 @torch.no_grad()

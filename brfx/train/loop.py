@@ -45,6 +45,12 @@ log = logging.getLogger(__name__)
 LOG_EVERY = 10
 
 
+def looks_always(config: TrainConfig) -> bool:
+    """Whether each batch is looked at: where that costs no wait for a device or other ranks, and where it may be left
+    out, which the next one builds on."""
+    return config.on_nonfinite == "skip" or (torch.device(config.device).type == "cpu" and ranks() == 1)
+
+
 class Batches(Protocol):
     """What ``fit`` trains on: sized, iterable once an epoch. ``set_epoch(epoch)`` is called where it exists, and
     ``starting_at(batch)`` instead of dropping batches where a resumed run continues inside an epoch."""
@@ -156,6 +162,7 @@ class _Run:
         self.batches = len(data)
         total = config.epochs * self.batches
         self.update = Update(model, config, total)
+        self.looks_always = looks_always(config)
         self.lr = 0.0  # of the last batch
         self.compiled = how_to_compile(config.compile, total, config.device)
         self.average = WeightAverage(model, config.ema) if config.ema else None
@@ -230,6 +237,8 @@ class _Run:
         device = self.config.device
         self.epoch, self.batch = int(state["epoch"]), int(state["batch"])
         self.model.load_state_dict(state["model"])
+        for group in state["optimizer"]["param_groups"]:
+            group["fused"] = True  # it was not in checkpoints of brfx before 2026-11-27
         self.update.optimizer.load_state_dict(state["optimizer"])
         self.update.scheduler.load_state_dict(state["scheduler"])
         self.update.scaler.load_state_dict(state["scaler"])
@@ -265,17 +274,19 @@ class _Run:
         saved = started = monotonic()
         before = self.seconds
         for images, labels in self._remaining():
-            self._train_batch(images, labels)
+            at_end = self.batch + 1 == self.batches
+            tells = at_end or (self.batch + 1) % LOG_EVERY == 0
+            looks = tells or self.looks_always
+            self._train_batch(images, labels, looks)
             self.batch += 1
             self.seconds = before + monotonic() - started
-            at_end = self.batch == self.batches
-            if self.batch % LOG_EVERY == 0 or at_end:
+            if tells:
                 self._tell(stage)
             if at_end:
                 break
+            if not looks:
+                continue
             due = monotonic() - saved >= 60 * self.config.checkpoint_minutes
-            if self.batch % LOG_EVERY and ranks() > 1:
-                continue  # ranks ask each other less often
             if largest(stop.signal, self.config.device):
                 self.save()
                 self.stop_if_asked(stop)
@@ -316,31 +327,52 @@ class _Run:
         set_random_state(self.random)
         yield from chain(found, batches)
 
-    def _train_batch(self, images: Tensor, labels: Tensor) -> None:
-        assert self.step is not None
+    def _train_batch(self, images: Tensor, labels: Tensor, looks: bool) -> None:
+        """Train on one batch; with ``looks``, wait for the device and see whether all went well since the last look."""
         self.shape = self.shape or images.shape
-        soft = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                soft = self.teacher(images)
         skips = self.config.on_nonfinite == "skip"
         buffers = [buffer.clone() for buffer in self.model.buffers()] if skips else []
         self.lr = self.update.lr
-        with small_batches_named(self._where(1)):
-            loss, numbers = self.step(images, labels, soft)
-        if self.update(loss):
+        loss, numbers = self._forward(images, labels)
+        failed = self.update(loss, look=looks)
+        if not failed:
             self.sums.add(numbers, len(labels))
             if self.average is not None:
                 self.average.update(self.model)
             return
+        if failed > 1:
+            images, loss = self._again(failed)
         where = f"{self._where(1)}: {culprit(self.model, images, loss)}"
         if not skips:
             raise TrainingError(f"{where}; try a lower --lr or --clip-grad, or --on-nonfinite skip")
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
-        self.update.skip()
+        self.update.forgive()
         self.skipped += 1
         log.warning("%s; the batch was skipped", where)
+
+    def _forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        assert self.step is not None
+        soft = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                soft = self.teacher(images)
+        with small_batches_named(self._where(1)):
+            return self.step(images, labels, soft)
+
+    def _again(self, failed: int) -> tuple[Tensor, Tensor]:
+        """Images and loss of the first of the last ``failed`` batches, whose gradients the parameters then hold.
+
+        It is drawn and run once more: nothing that decides its gradients has changed since.
+        """
+        self.batch -= failed - 1
+        self.random = self.epoch_random
+        set_random_state(self.epoch_random)
+        images, labels = next(self._remaining())
+        self.update.clear()
+        loss, _ = self._forward(images, labels)
+        self.update(loss)
+        return images, loss
 
     def _where(self, more: int = 0) -> str:
         return f"epoch {self.epoch}, batch {self.batch + more}"

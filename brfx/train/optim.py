@@ -15,6 +15,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     """SGD or AdamW over three groups: decayed weights, undecayed vectors, and parameters with a rate of their own.
 
     A module names the last kind in a class attribute ``own_rate``; the trainer need not know what they are.
+    Both are fused: one kernel over all parameters, which does nothing where a flag on their device, ``found_inf``, says
+    so.
     """
     own = {
         id(parameter)
@@ -31,8 +33,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     ]
     groups = [group for group in groups if group["params"]]
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+        return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    momentum = config.momentum
+    return torch.optim.SGD(groups, lr=config.lr, momentum=momentum, nesterov=momentum > 0, fused=True)
 
 
 def rate_factor(iteration: int, total: int, rise: float) -> float:

@@ -8,7 +8,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from brfx.config import TrainConfig
 from brfx.errors import TrainingError
-from brfx.ranks import largest
+from brfx.ranks import anywhere
 from brfx.train.optim import build_optimizer, rate_factor
 
 #: Loss scaling that halves its scale below this finds no gradient that is finite.
@@ -18,8 +18,8 @@ _LEAST_SCALE = 2.0**-10
 class Update:
     """Backward, gradient clipping, the optimizer with its rates, and loss scaling for FP16.
 
-    Calling it with a loss changes the parameters and says whether loss and gradients were finite; if they were not,
-    nothing is changed, and the gradients are there to look at until :meth:`clear`.
+    Calling it with a loss changes the parameters, unless loss or gradients are not finite, or were not in an earlier
+    batch: the device itself decides that, without the host waiting for it. A call that looks tells.
 
     Parameters that a module names in a class attribute ``positive`` are held at that least value after each update: a
     large rate would otherwise carry a quantizer's step through zero.
@@ -38,39 +38,54 @@ class Update:
         )
         self.scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.precision == "fp16")
         self.positive = positive_parameters(model)
+        self.failed = torch.zeros((), device=config.device)  # how many batches before now changed nothing
 
     @property
     def lr(self) -> float:
         """The rate of the next update."""
         return float(self.scheduler.get_last_lr()[0])
 
-    def __call__(self, loss: Tensor) -> bool:
-        torch.autograd.backward(self.scaler.scale(loss))
+    def __call__(self, loss: Tensor, *, look: bool = True) -> int:
+        """How many of the last batches, this one included, were not finite or came after one that was not.
+
+        0 without a ``look``, for which the host waits. Where there is one, the gradients are there to look at until
+        :meth:`clear`.
+        """
+        bad = (self.failed > 0) | anywhere(~torch.isfinite(loss.detach()))
+        if self.scaler.is_enabled():  # its scale starts where gradients overflow, and it skips these updates itself
+            torch.autograd.backward(self.scaler.scale(loss * torch.where(bad, torch.nan, 1.0)))
+        else:
+            torch.autograd.backward(loss)
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         grads = [p.grad for p in parameters if p.grad is not None]
         norm = get_total_norm(grads) if grads else loss.detach().abs()
-        bad = ~torch.isfinite(loss.detach())
-        if not self.scaler.is_enabled():  # its scale starts where gradients overflow, and it skips these updates itself
-            bad |= ~torch.isfinite(norm)
-        if largest(float(bad), loss.device):  # on any rank
-            return False
         if self.clip is not None:
             clip_grads_with_norm_(parameters, self.clip, norm)
+        if not self.scaler.is_enabled():
+            bad |= ~torch.isfinite(norm)
+            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # fused optimizers then do nothing
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.scaler.is_enabled() and self.scaler.get_scale() < _LEAST_SCALE:
-            raise TrainingError("no gradient is finite in FP16 at any loss scale; use --precision bf16 or fp32")
         for least, held in self.positive:
             torch._foreach_clamp_min_([p.data for p in held], least)
-        self.clear()
         self.scheduler.step()
-        return True
+        self.failed += bad
+        failed = self._read() if look else 0
+        if not failed:
+            self.clear()
+        return failed
 
-    def skip(self) -> None:
-        """Leave this batch out: the rates go on."""
+    def _read(self) -> int:
+        failed = int(self.failed)
+        if not failed and self.scaler.is_enabled() and self.scaler.get_scale() < _LEAST_SCALE:
+            raise TrainingError("no gradient is finite in FP16 at any loss scale; use --precision bf16 or fp32")
+        return failed
+
+    def forgive(self) -> None:
+        """Go on with the next batch as if there had been none that was not finite."""
+        self.failed.zero_()
         self.clear()
-        self.scheduler.step()
 
     def clear(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

@@ -330,7 +330,7 @@ def test_training_in_fp32_is_the_plain_loop_bit_for_bit(digits, optimizer, regul
         {"params": own, "lr": 1e-3, "weight_decay": 0.0},
     ]
     kind = {"sgd": partial(torch.optim.SGD, momentum=0.9, nesterov=True), "adamw": torch.optim.AdamW}[optimizer]
-    updates = kind(groups)
+    updates = kind(groups, fused=True)
     rates = [group["lr"] for group in groups]
     torch.manual_seed(0)
     plain.train()
