@@ -49,8 +49,7 @@ def tables(runs: dict[str, Path]) -> str:
         cells = []
         for epochs, _, _ in content.values():
             epoch = epochs[number]
-            terms = epoch["train"]["terms"]
-            extra = f", {terms['weight']:.3f}, {terms['act']:.3f}" if terms else ""
+            extra = "".join(f", {term:.3f}" for term in epoch["train"]["terms"].values())
             accuracy = f"{epoch['train']['accuracy']:.2%} / {epoch['val_accuracy']:.2%}"
             cells.append(f"{accuracy}{extra}, {epoch['seconds']:.0f} s")
         lines.append(f"| {number + 1} | " + " | ".join(cells) + " |")

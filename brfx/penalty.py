@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +77,11 @@ class BinPenalty(nn.Module):
             module for module in qmodel.modules() if isinstance(module, (QuantizedLayer, QuantizedMultiheadAttention))
         ]
 
+    @property
+    def told(self) -> tuple[str, ...]:
+        """The terms that :func:`brfx.fit` logs: those that it trains."""
+        return ("weight",) * self._train_weight + ("act",) * self._train_act
+
     def begin(self) -> None:
         """The warm-up is over: freeze the steps that were to be frozen when regularization starts."""
         for quantizer in quantizers(self.model).values():
@@ -90,8 +96,8 @@ class BinPenalty(nn.Module):
     def training_form(self, kernels: bool) -> Callable[..., tuple[Any, BinLoss]]:
         """A function that computes what calling this computes, faster to train through (:mod:`brfx.lean`).
 
-        One thing differs: L_BR of the activations comes out of backward. ``act`` holds it from then on; in ``total``
-        it has its gradient and no value.
+        Two things differ. L_BR of the activations comes out of backward: ``act`` holds it from then on; in ``total``
+        it has its gradient and no value. And what has a lambda of 0 is not computed: its term is 0.
 
         Args:
             kernels: compile the pieces between layers, for use without ``torch.compile`` around the whole.
@@ -99,16 +105,19 @@ class BinPenalty(nn.Module):
         if not isinstance(self.model, GraphModule):
             return self
         weight_loss = compiled(self.weight_loss) if kernels else self.weight_loss
-        late, first = None, tuple[Tensor, ...]()
+        if not self._train_weight:
+            weight_loss = partial(self._total, [])
+        look, late, first = weight_bins, None, tuple[Tensor, ...]()
         if self._train_act:
+            look = self._look
             late = late_bins_that_train_steps if self._look is bins_that_train_steps else late_bins
             told, act = told_in_backward(self.model)
             first = (told,)
-        forward = lean_forward(self.model, self._look, kernels=kernels, late=late)
+        forward = lean_forward(self.model, look, kernels=kernels, late=late)
 
         def run(*inputs: Any) -> tuple[Any, BinLoss]:
             output, seen = forward(self.model, *first, *inputs)
-            terms = self._terms(seen, weight_loss)
+            terms = self._terms({site: sums for site, sums in seen.items() if sums is not None}, weight_loss)
             return output, terms._replace(act=act) if first else terms
 
         return run
@@ -172,6 +181,11 @@ def bins(quantizer: LSQQuantizer, values: Tensor) -> tuple[Tensor, Tensor]:
 def bins_that_train_steps(quantizer: LSQQuantizer, values: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`bins` with gradient to every step."""
     return bin_sums(quantizer.prepare(values), quantizer.step, quantizer.grid)
+
+
+def weight_bins(quantizer: LSQQuantizer, values: Tensor) -> tuple[Tensor, Tensor] | None:
+    """:func:`bins` of weights alone; ``None`` of activations."""
+    return bins(quantizer, values) if isinstance(quantizer, LSQWeightQuantizer) else None
 
 
 def late_bins(quantizer: LSQQuantizer, values: Tensor, told: Tensor) -> tuple[Tensor, Tensor, Tensor]:

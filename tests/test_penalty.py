@@ -131,10 +131,26 @@ def assert_forms_agree(qmodel, penalty, images):
             torch.testing.assert_close(grad, expected[name], rtol=1e-8, atol=1e-12, msg=f"{form}: {name}")
 
 
-@pytest.mark.parametrize("penalized", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_every_form_of_the_step_has_the_gradients_of_plain_calls(tiny, images, penalized):
+@pytest.mark.parametrize(
+    "lambdas",
+    [(1.0, 1.0), (1.0, 0.0), *(pytest.param(slow, marks=pytest.mark.slow) for slow in ((0.0, 1.0), None))],
+)
+def test_every_form_of_the_step_has_the_gradients_of_plain_calls(tiny, images, lambdas):
     qmodel = calibrated(tiny.double(), images.double()).train()
-    assert_forms_agree(qmodel, brfx.BinPenalty(qmodel, 1.0, 1.0) if penalized else None, images.double())
+    assert_forms_agree(qmodel, brfx.BinPenalty(qmodel, *lambdas) if lambdas else None, images.double())
+
+
+@pytest.mark.parametrize(("lambdas", "terms"), [((1, 0), ("weight",)), ((0, 1), ("act",)), ((1, 1), ("weight", "act"))])
+def test_what_has_a_lambda_of_zero_is_neither_computed_nor_told(tiny, images, lambdas, terms):
+    qmodel = calibrated(tiny, images).train()
+    penalty = brfx.BinPenalty(qmodel, *lambdas)
+    for kernels in (None, False):
+        loss, told = loss_step(qmodel, penalty, kernels=kernels)(images, torch.arange(8) % 4)
+        loss.backward()
+        assert set(told) == {"task", "correct", *terms}
+    output, br = penalty.training_form(False)(images)
+    br.total.backward()
+    assert [name for name in ("weight", "act") if getattr(br, name) > 0] == list(terms)
 
 
 class Residual(nn.Module):

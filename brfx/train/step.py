@@ -69,7 +69,7 @@ def loss_step(
 
     Args:
         model, penalty: as in :func:`brfx.fit`. One that has a method ``training_form(kernels)`` gives a function that
-            computes the same and trains faster.
+            computes the same and trains faster, and one with ``told`` the names of the terms to log.
         kernels: what ``training_form`` is asked for; ``None``: the modules are called as they are.
         precision: ``"bf16"`` and ``"fp16"`` run the model under autocast; the loss is in FP32.
         loss: default cross-entropy.
@@ -88,9 +88,8 @@ def loss_step(
         numbers = {"task": task.detach(), "correct": (logits.argmax(1) == labels).sum()}
         if terms is None:
             return task, numbers
-        for name in terms._fields:
-            if name != "total":
-                numbers[name] = getattr(terms, name).detach()
+        for name in getattr(penalty, "told", [name for name in terms._fields if name != "total"]):
+            numbers[name] = getattr(terms, name).detach()
         return task + terms.total, numbers
 
     return step
