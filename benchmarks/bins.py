@@ -24,7 +24,14 @@ from brfx.nn.codes import coded
 from brfx.nn.norm import batch_norm
 from brfx.penalty import bins, late_bins
 
-SHAPES = ((128, 16, 32, 32), (128, 64, 8, 8), (8, 64, 112, 112), (8, 144, 56, 56))
+#: Maps and the clip of their ReLU.
+MAPS = (
+    ((128, 16, 32, 32), None),
+    ((128, 64, 8, 8), None),
+    ((8, 64, 112, 112), None),
+    ((8, 144, 56, 56), 6.0),
+    ((8, 384, 14, 14), 6.0),
+)
 ROUNDS, WARM_UP = 60, 5
 
 #: ``(quantizer, values, told) -> sums``
@@ -35,9 +42,11 @@ LOOKS: dict[str, Callable[[Any, Tensor, Tensor], tuple[Tensor, ...]]] = {
 }
 
 
-def case(look: Callable[[Any, Tensor, Tensor], tuple[Tensor, ...]], x: Tensor) -> Callable[[], tuple[float, float]]:
+def case(
+    look: Callable[[Any, Tensor, Tensor], tuple[Tensor, ...]], x: Tensor, clip: float | None
+) -> Callable[[], tuple[float, float]]:
     """Seconds of forward and of backward."""
-    norm, quantizer = nn.BatchNorm2d(x.shape[1]), QuantizedClippedReLU(2)
+    norm, quantizer = nn.BatchNorm2d(x.shape[1]), QuantizedClippedReLU(2, clip_value=clip)
     quantizer.step.data.fill_(0.7)
     quantizer.calibrated = True
     told = torch.zeros((), requires_grad=True)
@@ -66,16 +75,16 @@ def main() -> None:
     torch.set_num_threads(2)
     torch.manual_seed(0)
     warnings.filterwarnings("ignore")
-    for shape in SHAPES:
+    for shape, clip in MAPS:
         x = torch.randn(shape).to(memory_format=torch.channels_last).requires_grad_()
-        cases = {name: case(look, x) for name, look in LOOKS.items()}
+        cases = {name: case(look, x, clip) for name, look in LOOKS.items()}
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
         for index in range(ROUNDS + WARM_UP):
             for name, step in cases.items():
                 found = step()
                 if index >= WARM_UP:
                     times[name].append(found)
-        print(" x ".join(map(str, shape)))
+        print(" x ".join(map(str, shape)), "ReLU" if clip is None else f"ReLU{clip:g}")
         for name, own in times.items():
             pairs = list(zip(own, times["no bins"], strict=True))
             more = [median(1e9 * (a[part] - b[part]) / x.numel() for a, b in pairs) for part in (0, 1)]

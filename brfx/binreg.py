@@ -188,10 +188,11 @@ def _count(code: Tensor, grid: Grid) -> Tensor:
         none = torch.zeros(len(grid.codes), dtype=torch.int32, device=code.device)
         return none.scatter_add(0, index, torch.ones_like(index, dtype=torch.int32))
     index = ((code - grid.low) / grid.codes.step).int()
-    sets = [torch.ones_like(index)]
+    sets: list[Tensor] = []
     for bit in range(grid.bits):
-        sets += [ones & (index >> bit) for ones in sets]
-    counts = torch.stack([ones.sum(dtype=torch.int32) for ones in sets])
+        one = (index >> bit) & 1
+        sets += [one, *(ones & one for ones in sets)]
+    counts = torch.stack([index.new_full((), index.numel()), *(ones.sum(dtype=torch.int32) for ones in sets)])
     for bit in range(grid.bits):
         without, having = counts.view(-1, 2, 1 << bit).unbind(1)
         counts = torch.stack([without - having, having], 1).flatten()

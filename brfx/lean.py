@@ -54,6 +54,7 @@ def lean_forward(
     if late is not None:
         look_late(gm, graph, look, late)
     keep_codes(gm, graph)
+    look_behind(graph, {look, late}, kernels=kernels)
     tile_norms(gm, graph)
     if kernels:
         compile_weights(gm, graph)
@@ -73,6 +74,25 @@ def look_late(gm: GraphModule, graph: fx.Graph, look: Look | None, late: Callabl
     for node in graph.nodes:
         if node.target is look and isinstance(attribute(gm, node.args[0]), LSQActivationQuantizer):
             node.target, node.args = late, (*node.args, told)
+
+
+def look_behind(graph: fx.Graph, looks: set[Any], *, kernels: bool) -> None:
+    """Let what looks at an activation come after what writes the quantized one to memory: inductor makes one loop of
+    two over the same values, but only where the one that sums is the second.
+
+    s = late(quantizer, x, told); c = coded(quantizer, x); y = apply_coded(conv, c)
+    ->  c = coded(quantizer, x); y = apply_coded(conv, c); s = late(quantizer, x, told)
+
+    Args:
+        graph: with codes kept.
+        looks: the functions that look.
+        kernels: whether chains are to be compiled, which end where ``coded`` does.
+    """
+    sinks = {_module_of(node): node for node in graph.nodes if node.target is coded}
+    for node in [node for node in graph.nodes if node.target in looks and _module_of(node) in sinks]:
+        sink = sinks[_module_of(node)]
+        writers = [] if kernels else [user for user in sink.users if user.target is apply_coded]
+        next(iter(writers), sink).append(node)
 
 
 def keep_codes(gm: GraphModule, graph: fx.Graph) -> None:

@@ -62,7 +62,7 @@ class Batches(Protocol):
 class Penalty(Protocol):
     """A module around the trained one: ``penalty(x) -> (output, terms)``, ``terms`` a named tuple.
 
-    ``terms.total`` is added to the loss, the others are logged, or those whose names are in ``told`` where there is one.
+    ``terms.total`` is added to the loss, the others are logged (those named in ``told`` where the module has one).
     ``begin()`` is called when the warm-up is over.
     :class:`brfx.BinPenalty` is one.
     """
