@@ -1,5 +1,9 @@
+import re
+
+import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 import brfx
 from brfx.lean import compile_chains, compile_weights, keep_codes, tile_norms
@@ -70,3 +74,17 @@ def test_backward_keeps_codes_and_what_batch_norms_read(images):
     assert len(floats) == convolutions == 4
     assert len(codes) == sum(isinstance(module, QuantizedClippedReLU) for module in qmodel.modules()) - 1 == 3  # head
     loss.backward()
+
+
+@pytest.mark.parametrize("how", ["kernels", "whole"])
+def test_bins_are_counted_in_the_loop_that_writes(images, how):
+    torch._dynamo.reset()
+    images = images.to(memory_format=torch.channels_last)
+    qmodel = quantized(images, "paper")
+    step = build_step(qmodel, brfx.BinPenalty(qmodel), how)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        _, sources = run_and_get_code(step, images, torch.arange(len(images)) % 4)
+    loops = [loop for source in sources for loop in source.split("for(") if re.search(r"tmp\d+ >> tmp\d+", loop)]
+    writing = [loop for loop in loops if re.search(r"\.store\(out_ptr\d+ \+ static_cast<int64_t>\(x1", loop)]
+    assert len(loops) == 4
+    assert len(writing) == (4 if how == "kernels" else 3)  # the whole step does not write what only a mean reads
