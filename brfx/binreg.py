@@ -25,6 +25,7 @@ from torch import Tensor
 
 from brfx.errors import ConfigError
 from brfx.grid import MIN_STEP, Grid, in_full
+from brfx.nn.lsq import clipped, reread
 from brfx.nn.norm import once, sum_by_channel
 
 #: Up to this many bins, masked sums that compile to one vectorized pass are faster than scattering.
@@ -57,21 +58,28 @@ class _LateBinSums(torch.autograd.Function):
     """``(values, step, told) -> (count, 0, 0)``, of each bin and once; see :func:`late_bin_sums`."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, step: Tensor, told: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, values: Tensor, step: Tensor, told: Tensor, grid: Grid, floor: float, ceiling: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(values, step)
-        ctx.grid, ctx.dtype = grid, told.dtype
-        counts = _count(grid.encode(values, step), grid).to(_sums_dtype(values))
+        ctx.settings, ctx.dtype = (grid, floor, ceiling), told.dtype
+        code = grid.encode(clipped(values, floor, ceiling), step, least=floor)
+        counts = _count(code, grid).to(_sums_dtype(values))
         ctx.mark_non_differentiable(counts)
         return counts, torch.zeros_like(counts), counts.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values, step = ctx.saved_tensors
+        grid, floor, ceiling = ctx.settings
         _, of_squares, of_loss = grads
-        code, distance = _distances(values, step, ctx.grid, False)
-        pull = _pull(code, distance, step if ctx.needs_input_grad[1] else None, of_squares, ctx.grid)
-        loss = sum_by_channel(distance * pull[0]).sum() / (2 * of_loss)
-        return *pull, torch.where(of_loss == 0, 0.0, loss).to(ctx.dtype), None
+        seen = reread(values, step, grid, floor, ceiling)
+        distance = seen.within - seen.code * step.clamp(min=MIN_STEP)
+        pull, of_step = _pull(seen.code, distance, step if ctx.needs_input_grad[1] else None, of_squares, grid)
+        loss = sum_by_channel(distance * pull).sum() / (2 * of_loss)
+        told = torch.where(of_loss == 0, 0.0, loss).to(ctx.dtype)
+        of_values = pull if seen.clipped is None else torch.where(seen.clipped, 0.0, pull)
+        return of_values, of_step, told, None, None, None
 
 
 def bin_sums(
@@ -95,20 +103,23 @@ def bin_sums(
     return sums
 
 
-def late_bin_sums(values: Tensor, step: Tensor, grid: Grid, told: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`bin_sums` whose squares are summed in backward, where they cost next to nothing: a value's share of L_BR
-    is its distance by its gradient.
+def late_bin_sums(
+    values: Tensor, step: Tensor, grid: Grid, told: Tensor, *, floor: float = -math.inf, ceiling: float = math.inf
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`bin_sums` of ``clip(values, floor, ceiling)`` whose squares are summed in backward, where they cost next
+    to nothing: a value's share of L_BR is its distance by its gradient.
 
     Args:
         values, step, grid: as for :func:`bin_sums`; NaN may be in any bin.
         told: a scalar that requires grad. What it gets as its gradient is :func:`bin_loss` of these values (0 where
             that has no part in what is differentiated: its factor is 0).
+        floor, ceiling: those of :func:`brfx.nn.lsq.lsq_quantize`, with whose backward compiled code shares its own.
 
     Returns:
         Counts, and zeros that are differentiated as the squares. And a zero to be added to :func:`bin_loss` of the two:
         the gradient that reaches it is that loss's factor.
     """
-    late: tuple[Tensor, Tensor, Tensor] = _LateBinSums.apply(in_full(values), step, told, grid)  # type: ignore[no-untyped-call]
+    late: tuple[Tensor, Tensor, Tensor] = _LateBinSums.apply(in_full(values), step, told, grid, floor, ceiling)  # type: ignore[no-untyped-call]
     return late
 
 

@@ -51,16 +51,18 @@ class Grid:
         """Every code, ascending."""
         return range(self.low, self.high + 1, 2 if self.binary else 1)
 
-    def encode(self, values: Tensor, step: Tensor) -> Tensor:
+    def encode(self, values: Tensor, step: Tensor, *, least: float = -math.inf) -> Tensor:
         """The code of each value, as floats: ``round(clip(v / step, Qn, Qp))``; binary: the sign, with +1 at zero.
 
         Args:
             values: any shape.
             step: a scalar, or a shape that broadcasts against ``values`` (one step per output channel).
+            least: no value is below it. From 0 on none is below the grid, and nothing is compared there.
         """
         if self.binary:
             return torch.where(values >= 0, 1.0, -1.0).to(values.dtype)
-        return (values / step.clamp(min=MIN_STEP)).clamp(self.low, self.high).round()
+        low = self.low if least < 0 else None
+        return (values / step.clamp(min=MIN_STEP)).clamp(low, self.high).round()
 
     def start(self, mean_magnitude: Tensor) -> Tensor:
         """The step to start from, ``2 * mean|v| / sqrt(Qp)`` (LSQ, section 2.1); binary: ``mean|v|``."""

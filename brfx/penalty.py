@@ -16,7 +16,13 @@ from brfx.compiling import compiled
 from brfx.errors import ConfigError
 from brfx.grid import Grid, in_full
 from brfx.lean import lean_forward
-from brfx.nn import LSQQuantizer, LSQWeightQuantizer, QuantizedLayer, QuantizedMultiheadAttention
+from brfx.nn import (
+    LSQActivationQuantizer,
+    LSQQuantizer,
+    LSQWeightQuantizer,
+    QuantizedLayer,
+    QuantizedMultiheadAttention,
+)
 from brfx.observing import observed_forward, observed_sites
 from brfx.ranks import ranks, summed
 
@@ -188,11 +194,19 @@ def weight_bins(quantizer: LSQQuantizer, values: Tensor) -> tuple[Tensor, Tensor
     return bins(quantizer, values) if isinstance(quantizer, LSQWeightQuantizer) else None
 
 
-def late_bins(quantizer: LSQQuantizer, values: Tensor, told: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def late_bins(quantizer: LSQActivationQuantizer, values: Tensor, told: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`bins` of an activation, with squares that are summed in backward (:func:`brfx.binreg.late_bin_sums`)."""
-    return late_bin_sums(quantizer.prepare(values), quantizer.step.detach(), quantizer.grid, told)
+    return _late_bins(quantizer, values, quantizer.step.detach(), told)
 
 
-def late_bins_that_train_steps(quantizer: LSQQuantizer, values: Tensor, told: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def late_bins_that_train_steps(
+    quantizer: LSQActivationQuantizer, values: Tensor, told: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`late_bins` with gradient to the step."""
-    return late_bin_sums(quantizer.prepare(values), quantizer.step, quantizer.grid, told)
+    return _late_bins(quantizer, values, quantizer.step, told)
+
+
+def _late_bins(
+    quantizer: LSQActivationQuantizer, values: Tensor, step: Tensor, told: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return late_bin_sums(values, step, quantizer.grid, told, floor=quantizer.floor, ceiling=quantizer.ceiling)

@@ -31,7 +31,7 @@ class Coded(NamedTuple):
 def coded(quantizer: LSQQuantizer, x: Tensor) -> Coded:
     """``quantizer(x)`` with its codes."""
     values = quantizer(x)
-    code = quantizer.grid.encode(quantizer.prepare(in_full(x.detach())), quantizer.step.detach())
+    code = quantizer.grid.encode(quantizer.prepare(in_full(x.detach())), quantizer.step.detach(), least=quantizer.floor)
     step = quantizer.step.detach().clamp(min=MIN_STEP)
     return Coded(values, code.to(torch.int8 if quantizer.signed else torch.uint8), step)
 

@@ -6,7 +6,7 @@ Source: Esser et al., "Learned Step Size Quantization", ICLR 2020.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,30 +26,21 @@ class _LSQ(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(values, step)
         ctx.settings = (grid, scale, floor, ceiling)
-        code = grid.encode(clipped(in_full(values), floor, ceiling), step)
+        code = grid.encode(clipped(in_full(values), floor, ceiling), step, least=floor)
         return (code * step.clamp(min=MIN_STEP)).to(values.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved, step = ctx.saved_tensors
         grid, scale, floor, ceiling = ctx.settings
-        values, grad = in_full(saved), in_full(grads[0])
-        within = clipped(values, floor, ceiling)
-        code = grid.encode(within, step)
+        grad = in_full(grads[0])
+        seen = reread(in_full(saved), step, grid, floor, ceiling)
         if grid.binary:  # v^ = s * sign(v): the gradient passes straight to v, and d v^ / d s = sign(v)
-            grad_values, slope = grad, code
+            grad_values, slope = grad, seen.code
         else:
-            ratio = within / step.clamp(min=MIN_STEP)
-            inside = ratio <= grid.high
-            if floor < grid.low:  # else the floor has seen to it
-                inside = inside & (ratio >= grid.low)
-            slope = code - torch.where(inside, ratio, 0.0)
-            open_ = inside
-            if floor > -math.inf:
-                open_ = open_ & (values > floor)
-            if ceiling < math.inf:
-                open_ = open_ & (values < ceiling)
-            grad_values = torch.where(open_, grad, 0.0)
+            slope = seen.code - torch.where(seen.off_grid, 0.0, seen.ratio)
+            closed = seen.off_grid if seen.clipped is None else seen.off_grid | seen.clipped
+            grad_values = torch.where(closed, 0.0, grad)
         grad_step = _sum_to(grad * slope, step) * scale
         return grad_values.to(saved.dtype), grad_step, None, None, None, None
 
@@ -68,6 +59,36 @@ def clipped(values: Tensor, floor: float, ceiling: float) -> Tensor:
     if floor == 0.0 and ceiling == math.inf:
         return nn.functional.relu(values)
     return nn.functional.hardtanh(values, floor, ceiling)
+
+
+class Reread(NamedTuple):
+    """What backward needs of the values that were quantized."""
+
+    within: Tensor  #: between floor and ceiling
+    ratio: Tensor  #: ``within / step``
+    code: Tensor
+    off_grid: Tensor  #: where the ratio is beyond the outermost codes
+    clipped: Tensor | None  #: where a value was at or beyond floor or ceiling; ``None`` where there is neither
+
+
+def reread(values: Tensor, step: Tensor, grid: Grid, floor: float, ceiling: float) -> Reread:
+    """What forward computed of ``values``, by selection in the place of extrema: the comparisons are those by which
+    gradients are cut off, and an extremum that hands on NaN is four instructions."""
+    within, cut = values, None
+    if ceiling < math.inf:
+        cut = values >= ceiling
+        within = torch.where(cut, ceiling, within)
+    if floor > -math.inf:
+        low = values <= floor
+        within, cut = torch.where(low, floor, within), low if cut is None else cut | low
+    ratio = within / step.clamp(min=MIN_STEP)
+    off_grid = ratio > grid.high
+    on_grid = torch.where(off_grid, grid.high, ratio)
+    if floor < 0:
+        below = ratio < grid.low
+        off_grid, on_grid = off_grid | below, torch.where(below, grid.low, on_grid)
+    code = grid.encode(within, step) if grid.binary else on_grid.round()
+    return Reread(within, ratio, code, off_grid, cut)
 
 
 def lsq_quantize(
@@ -109,6 +130,9 @@ class LSQQuantizer(nn.Module):
     own_rate: ClassVar[tuple[str, ...]] = ("step",)
     #: Parameters that the trainer keeps from falling below a value, and that value.
     positive: ClassVar[dict[str, float]] = {"step": MIN_STEP}
+    #: Bounds of the values before they are quantized.
+    floor: float = -math.inf
+    ceiling: float = math.inf
     #: Whether Python code decides if it is reached at all: calibration may then leave it without a step.
     optional: bool = False
 
@@ -201,8 +225,6 @@ class LSQActivationQuantizer(LSQQuantizer):
     """
 
     negative: Tensor
-    floor: float = -math.inf
-    ceiling: float = math.inf
 
     def __init__(self, bits: int, *, signed: bool | None = False, regularized: bool = True, reason: str = "") -> None:
         super().__init__(bits, signed=bool(signed))
