@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from brfx.binreg import BinRegularizer, bin_loss, bin_sums, late_bin_sums
 from brfx.errors import ConfigError
@@ -59,6 +60,24 @@ def test_late_sums_have_the_same_gradients_and_leave_the_loss_in_backward(bits: 
     assert torch.equal(counts, bin_sums(v, s, regularizer.grid)[0])
     assert torch.equal(v.grad, w.grad) and torch.equal(s.grad, r.grad)
     torch.testing.assert_close(told.grad, expected.detach(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("floor", "ceiling"), [(0.0, math.inf), (0.0, 6.0), (0.0, 1.1), (-2.0, 2.0)])
+@pytest.mark.parametrize("bits", [1, 2, 5])
+def test_late_sums_clip_as_a_function_before_them_would(bits: int, floor: float, ceiling: float) -> None:
+    grid = BinRegularizer(bits, signed=floor < 0 and bits > 1).grid
+    values = 3 * torch.randn(400, dtype=torch.float64, generator=torch.Generator().manual_seed(bits))
+    values[:4] = torch.tensor([0.0, 6.0, 1.1, -2.0])  # at the bounds
+    found = []
+    for inside in (True, False):
+        v, s = values.clone().requires_grad_(), torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+        told = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        bounds = {"floor": floor, "ceiling": ceiling}
+        x = v if inside else F.relu(v) if ceiling == math.inf else F.hardtanh(v, floor, ceiling)
+        counts, squares, zero = late_bin_sums(x, s, grid, told, **(bounds if inside else {}))
+        (bin_loss(counts, squares) + zero).backward()
+        found.append((counts, v.grad, s.grad, told.grad))
+    assert all(torch.equal(fused, composed) for fused, composed in zip(*found, strict=True))
 
 
 def test_late_sums_of_a_loss_without_weight_are_told_as_zero() -> None:
