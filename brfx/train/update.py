@@ -83,7 +83,9 @@ class Update:
         return failed
 
     def forgive(self) -> None:
-        """Go on with the next batch as if there had been none that was not finite."""
+        """Go on with the next batch as if the last one, which was not finite, had not been."""
+        if self.scaler.is_enabled():  # it took that for an overflow
+            self.scaler.update(self.scaler.get_scale() / self.scaler.get_backoff_factor())
         self.failed.zero_()
         self.clear()
 

@@ -82,6 +82,18 @@ def test_nothing_changes_after_a_batch_that_is_not_finite(batches, optimizer, pr
     assert not all(map(torch.equal, between, values(update, model)))
 
 
+def test_a_loss_that_is_not_finite_is_no_overflow_in_fp16(batches):
+    model = small_net()
+    update = Update(model, brfx.TrainConfig(precision="fp16"), 100)
+    step = loss_step(model, None, precision="fp16")
+    assert update(step(*batches[0])[0]) == 0
+    scale = update.scaler.get_scale()
+    assert update(step(*batches[1])[0] * torch.tensor(NAN)) == 1
+    update.forgive()
+    assert update(step(*batches[2])[0]) == 0
+    assert update.scaler.get_scale() == scale
+
+
 def test_fp16_goes_on_after_a_gradient_that_overflows(batches):
     model = small_net()
     update = Update(model, brfx.TrainConfig(precision="fp16"), 100)
