@@ -367,7 +367,6 @@ class _Run:
         It is drawn and run once more: nothing that decides its gradients has changed since.
         """
         self.batch -= failed - 1
-        self.random = self.epoch_random
         set_random_state(self.epoch_random)
         images, labels = next(self._remaining())
         self.update.clear()

@@ -60,11 +60,11 @@ class Update:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         grads = [p.grad for p in parameters if p.grad is not None]
         norm = get_total_norm(grads) if grads else loss.detach().abs()
-        if self.clip is not None:
-            clip_grads_with_norm_(parameters, self.clip, norm)
         if not self.scaler.is_enabled():
             bad |= ~torch.isfinite(norm)
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # fused optimizers then do nothing
+        if self.clip is not None:  # gradients that are to be looked at stay as they are
+            clip_grads_with_norm_(parameters, self.clip, torch.where(bad, 0.0, norm))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         for least, held in self.positive:

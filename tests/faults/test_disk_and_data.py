@@ -191,21 +191,30 @@ def test_a_layer_that_overflows_is_named(batches, first):
 
 
 class Explodes(nn.Module):
-    """The identity; its gradient is infinite."""
+    """The identity; its gradient grows by a factor."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
 
     def forward(self, x):
         if x.requires_grad:
             x = x * 1
-            x.register_hook(lambda grad: grad * float("inf"))
+            x.register_hook(lambda grad: grad * self.factor)
         return x
 
 
-def test_a_gradient_that_is_not_finite_is_named(batches):
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize(
+    ("factor", "said"),
+    [(float("inf"), r"the gradient of 2\.bias is not finite"), (1e25, "the gradient's norm overflows")],
+)
+def test_a_gradient_that_is_not_finite_is_named(batches, factor, said, clip):
     model = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), Explodes(), nn.Flatten(), nn.Linear(576, 10)
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), Explodes(factor), nn.Flatten(), nn.Linear(576, 10)
     )
-    with pytest.raises(TrainingError, match=r"epoch 1, batch 1: the gradient of 2\.bias is not finite"):
-        fit(model, batches, batches[:1], PLAIN)
+    with pytest.raises(TrainingError, match=rf"epoch 1, batch 1: {said}"):
+        fit(model, batches, batches[:1], replace(PLAIN, clip_grad=clip))
 
 
 @pytest.mark.parametrize("compile", ["off", pytest.param("on", marks=pytest.mark.slow)])
