@@ -40,11 +40,9 @@ def culprit(model: nn.Module, images: Tensor, loss: Tensor) -> str:
     if names:
         return f"the gradient of {names[-1]} is not finite"
     norm = get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
-    return (
-        "its loss or gradient was not finite, but is when run once more"
-        if bool(torch.isfinite(norm))
-        else "the gradient's norm overflows"
-    )
+    if bool(torch.isfinite(norm)):
+        return "its loss or gradient was not finite, but is when run once more"
+    return "the gradient's norm overflows"
 
 
 @torch.no_grad()

@@ -17,15 +17,9 @@ from brfx.train import fit, loop
 from brfx.train.step import loss_step
 from brfx.train.update import Update
 
+from .helpers import small_net
+
 NAN = float("nan")
-
-
-def small_net():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16),
-        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
-    )  # fmt: skip
 
 
 def quantized(batches):
@@ -193,10 +187,9 @@ def test_a_late_look_names_the_batch_and_the_image(batches, looks_late, kind, nu
 
 
 def test_a_late_look_draws_the_batch_again_as_it_was(batches, looks_late):
-    """Of a shuffled and augmented epoch: the images that were seen when the batch was drawn first."""
+    """Of a shuffled epoch: the images that were seen when the batch was drawn first."""
     images = Images(batches)
     images.images[77, 0, 0, 0] = NAN
-    torch.manual_seed(3)  # fit seeds again with its own
     settings = brfx.TrainConfig(epochs=1, compile="off", seed=5)
     seen = []
 
@@ -246,3 +239,24 @@ def test_a_late_look_names_the_gradient(batches, looks_late):
         fit(model, batches, batches[:1], brfx.TrainConfig(epochs=1, compile="off"))
     assert not torch.equal(weights[11], weights[12])
     assert all(torch.equal(weight, weights[12]) for weight in weights[12:20])
+
+
+def test_a_late_look_says_so_where_the_batch_is_finite_when_run_again(batches, looks_late):
+    class Once(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return x * NAN if self.calls == 13 else x
+
+    with pytest.raises(TrainingError, match=r"epoch 1, batch 13: its loss or gradient was not finite, but is when run"):
+        fit(nn.Sequential(Once(), *small_net()), batches, batches[:1], brfx.TrainConfig(epochs=1, compile="off"))
+
+
+def test_a_checkpoint_from_before_the_fused_optimizers_goes_on_with_them(batches):
+    run = loop._Run(small_net(), batches, brfx.TrainConfig(epochs=1, compile="off"), None, None, None, ())
+    state = run.state()
+    for group in state["optimizer"]["param_groups"]:
+        group["fused"] = None
+    run.restore(state)
+    assert all(group["fused"] for group in run.update.optimizer.param_groups)
