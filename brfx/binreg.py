@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from brfx.errors import ConfigError
-from brfx.grid import MIN_STEP, Grid, in_full
+from brfx.grid import Grid, in_full
 from brfx.nn.lsq import clipped, reread
 from brfx.nn.norm import once, sum_by_channel
 
@@ -74,7 +74,7 @@ class _LateBinSums(torch.autograd.Function):
         grid, floor, ceiling = ctx.settings
         _, of_squares, of_loss = grads
         seen = reread(values, step, grid, floor, ceiling)
-        distance = seen.within - seen.code * step.clamp(min=MIN_STEP)
+        distance = seen.within - grid.decode(seen.code, step)
         pull, of_step = _pull(seen.code, distance, step if ctx.needs_input_grad[1] else None, of_squares, grid)
         loss = sum_by_channel(distance * pull).sum() / (2 * of_loss)
         told = torch.where(of_loss == 0, 0.0, loss).to(ctx.dtype)
@@ -171,10 +171,11 @@ def _rows(tensors: list[Tensor], rows: list[int], fill: float) -> Tensor:
 
 def _distances(values: Tensor, step: Tensor, grid: Grid, clamp: bool) -> tuple[Tensor, Tensor]:
     """Each value's code, and its signed distance to that code's level."""
-    code, step = grid.encode(values, step), step.clamp(min=MIN_STEP)
-    distance = values - code * step
+    code = grid.encode(values, step)
+    distance = values - grid.decode(code, step)
     if clamp:
-        distance = torch.where((values < grid.low * step) | (values > grid.high * step), 0.0, distance)
+        ratio = grid.ratio(values, step)
+        distance = torch.where((ratio < grid.low) | (ratio > grid.high), 0.0, distance)
     return code, distance
 
 
@@ -184,7 +185,8 @@ def _pull(
     """The gradients of values and step from those of the bins' squares."""
     pull = once(2 * of_squares) if of_squares.dim() == 1 else 2 * of_squares
     grad_values = distance * _look_up(pull, code, grid).to(distance.dtype)
-    return grad_values, None if step is None else -(code * grad_values).sum_to_size(step.shape)
+    level = code + grid.offset if grid.offset else code
+    return grad_values, None if step is None else -(level * grad_values).sum_to_size(step.shape)
 
 
 def _sums_dtype(values: Tensor) -> torch.dtype:

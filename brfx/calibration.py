@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from brfx.errors import ConfigError, DataError, NotCalibratedError
-from brfx.nn import AlignedAdd, LSQQuantizer
+from brfx.nn import LSQQuantizer, ResidualAdd
 from brfx.start import START_RULES
 
 
@@ -54,7 +54,7 @@ def calibrate(
     modes = {module: module.training for module in qmodel.modules()}
     for quantizer in found.values():
         quantizer.begin_calibration(start)
-    sums = [module for module in qmodel.modules() if isinstance(module, AlignedAdd)]
+    sums = [module for module in qmodel.modules() if isinstance(module, ResidualAdd)]
     for aligned in sums:
         aligned.mode = "calibrate"
     try:
@@ -145,7 +145,7 @@ def require_calibrated(qmodel: nn.Module) -> None:
 @contextmanager
 def quantization_disabled(qmodel: nn.Module) -> Iterator[None]:
     """Within the block every quantizer lets its values through (ReLUs stay): the rewritten graph in FP32."""
-    found = [module for module in qmodel.modules() if isinstance(module, (LSQQuantizer, AlignedAdd))]
+    found = [module for module in qmodel.modules() if isinstance(module, (LSQQuantizer, ResidualAdd))]
     modes = [quantizer.mode for quantizer in found]
     for quantizer in found:
         quantizer.mode = "pass"

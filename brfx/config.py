@@ -14,6 +14,7 @@ from typing import Any
 from brfx.errors import ConfigError
 
 PLACEMENTS = ("deploy", "paper")
+WEIGHT_GRIDS = ("signed", "symmetric")
 
 #: A pattern, and what it sets (``None``: nothing is quantized there).
 Override = tuple[str, dict[str, Any] | None]
@@ -84,6 +85,11 @@ class QATConfig:
         input_bits: bits of what enters the model, such as the image (``"deploy"``).
         residual_bits: bits of a branch into a residual add, of averages, and of a convolution's output that no other
             quantizer takes (``"deploy"``); 32 leaves the first and the last in FP32.
+        weight_grid: ``"signed"`` has a zero, levels ``-2**(bits-1) .. 2**(bits-1) - 1`` steps, as in the LSQ paper.
+            ``"symmetric"`` has none: ``-1.5, -0.5, 0.5, 1.5`` steps at 2 bits; for weights of 1 to 4 bits.
+        stream_bits: bits of a residual stream (``"deploy"``), 1 to 8: where an add reads a ReLU's output, that output
+            has a grid of its own, and each layer behind it reads it requantized to ``act_bits``. At ``act_bits`` or
+            below the stream is as narrow as the layers' inputs.
         placement: ``"deploy"`` puts every input of a convolution, linear or matrix product on a grid, so that what is
             trained is what integer kernels execute; ``"paper"`` quantizes weights and ReLUs alone, as the papers do.
         first_last_8bit: 8 bits for the first and the last convolution or linear, as many papers have it; overrides
@@ -104,6 +110,8 @@ class QATConfig:
     per_channel: bool = False
     input_bits: int = 8
     residual_bits: int = 8
+    stream_bits: int = 8
+    weight_grid: str = "signed"
     placement: str = "deploy"
     first_last_8bit: bool = False
     overrides: tuple[Override, ...] = ()
@@ -118,6 +126,15 @@ class QATConfig:
             bits = getattr(self, name)
             if bits not in (*range(1, 9), 32):
                 raise ConfigError(f"{name}={_shown(bits)}: takes 1 to 8, or 32 to stay in FP32")
+        if self.stream_bits not in range(1, 9):
+            raise ConfigError(f"stream_bits={_shown(self.stream_bits)}: takes 1 to 8")
+        if self.weight_grid not in WEIGHT_GRIDS:
+            raise ConfigError(f"weight_grid={_shown(self.weight_grid)}: takes {' or '.join(map(repr, WEIGHT_GRIDS))}")
+        if self.weight_grid == "symmetric" and self.weight_bits not in (1, 2, 3, 4, 32):
+            raise ConfigError(
+                f"weight_grid='symmetric' takes weight_bits 1 to 4, got {self.weight_bits}: "
+                "set weight_grid='signed' with it"
+            )
         if self.clip_value is not None and not self.clip_value > 0:
             raise ConfigError(f"clip_value={_shown(self.clip_value)}: takes a positive number, or None for no ceiling")
         if self.placement not in PLACEMENTS:
@@ -135,6 +152,16 @@ class QATConfig:
     def weight_bits_or_none(self) -> int | None:
         """Bits of weights, ``None`` where they stay in FP32."""
         return None if self.weight_bits == 32 else self.weight_bits
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether weights lie on the grid without a zero."""
+        return self.weight_grid == "symmetric"
+
+    @property
+    def weight_settings(self) -> dict[str, bool]:
+        """What a layer's quantizer of weights is made with, besides its bits."""
+        return {"per_channel": self.per_channel, "symmetric": self.symmetric}
 
     @property
     def acts_quantized(self) -> bool:
@@ -162,7 +189,7 @@ class QATConfig:
     def _overridden(self, pattern: str, settings: dict[str, Any] | None) -> QATConfig | None:
         if settings is None:
             return None
-        known = {"bits", "weight_bits", "act_bits", "clip_value", "per_channel", "input_bits", "residual_bits"}
+        known = {field.name for field in fields(self)} - {"placement", "first_last_8bit", "overrides", "skip"}
         strange = [name for name in settings if name not in known]
         if strange:
             raise ConfigError(

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from brfx.nn import ActivationObserver, AlignedAdd, LSQActivationQuantizer, LSQQuantizer
+from brfx.nn import ActivationObserver, LSQActivationQuantizer, LSQQuantizer, ResidualAdd
 from brfx.operators import JOINS, KEEPS_SIGN, LINEAR, NONNEGATIVE, linear_op, name_of, passes, words
 from brfx.trace import by_mode
 
@@ -137,7 +137,7 @@ def quantizer_behind(gm: GraphModule, value: Node) -> Node | None:
     while len(value.users) == 1:
         (value,) = value.users
         module = gm.get_submodule(str(value.target)) if value.op == "call_module" else None
-        if isinstance(module, (LSQActivationQuantizer, AlignedAdd)):
+        if isinstance(module, (LSQActivationQuantizer, ResidualAdd)):
             return value
         if not commutes_with_rounding(gm, value):
             return None

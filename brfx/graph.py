@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from brfx.nn import LSQQuantizer
+from brfx.nn import LSQQuantizer, StreamQuantizer
 
 
 def module_calls(gm: GraphModule) -> list[tuple[Node, nn.Module]]:
@@ -91,12 +91,14 @@ def check(gm: GraphModule) -> None:
     """Hold what every pass must ensure.
 
     Raises:
-        RuntimeError: the graph is malformed, an activation quantizer has more than one call site, or two quantizers
-            hold one step. Always a defect of a pass, never of the user's model.
+        RuntimeError: the graph is malformed, a quantizer other than a stream's has more than one call site, or two
+            quantizers hold one step. Always a defect of a pass, never of the user's model.
     """
     gm.graph.lint()
     counts = call_counts(gm)
-    shared = [name for name, module in gm.named_modules() if isinstance(module, LSQQuantizer) and counts[name] > 1]
+    own = {name for name, module in gm.named_modules() if isinstance(module, LSQQuantizer)}
+    own -= {name for name, module in gm.named_modules() if isinstance(module, StreamQuantizer)}
+    shared = [name for name in sorted(own) if counts[name] > 1]
     if shared:
         raise RuntimeError(f"quantizers called at more than one site: {shared}")
     owners: dict[int, str] = {}

@@ -17,16 +17,26 @@ def in_full(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
+def positive(step: Tensor) -> Tensor:
+    """``step``, nowhere below :data:`MIN_STEP`."""
+    return step.clamp(min=MIN_STEP)
+
+
 @dataclass(frozen=True)
 class Grid:
     """The codes of a ``bits``-bit quantizer; a level is ``code * step`` (LSQ, Esser et al., ICLR 2020, eq. 1-2).
 
     Signed: ``-2**(bits-1) .. 2**(bits-1) - 1``. Unsigned: ``0 .. 2**bits - 1``. Signed with one bit is binary: the
     codes are ``-1`` and ``+1`` and there is no zero, since LSQ's Qp would be 0.
+
+    Symmetric: the signed codes with the level ``(code + 1/2) * step``. There is no zero, and as many levels lie above
+    it as below: ``-1.5, -0.5, 0.5, 1.5`` steps at 2 bits (N2UQ, Liu et al., CVPR 2022; ParetoQ, Liu et al., 2025).
+    At one bit it is the binary grid.
     """
 
     bits: int
     signed: bool
+    symmetric: bool = False
 
     @property
     def binary(self) -> bool:
@@ -47,12 +57,22 @@ class Grid:
         return (1 << self.bits - 1) - 1 if self.signed else (1 << self.bits) - 1
 
     @property
+    def offset(self) -> float:
+        """What is added to a code before it is multiplied by the step."""
+        return 0.5 if self.symmetric and not self.binary else 0.0
+
+    @property
+    def reach(self) -> float:
+        """The largest level, in steps."""
+        return self.high + self.offset
+
+    @property
     def codes(self) -> range:
         """Every code, ascending."""
         return range(self.low, self.high + 1, 2 if self.binary else 1)
 
     def encode(self, values: Tensor, step: Tensor, *, least: float = -math.inf) -> Tensor:
-        """The code of each value, as floats: ``round(clip(v / step, Qn, Qp))``; binary: the sign, with +1 at zero.
+        """The code of each value, as floats: ``round(clip(v / step - offset, Qn, Qp))``; binary: the sign, +1 at zero.
 
         Args:
             values: any shape.
@@ -62,14 +82,30 @@ class Grid:
         if self.binary:
             return torch.where(values >= 0, 1.0, -1.0).to(values.dtype)
         low = self.low if least < 0 else None
-        return (values / step.clamp(min=MIN_STEP)).clamp(low, self.high).round()
+        return self.ratio(values, step).clamp(low, self.high).round()
+
+    def ratio(self, values: Tensor, step: Tensor) -> Tensor:
+        """The values on the scale of the codes, not rounded: ``v / step - offset``."""
+        ratio = values / positive(step)
+        return ratio - self.offset if self.offset else ratio
+
+    def decode(self, code: Tensor, step: Tensor) -> Tensor:
+        """The level of each code: ``(code + offset) * step``."""
+        return (code + self.offset if self.offset else code) * positive(step)
+
+    def integers(self, code: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """Integers and a scale whose product is the level of each code, bit for bit: the codes and the step, or the odd
+        integers ``2 * code + 1`` and half the step."""
+        return (2 * code + 1, positive(step) / 2) if self.offset else (code, positive(step))
 
     def start(self, mean_magnitude: Tensor) -> Tensor:
-        """The step to start from, ``2 * mean|v| / sqrt(Qp)`` (LSQ, section 2.1); binary: ``mean|v|``."""
-        return mean_magnitude if self.binary else mean_magnitude * (2 / math.sqrt(self.high))
+        """The step to start from, ``2 * mean|v| / sqrt(Qp)`` (LSQ, section 2.1), with the largest level for Qp; binary:
+        ``mean|v|``."""
+        return mean_magnitude if self.binary else mean_magnitude * (2 / math.sqrt(self.reach))
 
     def __str__(self) -> str:
-        levels = [{0: "0", 1: "s", -1: "-s"}.get(code, f"{code}s") for code in self.codes]
+        levels = [{0: "0", 1: "s", -1: "-s"}.get(code, f"{code:g}s") for code in (k + self.offset for k in self.codes)]
         if len(levels) > 8:
             levels = [*levels[:2], "...", *levels[-2:]]
-        return f"{'signed' if self.signed else 'unsigned'} {self.bits}-bit [{', '.join(levels)}]"
+        kind = "unsigned" if not self.signed else "symmetric" if self.offset else "signed"
+        return f"{kind} {self.bits}-bit [{', '.join(levels)}]"

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from brfx.compiling import compiled
 from brfx.graph import attribute
-from brfx.nn import ActivationObserver, AlignedAdd, LSQActivationQuantizer
+from brfx.nn import ActivationObserver, LSQActivationQuantizer, ResidualAdd
 from brfx.nn.codes import Coded, apply_coded, coded, coded_weight, decode, remade, takes_codes, uncoded
 from brfx.nn.norm import batch_norm, can_tile
 from brfx.observing import Look, watched
@@ -27,7 +27,9 @@ from brfx.trace import TracedModule, generated, pruned
 
 #: What a chain is made of, besides the layers that it starts with and the quantizer that it ends in.
 _LINKS = frozenset({"add", "iadd"})
-_LINK_MODULES = (ActivationObserver, AlignedAdd)
+_LINK_MODULES = (ActivationObserver, ResidualAdd)
+#: What reads the floats of a quantizer, besides the adds that are functions.
+_READERS = (ActivationObserver, ResidualAdd, LSQActivationQuantizer)
 
 
 class QuantizedGraph(TracedModule):
@@ -111,7 +113,7 @@ def keep_codes(gm: GraphModule, graph: fx.Graph) -> None:
         for user in list(node.users):
             if user.op == "call_module" and takes_codes(gm.get_submodule(str(user.target))) and user.args == (node,):
                 _call_instead(graph, user, apply_coded, pair)
-            elif _is(gm, user, AlignedAdd) or name_of(user.target) in _LINKS:
+            elif _is(gm, user, _READERS) or name_of(user.target) in _LINKS:
                 with graph.inserting_before(user):
                     user.replace_input_with(node, graph.call_function(remade, (pair,)))
         node.replace_all_uses_with(values)
@@ -282,7 +284,7 @@ def _call(module: Callable[..., Any], *args: Any) -> Any:
     return module(*args)
 
 
-def _is(gm: GraphModule, node: Node, kind: type[nn.Module]) -> bool:
+def _is(gm: GraphModule, node: Node, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> bool:
     return node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), kind)
 
 

@@ -36,6 +36,7 @@ from brfx.passes import (
     QuantizeReLUs,
     ReLUToModule,
     SplitShared,
+    WidenStreams,
 )
 from brfx.passes.quantize_layers import quantized_layer
 from brfx.passes.quantize_relus import quantized_relu
@@ -56,7 +57,12 @@ def passes(config: QATConfig, scope: str = "") -> list[Pass]:
         QuantizeFunctions(config, scope),
         QuantizeReLUs(config, scope),
     ]
-    inputs: list[Pass] = [QuantizeInputs(config, scope), AlignResiduals(config, scope), QuantizeOutputs(config, scope)]
+    inputs: list[Pass] = [
+        WidenStreams(config, scope),
+        QuantizeInputs(config, scope),
+        AlignResiduals(config, scope),
+        QuantizeOutputs(config, scope),
+    ]
     return [*layers, *(inputs if config.placement == "deploy" else []), InsertObservers()]
 
 
@@ -184,7 +190,7 @@ def _with_first_and_last(model: nn.Module, config: QATConfig) -> QATConfig:
         ]
     else:
         names = [name for name, module in model.named_modules() if isinstance(module, tuple(QUANTIZED_LAYERS))]
-    ends = tuple((name, {"bits": 8}) for name in names[:1] + names[-1:])
+    ends = tuple((name, {"bits": 8, "weight_grid": "signed"}) for name in names[:1] + names[-1:])
     return replace(config, first_last_8bit=False, overrides=(*ends, *config.overrides))
 
 
@@ -217,7 +223,7 @@ def swap_called_by_python(
     if isinstance(model, nn.TransformerEncoder):
         model.use_nested_tensor = False  # its layers no longer have the fused kernel that takes these
     if own is not None and not isinstance(model, (GraphModule, nn.ModuleList, nn.ModuleDict, nn.Sequential)):
-        swapped += rewrite_methods(model, own.weight_bits_or_none, own.inner_act_bits)
+        swapped += rewrite_methods(model, own.weight_bits_or_none, own.inner_act_bits, symmetric=own.symmetric)
     for name, child in list(model.named_children()):
         if isinstance(child, (GraphModule, LSQQuantizer, *_OURS, *leaf_modules)) or name.endswith("_sites"):
             continue

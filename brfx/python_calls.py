@@ -44,6 +44,7 @@ class QuantizedCall(nn.Module):
         kind: a name in :data:`brfx.operators.LINEAR`, or ``scaled_dot_product_attention``.
         weight_bits, act_bits: of an operand that is a weight by its role, as in ``F.linear``, and of every other one;
             ``None`` leaves it as it is.
+        symmetric: put weights on the grid without a zero.
 
     Attributes:
         left, right: the operands' quantizers; ``right`` is an :class:`LSQWeightQuantizer` if the operand is a weight.
@@ -54,7 +55,9 @@ class QuantizedCall(nn.Module):
     right: LSQActivationQuantizer | LSQWeightQuantizer | None
     attention: nn.Module | None
 
-    def __init__(self, kind: str, weight_bits: int | None, act_bits: int | None) -> None:
+    def __init__(
+        self, kind: str, weight_bits: int | None, act_bits: int | None, *, symmetric: bool = False
+    ) -> None:
         super().__init__()
         self.kind = kind
         self.left = self.right = self.attention = None
@@ -67,7 +70,7 @@ class QuantizedCall(nn.Module):
         if act_bits is not None:
             self.left = LSQActivationQuantizer(act_bits, signed=None, reason=_REASON)
         if LINEAR[kind].weight:
-            self.right = None if weight_bits is None else LSQWeightQuantizer(weight_bits)
+            self.right = None if weight_bits is None else LSQWeightQuantizer(weight_bits, symmetric=symmetric)
         elif act_bits is not None:
             self.right = LSQActivationQuantizer(act_bits, signed=None, reason=_REASON)
         for quantizer in (self.left, self.right):
@@ -140,11 +143,11 @@ class Rewritten:
     kinds: list[str | Rewritten]
     places: list[str]
 
-    def sites(self, weight_bits: int | None, act_bits: int | None) -> nn.ModuleList:
+    def sites(self, weight_bits: int | None, act_bits: int | None, *, symmetric: bool = False) -> nn.ModuleList:
         return nn.ModuleList(
-            QuantizedFunction(kind, weight_bits, act_bits)
+            QuantizedFunction(kind, weight_bits, act_bits, symmetric=symmetric)
             if isinstance(kind, Rewritten)
-            else QuantizedCall(kind, weight_bits, act_bits)
+            else QuantizedCall(kind, weight_bits, act_bits, symmetric=symmetric)
             for kind in self.kinds
         )
 
@@ -201,16 +204,20 @@ class QuantizedFunction(nn.Module):
 
     sites: nn.ModuleList
 
-    def __init__(self, rewritten: Rewritten, weight_bits: int | None, act_bits: int | None) -> None:
+    def __init__(
+        self, rewritten: Rewritten, weight_bits: int | None, act_bits: int | None, *, symmetric: bool = False
+    ) -> None:
         super().__init__()
         self.function, self.places = rewritten.function, rewritten.places
-        self.sites = rewritten.sites(weight_bits, act_bits)
+        self.sites = rewritten.sites(weight_bits, act_bits, symmetric=symmetric)
 
     @classmethod
-    def of(cls, function: object, weight_bits: int | None, act_bits: int | None) -> QuantizedFunction | None:
+    def of(
+        cls, function: object, weight_bits: int | None, act_bits: int | None, *, symmetric: bool = False
+    ) -> QuantizedFunction | None:
         """``None`` where :func:`rewrite` finds nothing to quantize."""
         rewritten = rewrite(function)
-        return cls(rewritten, weight_bits, act_bits) if rewritten else None
+        return cls(rewritten, weight_bits, act_bits, symmetric=symmetric) if rewritten else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(self.sites, *args, **kwargs)
@@ -219,7 +226,9 @@ class QuantizedFunction(nn.Module):
         return self.function.__qualname__
 
 
-def rewrite_methods(module: nn.Module, weight_bits: int | None, act_bits: int | None) -> int:
+def rewrite_methods(
+    module: nn.Module, weight_bits: int | None, act_bits: int | None, *, symmetric: bool = False
+) -> int:
     """Quantize the linear algebra in a module's own methods, on this instance only; its children are left alone.
 
     The sites of method ``m`` become the submodule ``m_sites``. A method that another one overrides is left alone, so
@@ -238,7 +247,7 @@ def rewrite_methods(module: nn.Module, weight_bits: int | None, act_bits: int | 
             seen.add(name)
             rewritten = rewrite(method, f"{name}_sites") if isinstance(method, types.FunctionType) else None
             if rewritten:
-                module.add_module(f"{name}_sites", rewritten.sites(weight_bits, act_bits))
+                module.add_module(f"{name}_sites", rewritten.sites(weight_bits, act_bits, symmetric=symmetric))
                 setattr(module, name, types.MethodType(rewritten.function, module))
                 count += len(rewritten.kinds)
     return count

@@ -31,11 +31,11 @@ def mse_start(grid: Grid, values: Tensor, shape: tuple[int, ...]) -> Tensor:
     rows = rows[:, :: max(1, rows.shape[1] // _SAMPLE)]
     if grid.binary:
         return rows.abs().mean(dim=1).reshape(shape)  # the least-squares scale of a sign
-    largest = rows.abs().amax(dim=1, keepdim=True) / grid.high
+    largest = rows.abs().amax(dim=1, keepdim=True) / grid.reach
     best, least = largest, torch.full_like(largest, torch.inf)
     for share in torch.logspace(-6, 0, _CANDIDATES, base=2.0).tolist():
         step = largest * share
-        error = (rows - grid.encode(rows, step) * step).square().mean(dim=1, keepdim=True)
+        error = (rows - grid.decode(grid.encode(rows, step), step)).square().mean(dim=1, keepdim=True)
         best, least = torch.where(error < least, step, best), torch.minimum(error, least)
     return best.reshape(shape)
 

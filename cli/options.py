@@ -17,6 +17,7 @@ from brfx.config import (
     PLACEMENTS,
     PRECISION,
     STARTS,
+    WEIGHT_GRIDS,
     JobConfig,
     QATConfig,
     TrainConfig,
@@ -164,6 +165,14 @@ quantizer_options = combine(
     click.option("--per-channel", is_flag=True, default=None, help="One weight step per output channel."),
     click.option("--input-bits", type=int, help="Of the image.  [default: 8]"),
     click.option("--residual-bits", type=int, help="Of branches into residual adds; 32 for FP32.  [default: 8]"),
+    click.option(
+        "--stream-bits", type=int, help="Of residual streams; at --act-bits as narrow as layers' inputs.  [default: 8]"
+    ),
+    click.option(
+        "--weight-grid",
+        type=click.Choice(WEIGHT_GRIDS),
+        help="Levels of weights: with a zero, or symmetric without one.  [default: signed]",
+    ),
     click.option(
         "--placement",
         type=click.Choice(PLACEMENTS),

@@ -17,10 +17,11 @@ from brfx.nn.lsq import (
     LSQQuantizer,
     LSQWeightQuantizer,
     QuantizedClippedReLU,
+    StreamQuantizer,
     lsq_quantize,
 )
 from brfx.nn.observer import ActivationObserver
-from brfx.nn.residual import AlignedAdd
+from brfx.nn.residual import AlignedAdd, ResidualAdd, StreamAdd
 
 __all__ = [
     "QUANTIZED_LAYERS",
@@ -40,5 +41,8 @@ __all__ = [
     "QuantizedLayer",
     "QuantizedLinear",
     "QuantizedMultiheadAttention",
+    "ResidualAdd",
+    "StreamAdd",
+    "StreamQuantizer",
     "lsq_quantize",
 ]

@@ -106,7 +106,13 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
 
     @classmethod
     def from_float(
-        cls, layer: nn.MultiheadAttention, weight_bits: int | None, act_bits: int | None, *, per_channel: bool = False
+        cls,
+        layer: nn.MultiheadAttention,
+        weight_bits: int | None,
+        act_bits: int | None,
+        *,
+        per_channel: bool = False,
+        symmetric: bool = False,
     ) -> Self:
         """The quantized form of ``layer``, with its very parameters, settings and hooks.
 
@@ -114,6 +120,7 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
             layer: or one of a subclass that has no ``forward`` of its own.
             weight_bits, act_bits: ``None`` leaves weights, or activations, in FP32.
             per_channel: one step per output channel of a weight.
+            symmetric: put weights on the grid without a zero.
         """
         kind = cls
         if type(layer) not in cls.__mro__:
@@ -128,7 +135,9 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
         if weight_bits is not None:
             for name, weight in new.latent_weights().items():
                 step_shape = (len(weight), 1) if per_channel else ()
-                new.weight_quantizers[name] = LSQWeightQuantizer(weight_bits, step_shape=step_shape)
+                new.weight_quantizers[name] = LSQWeightQuantizer(
+                    weight_bits, step_shape=step_shape, symmetric=symmetric
+                )
         for child in (new.input_quantizer, new.attention, new.output_quantizer, new.weight_quantizers):
             child.to(layer.out_proj.weight.device).train(layer.training)
         return new

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from brfx.grid import MIN_STEP, in_full
+from brfx.grid import in_full
 from brfx.nn.hooks import has_hooks
 from brfx.nn.layers import QuantizedLayer
 from brfx.nn.lsq import LSQQuantizer
@@ -32,8 +32,8 @@ def coded(quantizer: LSQQuantizer, x: Tensor) -> Coded:
     """``quantizer(x)`` with its codes."""
     values = quantizer(x)
     code = quantizer.grid.encode(quantizer.prepare(in_full(x.detach())), quantizer.step.detach(), least=quantizer.floor)
-    step = quantizer.step.detach().clamp(min=MIN_STEP)
-    return Coded(values, code.to(torch.int8 if quantizer.signed else torch.uint8), step)
+    code, scale = quantizer.grid.integers(code, quantizer.step.detach())
+    return Coded(values, code.to(torch.int8 if quantizer.signed else torch.uint8), scale)
 
 
 def uncoded(values: Tensor) -> Coded:

@@ -39,14 +39,17 @@ class QuantizedLayer(nn.Module):
         return adopted(kind, layer)
 
     @classmethod
-    def from_float(cls, layer: nn.Module, bits: int | None, *, per_channel: bool = False) -> Self:
-        """The quantized form of ``layer``; ``bits=None`` leaves its weight in FP32."""
+    def from_float(
+        cls, layer: nn.Module, bits: int | None, *, per_channel: bool = False, symmetric: bool = False
+    ) -> Self:
+        """The quantized form of ``layer``; ``bits=None`` leaves its weight in FP32, ``symmetric`` is the grid's."""
         new = cls.adopt(layer)
         new.weight_quantizer = new.input_quantizer = None
         if bits is not None:
             shape = [1] * new.weight.dim()
             shape[cls.channel_dim] = new.weight.shape[cls.channel_dim]
-            new.weight_quantizer = LSQWeightQuantizer(bits, step_shape=tuple(shape) if per_channel else ())
+            step_shape = tuple(shape) if per_channel else ()
+            new.weight_quantizer = LSQWeightQuantizer(bits, step_shape=step_shape, symmetric=symmetric)
             new.weight_quantizer.to(new.weight.device).train(layer.training)
         return new
 

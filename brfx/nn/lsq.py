@@ -27,7 +27,7 @@ class _LSQ(torch.autograd.Function):
         ctx.save_for_backward(values, step)
         ctx.settings = (grid, scale, floor, ceiling)
         code = grid.encode(clipped(in_full(values), floor, ceiling), step, least=floor)
-        return (code * step.clamp(min=MIN_STEP)).to(values.dtype)
+        return grid.decode(code, step).to(values.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -38,7 +38,7 @@ class _LSQ(torch.autograd.Function):
         if grid.binary:  # v^ = s * sign(v): the gradient passes straight to v, and d v^ / d s = sign(v)
             grad_values, slope = grad, seen.code
         else:
-            slope = seen.code - torch.where(seen.off_grid, 0.0, seen.ratio)
+            slope = seen.code - torch.where(seen.off_grid, -grid.offset, seen.ratio)
             closed = seen.off_grid if seen.clipped is None else seen.off_grid | seen.clipped
             grad_values = torch.where(closed, 0.0, grad)
         grad_step = _sum_to(grad * slope, step) * scale
@@ -65,7 +65,7 @@ class Reread(NamedTuple):
     """What backward needs of the values that were quantized."""
 
     within: Tensor  #: between floor and ceiling
-    ratio: Tensor  #: ``within / step``
+    ratio: Tensor  #: ``within / step - offset``
     code: Tensor
     off_grid: Tensor  #: where the ratio is beyond the outermost codes
     clipped: Tensor | None  #: where a value was at or beyond floor or ceiling; ``None`` where there is neither
@@ -81,7 +81,7 @@ def reread(values: Tensor, step: Tensor, grid: Grid, floor: float, ceiling: floa
     if floor > -math.inf:
         low = values <= floor
         within, cut = torch.where(low, floor, within), low if cut is None else cut | low
-    ratio = within / step.clamp(min=MIN_STEP)
+    ratio = grid.ratio(within, step)
     off_grid = ratio > grid.high
     on_grid = torch.where(off_grid, grid.high, ratio)
     if floor < 0:
@@ -178,15 +178,19 @@ class LSQQuantizer(nn.Module):
 
     @torch.no_grad()
     def _calibrate(self, values: Tensor) -> None:
-        """Set ``step`` to the mean over the batches so far of what the start rule gives."""
+        """Set ``step`` to what the start rule gives for the batches so far."""
         estimate = self._start(self.grid, values, tuple(self.step.shape))
         self.batches_seen += 1
-        self._estimates = self._estimates.to(estimate) + estimate
-        start = self._estimates / self.batches_seen
+        start = self._joined(estimate)
         self.calibrated = bool(torch.isfinite(start).all())
         if not self.calibrated:
             raise NotCalibratedError("calibration met NaN or infinite values: check the model's weights and the data")
         self.step.copy_(torch.where(start > 0, start, 1.0))  # all zeros: any step will do until values come
+
+    def _joined(self, estimate: Tensor) -> Tensor:
+        """The step for the batches so far: the mean of what the start rule gave for each."""
+        self._estimates = self._estimates.to(estimate) + estimate
+        return self._estimates / self.batches_seen
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A state dict without this step (one of the FP32 model) leaves the quantizer uncalibrated."""
@@ -201,14 +205,21 @@ class LSQQuantizer(nn.Module):
 
 
 class LSQWeightQuantizer(LSQQuantizer):
-    """Signed quantizer of a weight; ``g = 1 / sqrt(N * Qp)`` with N the number of weights that share a step."""
+    """Signed quantizer of a weight; ``g = 1 / sqrt(N * Qp)`` with N the number of weights that share a step.
 
-    def __init__(self, bits: int, *, step_shape: tuple[int, ...] = ()) -> None:
+    ``symmetric=True``: on the grid without a zero, whose largest level in steps stands for Qp.
+    """
+
+    def __init__(self, bits: int, *, step_shape: tuple[int, ...] = (), symmetric: bool = False) -> None:
         super().__init__(bits, signed=True, step_shape=step_shape)
+        self.grid = Grid(bits, signed=True, symmetric=symmetric)
 
     def quantize(self, values: Tensor) -> Tensor:
         shared = values.numel() // self.step.numel()
-        return lsq_quantize(values, self.step, self.grid, gradient_scale=1 / math.sqrt(shared * self.grid.high))
+        return lsq_quantize(values, self.step, self.grid, gradient_scale=1 / math.sqrt(shared * self.grid.reach))
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", symmetric=True" if self.grid.symmetric else "")
 
 
 class LSQActivationQuantizer(LSQQuantizer):
@@ -288,3 +299,18 @@ class QuantizedClippedReLU(LSQActivationQuantizer):
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, clip_value={self.clip_value}"
+
+
+class StreamQuantizer(QuantizedClippedReLU):
+    """The quantizer of a residual stream: one step for every ReLU of the stream, each of which calls this module.
+
+    Calibration sets the step for the ReLU whose values reach farthest.
+    """
+
+    def __init__(self, bits: int, *, clip_value: float | None = None) -> None:
+        super().__init__(bits, clip_value=clip_value)
+        self.regularized, self.reason = False, "a residual stream"
+
+    def _joined(self, estimate: Tensor) -> Tensor:
+        self._estimates = torch.maximum(self._estimates.to(estimate), estimate)
+        return self._estimates

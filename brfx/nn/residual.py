@@ -1,34 +1,85 @@
-"""The 8-bit quantizer of a branch into a residual add, aligned with the quantizer behind the add."""
+"""Residual adds in integers: the two addends on grids whose units fit, so that an integer kernel adds their codes."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from brfx.grid import MIN_STEP, in_full
+from brfx.grid import in_full, positive
+from brfx.nn.norm import sum_by_channel
 
 #: Codes of a branch are uint8 or int8.
 LEVELS = 255
 
 
 class _Round(torch.autograd.Function):
-    """``v -> unit * clamp(round(v / unit), low, high)``; the gradient passes inside the range and not outside."""
+    """``v -> unit * clamp(round(v / unit), low, high)``; the gradient passes inside the range and not outside.
+
+    The gradient of ``unit``, where it is wanted, is LSQ's (eq. 3) times ``scale``.
+    """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, unit: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    def forward(ctx: Any, values: Tensor, unit: Tensor, low: Tensor, high: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(values, unit, low, high)
+        ctx.scale = scale
         return torch.minimum(torch.maximum((values / unit).round(), low), high) * unit
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values, unit, low, high = ctx.saved_tensors
-        code = values / unit
-        return torch.where((code >= low) & (code <= high), grads[0], 0.0), None, None, None
+        ratio, grad_unit = values / unit, None
+        inside = (ratio >= low) & (ratio <= high)
+        if ctx.needs_input_grad[1]:
+            slope = torch.where(inside, ratio.round() - ratio, torch.where(ratio < low, low, high))
+            weighted = grads[0] * slope
+            grad_unit = (sum_by_channel(weighted) if weighted.dim() > 2 else weighted).sum() * ctx.scale
+        return torch.where(inside, grads[0], 0.0), grad_unit, None, None, None
 
 
-class AlignedAdd(nn.Module):
+class AddendUnits(NamedTuple):
+    """The integers that a residual add adds: ``value == integer * unit``."""
+
+    unit: Tensor
+    zero_point: Tensor  #: what is added to an integer that is rounded here, to store it as uint8
+    multiple: Tensor | None  #: how many units a code of the shortcut is worth; ``None``: the shortcut is rounded too
+
+
+class ResidualAdd(nn.Module):
+    """``branch + shortcut`` in integers of one unit: the branch is rounded, and so is a shortcut that is on no grid.
+
+    ``forward(branch, shortcut, step_out, step_in=None)`` returns the sum, shape as ``branch``. ``step_out`` is the step
+    of the quantizer behind the add, ``step_in`` that of the shortcut's grid where the add is told of one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mode = "quantize"
+
+    def units(self, step_out: Tensor, step_in: Tensor | None) -> AddendUnits:
+        """What the addends are measured in, from the steps around the add."""
+        raise NotImplementedError
+
+    def forward(self, branch: Tensor, shortcut: Tensor, step_out: Tensor, step_in: Tensor | None = None) -> Tensor:
+        if self.mode != "quantize":
+            return branch + shortcut
+        branch, shortcut = in_full(branch), in_full(shortcut)  # the sum stays exact under autocast
+        unit, zero_point, multiple = self.units(step_out, step_in)
+        rounded = self.round(branch, unit, zero_point)
+        if multiple is None:
+            return rounded + self.round(shortcut, unit, zero_point)
+        return rounded + (shortcut if step_in is None else shortcut * (unit * multiple / positive(step_in.detach())))
+
+    @staticmethod
+    def round(values: Tensor, unit: Tensor, zero_point: Tensor) -> Tensor:
+        """``values`` at the nearest multiple of ``unit`` that uint8 codes with this zero point have."""
+        scale = 1 / math.sqrt(LEVELS * max(1, math.prod(values.shape[1:])))
+        return _Round.apply(values, unit, -zero_point, LEVELS - zero_point, scale)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class AlignedAdd(ResidualAdd):
     """``branch + shortcut`` in integers that round exactly as the quantizer behind the add rounds real numbers.
 
     With S the step behind the add and the shortcut on a grid of step s: s/S is taken as the nearest M/N with N odd, so
@@ -41,8 +92,6 @@ class AlignedAdd(nn.Module):
     Args:
         high_out: Qp of the quantizer behind the add.
         high_in: Qp of the shortcut's grid; ``None`` for a projection.
-
-    ``forward(branch, shortcut, step_out, step_in=None)`` returns the sum, shape as ``branch``.
     """
 
     ratios: Tensor
@@ -50,7 +99,6 @@ class AlignedAdd(nn.Module):
     def __init__(self, high_out: int, high_in: int | None) -> None:
         super().__init__()
         self.high_out, self.high_in = high_out, high_in
-        self.mode = "quantize"
         if high_in is None:
             limit = min(31, int(127 / (high_out - 0.5)))
             self.unit = limit if limit % 2 else limit - 1
@@ -64,20 +112,13 @@ class AlignedAdd(nn.Module):
         """Whether 8 bits hold such an add: up to 4 bits on both sides."""
         return high_out <= 15 and (high_in is None or high_in <= 15)
 
-    def forward(self, branch: Tensor, shortcut: Tensor, step_out: Tensor, step_in: Tensor | None = None) -> Tensor:
-        if self.mode != "quantize":
-            return branch + shortcut
-        branch, shortcut = in_full(branch), in_full(shortcut)  # the sum stays exact under autocast
-        step_out = step_out.detach().clamp(min=MIN_STEP)
+    def units(self, step_out: Tensor, step_in: Tensor | None) -> AddendUnits:
+        step_out = positive(step_out.detach())
         if step_in is None:
-            unit = step_out / self.unit
-            low, high = torch.full_like(unit, -128.0), torch.full_like(unit, 127.0)
-            return self.round(branch, unit, low, high) + self.round(shortcut, unit, low, high)
-        step_in = step_in.detach().clamp(min=MIN_STEP)
-        numerator, denominator = self.snap(step_in / step_out)
+            return AddendUnits(step_out / self.unit, torch.full_like(step_out, 128.0), None)
+        numerator, denominator = self.snap(positive(step_in.detach()) / step_out)
         assert self.high_in is not None
-        unit, zero_point = step_out / denominator, self.high_in * numerator
-        return self.round(branch, unit, -zero_point, LEVELS - zero_point) + shortcut * (unit * numerator / step_in)
+        return AddendUnits(step_out / denominator, self.high_in * numerator, numerator)
 
     def snap(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
         """M and N, N odd, with M/N nearest to ``ratio`` among those that fit into 8 bits."""
@@ -88,10 +129,29 @@ class AlignedAdd(nn.Module):
         best = (numerators / odd - ratio).abs().argmin(dim=0, keepdim=True)  # as an index of its own, no host sync
         return numerators.gather(0, best).squeeze(0), odd.gather(0, best).squeeze(0)
 
-    @staticmethod
-    def round(values: Tensor, unit: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """``values`` at the nearest multiple of ``unit`` between ``low`` and ``high`` units."""
-        return _Round.apply(values, unit, low, high)  # type: ignore[no-any-return, no-untyped-call]
-
     def extra_repr(self) -> str:
         return f"high_out={self.high_out}, high_in={self.high_in}"
+
+
+class StreamAdd(ResidualAdd):
+    """``branch + shortcut`` on the grid of a residual stream: one step S for all adds of the stream.
+
+    The branch is rounded to int8 codes of S, the shortcut is on the grid already (or is a projection and is rounded
+    like the branch), and the quantizer behind the add clips the sum. Nothing is rounded twice, so that an integer
+    kernel that adds the codes is exact. S learns from here as from its quantizer.
+
+    Args:
+        projection: whether the shortcut comes from a layer and is on no grid.
+    """
+
+    def __init__(self, *, projection: bool) -> None:
+        super().__init__()
+        self.projection = projection
+
+    def units(self, step_out: Tensor, step_in: Tensor | None = None) -> AddendUnits:
+        unit = positive(step_out)
+        multiple = None if self.projection else torch.ones_like(unit)
+        return AddendUnits(unit, torch.full_like(unit, 128.0), multiple)
+
+    def extra_repr(self) -> str:
+        return f"projection={self.projection}"

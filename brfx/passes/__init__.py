@@ -9,6 +9,7 @@ from brfx.passes.quantize_outputs import QuantizeOutputs
 from brfx.passes.quantize_relus import QuantizeReLUs
 from brfx.passes.relu_to_module import ReLUToModule
 from brfx.passes.split_shared import SplitShared
+from brfx.passes.widen_streams import WidenStreams
 
 __all__ = [
     "AlignResiduals",
@@ -20,4 +21,5 @@ __all__ = [
     "QuantizeReLUs",
     "ReLUToModule",
     "SplitShared",
+    "WidenStreams",
 ]

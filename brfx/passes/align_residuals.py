@@ -17,6 +17,9 @@ from brfx.nn import (
     QuantizedClippedReLU,
     QuantizedLayer,
     QuantizedMultiheadAttention,
+    ResidualAdd,
+    StreamAdd,
+    StreamQuantizer,
 )
 from brfx.operators import LINEAR, passes
 from brfx.python_calls import QuantizedFunction
@@ -31,13 +34,15 @@ class AlignResiduals:
     """Quantize what a layer sends into an add.
 
         y = QuantizedClippedReLU(branch + shortcut)  ->  y = QuantizedClippedReLU(AlignedAdd(branch, shortcut, S, s))
+        y = StreamQuantizer(branch + shortcut)       ->  y = StreamQuantizer(StreamAdd(branch, shortcut, S))
         y = branch + stream                          ->  y = LSQActivationQuantizer(branch) + stream
 
     The first form, exact on integer kernels (:class:`brfx.nn.AlignedAdd`), where a quantized ReLU of at most 4 bits
     takes the sum and the shortcut is on a grid of at most 4 bits or comes from a layer itself; S and s are the steps.
-    In the second, whatever else reads the branch reads it quantized.
+    The second, as exact (:class:`brfx.nn.StreamAdd`), where the sum and the shortcut belong to one stream. In the
+    third, whatever else reads the branch reads it quantized.
 
-    Requires: ``QuantizeReLUs``; before ``InsertObservers``.
+    Requires: ``QuantizeReLUs``, ``WidenStreams``; before ``InsertObservers``.
     Ensures: every addend that comes from a layer is on a grid; a second run changes 0 sites.
     """
 
@@ -65,10 +70,10 @@ class AlignResiduals:
         if behind is not None and own.residual_bits == 8:
             others = [addend for addend in addends if addend not in branches]
             shortcut = self._code(gm, others[0], flows) if others else None
-            high_in = shortcut.grid.high if shortcut else None
-            if (shortcut or len(branches) == 2) and AlignedAdd.fits(behind.grid.high, high_in):
-                source = flows[others[0]].grid if others else None
-                self._align(gm, node, (*branches, *others), source, AlignedAdd(behind.grid.high, high_in))
+            add = _exact_add(behind, shortcut) if shortcut or len(branches) == 2 else None
+            if add is not None:
+                source = flows[others[0]].grid if others and isinstance(add, AlignedAdd) else None
+                self._align(gm, node, (*branches, *others), source, add)
                 return 1
         for branch in branches:
             name = free_name(gm, f"{scope(node)}.{node.name}_branch".lstrip("."))
@@ -100,7 +105,7 @@ class AlignResiduals:
 
     @staticmethod
     def _align(
-        gm: GraphModule, node: Node, addends: tuple[Node, ...], source: Node | None, aligned: AlignedAdd
+        gm: GraphModule, node: Node, addends: tuple[Node, ...], source: Node | None, aligned: ResidualAdd
     ) -> None:
         name = free_name(gm, f"{scope(node)}.{node.name}".lstrip("."))
         set_module(gm, name, aligned)
@@ -111,6 +116,14 @@ class AlignResiduals:
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
+
+
+def _exact_add(behind: QuantizedClippedReLU, shortcut: LSQActivationQuantizer | None) -> ResidualAdd | None:
+    """The add that integer kernels compute as the quantizer ``behind`` it does; ``shortcut=None`` is a projection."""
+    if isinstance(behind, StreamQuantizer):
+        return StreamAdd(projection=shortcut is None) if shortcut in (None, behind) else None
+    high_in = shortcut.grid.high if shortcut else None
+    return AlignedAdd(behind.grid.high, high_in) if AlignedAdd.fits(behind.grid.high, high_in) else None
 
 
 def _from_layer(gm: GraphModule, node: Node) -> bool:

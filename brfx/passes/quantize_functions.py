@@ -49,7 +49,9 @@ class QuantizeFunctions:
             self._replace(gm, node, free_name(gm, f"{name}_attention"), QuantizedAttention(own.act_bits))
             return 1
         if node.op == "call_function":
-            function = QuantizedFunction.of(node.target, own.weight_bits_or_none, own.inner_act_bits)
+            function = QuantizedFunction.of(
+                node.target, own.weight_bits_or_none, own.inner_act_bits, symmetric=own.symmetric
+            )
             if function is not None:
                 self._replace(gm, node, free_name(gm, f"{name}_calls"), function)
                 return 1
@@ -65,7 +67,7 @@ class QuantizeFunctions:
             assert own.weight_bits is not None
             path = free_name(gm, f"{name}_weight")
             shape = self._step_shape(gm, operand) if own.per_channel else ()
-            set_module(gm, path, LSQWeightQuantizer(own.weight_bits, step_shape=shape))
+            set_module(gm, path, LSQWeightQuantizer(own.weight_bits, step_shape=shape, symmetric=own.symmetric))
             with gm.graph.inserting_after(operand.node):
                 quantized = gm.graph.call_module(path, (operand.node,))
             node.replace_input_with(operand.node, quantized)

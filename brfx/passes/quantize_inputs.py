@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from brfx.config import QATConfig
 from brfx.flow import AVERAGES, Flow, Operand, analyse, operands
 from brfx.graph import free_name, module_calls, scope, set_module
-from brfx.nn import QUANTIZED_LAYERS, LSQActivationQuantizer, QuantizedLayer
+from brfx.nn import QUANTIZED_LAYERS, LSQActivationQuantizer, QuantizedLayer, StreamQuantizer
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class QuantizeInputs:
         y = QuantizedConv2d(x)    ->    q = LSQActivationQuantizer(x); y = QuantizedConv2d(q)
         y = matmul(a, b)          ->    qa = LSQActivationQuantizer(a); qb = ...; y = matmul(qa, qb)
 
+    A stream that is wider than the layer's inputs (``WidenStreams``) is no grid that the layer may read.
     A value on a grid stays on it through max-pooling, reshapes, dropout, the concatenation of one grid and the like
     (:mod:`brfx.flow`). The quantizer is unsigned where the value cannot be negative. What comes from the graph's
     inputs alone gets ``input_bits``, an average ``residual_bits``, all else the layer's ``act_bits``. Operands of one
@@ -36,7 +37,7 @@ class QuantizeInputs:
         made: dict[tuple[Node, int], Node] = {}
         for operand, own, name in self._sites(gm):
             flow = flows[operand.node]
-            if operand.weight or flow.grid is not None or own.act_bits in (None, 32):
+            if operand.weight or own.act_bits in (None, 32) or (flow.grid is not None and not _wide(gm, flow, own)):
                 continue
             bits = self._bits(flow, own)
             key = (operand.node, bits)
@@ -68,10 +69,17 @@ class QuantizeInputs:
         return max(own.residual_bits, own.act_bits) if flow.source in AVERAGES else own.act_bits
 
 
+def _wide(gm: GraphModule, flow: Flow, own: QATConfig) -> bool:
+    """Whether a value lies on the grid of a residual stream, and that has more bits than the layer reads."""
+    stream = None if flow.grid is None else gm.get_submodule(str(flow.grid.target))
+    assert own.act_bits is not None
+    return isinstance(stream, StreamQuantizer) and stream.bits > own.act_bits
+
+
 def _insert(gm: GraphModule, value: Node, name: str, flow: Flow, bits: int, own: QATConfig) -> Node:
     sign = "may be negative" if flow.negative else "is never negative"
     regularized = not flow.from_input and bits == own.act_bits and flow.source not in AVERAGES
-    reason = f"{flow.source} {sign}"
+    reason = "a residual stream" if flow.source == "quantizer" else f"{flow.source} {sign}"
     quantizer = LSQActivationQuantizer(bits, signed=flow.negative, regularized=regularized, reason=reason)
     set_module(gm, name, quantizer)
     with gm.graph.inserting_after(value):

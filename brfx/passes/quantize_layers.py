@@ -48,8 +48,8 @@ def quantized_layer(layer: nn.Module, config: QATConfig, name: str) -> nn.Module
     if isinstance(layer, nn.MultiheadAttention) and type(layer).forward is nn.MultiheadAttention.forward:
         if bits is None and own.inner_act_bits is None:
             return None
-        return QuantizedMultiheadAttention.from_float(layer, bits, own.inner_act_bits, per_channel=own.per_channel)
+        return QuantizedMultiheadAttention.from_float(layer, bits, own.inner_act_bits, **own.weight_settings)
     for float_type, quantized_type in QUANTIZED_LAYERS.items():
         if bits is not None and isinstance(layer, float_type) and type(layer).forward is float_type.forward:
-            return quantized_type.from_float(layer, bits, per_channel=own.per_channel)
+            return quantized_type.from_float(layer, bits, **own.weight_settings)
     return None
