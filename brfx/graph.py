@@ -7,7 +7,7 @@ from itertools import count
 from typing import Any
 
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from brfx.nn import LSQQuantizer, StreamQuantizer
 
@@ -20,6 +20,18 @@ def module_calls(gm: GraphModule) -> list[tuple[Node, nn.Module]]:
 def call_counts(gm: GraphModule) -> Counter[str]:
     """How many nodes call each submodule."""
     return Counter(str(node.target) for node in gm.graph.nodes if node.op == "call_module")
+
+
+def call_sites(graph: Graph) -> dict[Node, str]:
+    """A name for each ``call_module`` node: its module's, and from the second call of a module on ``name#2`` ..."""
+    seen: Counter[str] = Counter()
+    sites = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            name = str(node.target)
+            seen[name] += 1
+            sites[node] = name if seen[name] == 1 else f"{name}#{seen[name]}"
+    return sites
 
 
 def scope(node: Node) -> str:

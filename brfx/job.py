@@ -237,14 +237,13 @@ def banner(job: JobConfig) -> list[str]:
     """What is about to happen to weights and activations, a line each."""
     assert job.qat.weight_bits is not None and job.qat.act_bits is not None
     lines = []
-    for name, bits, signed, weight in (
-        ("Weights", job.qat.weight_bits, True, job.lambda_br),
-        ("Activations", job.qat.act_bits, False, job.lambda_br_act),
+    for name, bits, grid, weight in (
+        ("Weights", job.qat.weight_bits, Grid(job.qat.weight_bits, True, job.qat.symmetric), job.lambda_br),
+        ("Activations", job.qat.act_bits, Grid(job.qat.act_bits, False), job.lambda_br_act),
     ):
         if bits == 32:
             lines.append(f"{name}: FP32")
             continue
-        grid = Grid(bits, signed)
         regularized = f"BR lambda {weight:g}" if weight and job.train.epochs else "no BR"
         lines.append(f"{name}: {len(grid.codes)} levels, {grid}, s learned by LSQ; {regularized}")
     return lines

@@ -7,16 +7,17 @@ from torch.nn import functional as F
 
 from brfx.binreg import BinRegularizer, bin_loss, bin_sums, late_bin_sums
 from brfx.errors import ConfigError
+from brfx.grid import Grid
 
 
-def published(values: Tensor, step: Tensor, codes: list[int], assign: Tensor) -> Tensor:
+def published(values: Tensor, step: Tensor, codes: list[int], assign: Tensor, offset: float = 0.0) -> Tensor:
     """The formula as it is printed: a loop over bins, means and (biased) variances."""
     total = torch.zeros((), dtype=values.dtype)
     for k in codes:
         members = values[assign == k]
         if not len(members):
             continue
-        total = total + (members.mean() - k * step).square()
+        total = total + (members.mean() - (k + offset) * step).square()
         if len(members) > 1:
             total = total + members.var(correction=0)
     return total
@@ -38,6 +39,27 @@ def test_loss_and_gradients_equal_the_loop_over_bins(bits: int, signed: bool) ->
     for loss_of in (regularizer, lambda v, s: published(v, s, list(regularizer.grid.codes), assign)):
         v, s = values.clone().requires_grad_(), step.clone().requires_grad_()
         loss = loss_of(v, s)
+        loss.backward()
+        results.append((loss.detach(), v.grad, s.grad))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_bins_of_a_symmetric_grid_are_around_its_own_levels(bits: int, by_row: bool) -> None:
+    grid = Grid(bits, True, symmetric=True)
+    values = torch.randn(40, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(bits))
+    results = []
+    for fast in (True, False):
+        v = values.clone().requires_grad_()
+        s = torch.tensor(2.0 / grid.reach, dtype=torch.float64, requires_grad=True)
+        assign, codes = grid.encode(values, s.detach()), list(grid.codes)
+        if not fast:
+            parts = zip(v, assign, strict=True) if by_row else [(v, assign)]
+            loss = torch.stack([published(part, s, codes, code, 0.5) for part, code in parts]).sum()
+        else:
+            loss = bin_loss(*bin_sums(v, s, grid, by_row=by_row))
         loss.backward()
         results.append((loss.detach(), v.grad, s.grad))
     for found, expected in zip(*results, strict=True):

@@ -37,6 +37,42 @@ def test_binary_start_is_the_mean_magnitude_and_others_use_qp() -> None:
     assert Grid(8, True).start(torch.tensor(0.3)) == pytest.approx(2 * 0.3 / 127**0.5)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_symmetric_levels_are_odd_halves_and_as_many_below_zero_as_above(bits: int) -> None:
+    grid = Grid(bits, True, symmetric=True)
+    step = torch.tensor(0.3)
+    codes = torch.tensor(list(grid.codes))
+    levels = grid.decode(codes, step)
+    torch.testing.assert_close(levels, -levels.flip(0))
+    torch.testing.assert_close(levels[1:] - levels[:-1], step.expand(len(levels) - 1))
+    assert levels.abs().min() == step / 2 and float(levels[-1] / step) == pytest.approx(grid.reach)
+    assert torch.equal(grid.encode(levels, step), codes.float())
+    found = grid.encode(torch.tensor([-1e-4, 1e-4, -50.0, 50.0]), step)
+    assert found.tolist() == [-1, 0, grid.low, grid.high]
+
+
+def test_a_symmetric_code_is_the_nearest_level() -> None:
+    grid, step = Grid(2, True, symmetric=True), torch.tensor(0.7)
+    values = torch.linspace(-3, 3, 1001)
+    levels = grid.decode(torch.tensor(list(grid.codes)), step)
+    nearest = levels[(values[:, None] - levels).abs().argmin(1)]
+    torch.testing.assert_close(grid.decode(grid.encode(values, step), step), nearest)
+
+
+def test_one_symmetric_bit_is_the_binary_grid() -> None:
+    grid = Grid(1, True, symmetric=True)
+    assert list(grid.codes) == [-1, 1] and grid.offset == 0 and grid.reach == 1
+
+
+@pytest.mark.parametrize("grid", [Grid(2, True), Grid(3, True, symmetric=True), Grid(1, True), Grid(8, False)])
+def test_integers_times_their_scale_are_the_levels_bit_for_bit(grid: Grid) -> None:
+    codes = torch.tensor(list(grid.codes), dtype=torch.float32)
+    for step in torch.rand(200, generator=torch.Generator().manual_seed(0)):
+        integers, scale = grid.integers(codes, step)
+        assert torch.equal(integers * scale, grid.decode(codes, step))
+        assert torch.equal(integers, integers.round())
+
+
 def test_a_step_at_or_below_zero_is_taken_as_tiny_and_positive() -> None:
     codes = Grid(2, True).encode(torch.tensor([-1.0, 1.0]), torch.tensor(-0.5))
     assert codes.tolist() == [-2, 1]
@@ -45,4 +81,5 @@ def test_a_step_at_or_below_zero_is_taken_as_tiny_and_positive() -> None:
 def test_text_names_the_levels() -> None:
     assert str(Grid(2, True)) == "signed 2-bit [-2s, -s, 0, s]"
     assert str(Grid(2, False)) == "unsigned 2-bit [0, s, 2s, 3s]"
+    assert str(Grid(2, True, True)) == "symmetric 2-bit [-1.5s, -0.5s, 0.5s, 1.5s]"
     assert str(Grid(8, False)) == "unsigned 8-bit [0, s, ..., 254s, 255s]"

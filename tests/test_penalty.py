@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 import brfx
 from brfx.models import build_model
-from brfx.nn import AlignedAdd, QuantizedLayer
+from brfx.nn import QuantizedLayer, ResidualAdd, StreamAdd
 from brfx.train.optim import build_optimizer
 from brfx.train.step import build_step, loss_step
 
@@ -178,10 +178,14 @@ def test_hooks_of_a_layer_run_in_every_form(tiny, images):
 
 
 @pytest.mark.parametrize("width", [4, 16])  # 16 channels: their sums are made line by line (brfx.nn.norm)
-def test_aligned_residuals_too(images, width):
+@pytest.mark.parametrize(
+    ("settings", "streams"), [({"stream_bits": 2}, 0), ({"stream_bits": 8, "weight_grid": "symmetric"}, 1)]
+)
+def test_residual_adds_and_symmetric_weights_too(images, width, settings, streams):
     torch.manual_seed(0)
-    qmodel = calibrated(Residual(width).double(), images.double()).train()
-    assert sum(isinstance(module, AlignedAdd) for module in qmodel.modules()) == 2
+    qmodel = calibrated(Residual(width).double(), images.double(), **settings).train()
+    adds = [module for module in qmodel.modules() if isinstance(module, ResidualAdd)]
+    assert len(adds) == 2 and sum(isinstance(add, StreamAdd) for add in adds) == streams
     assert_forms_agree(qmodel, brfx.BinPenalty(qmodel, 1.0, 1.0), images.double())
 
 

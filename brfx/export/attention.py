@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
-from brfx.export.layers import IntegerLinear, IntegerProduct, Requantize, codes_of, integer_linear
-from brfx.grid import MIN_STEP
+from brfx.export.layers import IntegerLinear, IntegerProduct, Requantize, codes_of, integer_linear, weight_integers
+from brfx.grid import Grid
 from brfx.nn import LSQQuantizer, LSQWeightQuantizer, QuantizedAttention, QuantizedMultiheadAttention
 from brfx.nn.layers import adopted
 from brfx.operators import LINEAR
@@ -85,9 +84,9 @@ class IntegerMultiheadAttention(QuantizedMultiheadAttention):
         linears = []
         biases = (None, None, None) if layer.in_proj_bias is None else layer.in_proj_bias.detach().chunk(3)
         parts = [part for name in names for part in _linear_parts(layer, name, 3 if layer.packed else 1)]
-        for (weight, step, bits), bias in zip(parts, biases, strict=True):
-            linears.append(integer_linear(weight, step, bias, source.codes, bits))
-        ((weight, step, bits),) = _linear_parts(layer, "out_proj_weight", 1)
+        for (weight, scale, grid), bias in zip(parts, biases, strict=True):
+            linears.append(integer_linear(weight, scale, bias, source.codes, grid))
+        ((weight, scale, grid),) = _linear_parts(layer, "out_proj_weight", 1)
         bias = layer.out_proj.bias
         new = adopted(cls, layer)
         for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"):
@@ -95,7 +94,7 @@ class IntegerMultiheadAttention(QuantizedMultiheadAttention):
         del new.out_proj, new.weight_quantizers
         new.input_quantizer, new.attention, new.output_quantizer = source, attention, joined
         new.q, new.k, new.v = linears
-        new.out = integer_linear(weight, step, None if bias is None else bias.detach(), joined.codes, bits)
+        new.out = integer_linear(weight, scale, None if bias is None else bias.detach(), joined.codes, grid)
         return new
 
     def project_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,10 +137,10 @@ def _requantizer(quantizer: nn.Module | None) -> Requantize | None:
     return None if codes is None else Requantize(codes, "")
 
 
-def _linear_parts(layer: QuantizedMultiheadAttention, name: str, parts: int) -> list[tuple[Tensor, Tensor, int]]:
-    """Codes, steps (one a row) and bits of a weight of ``layer``, cut into ``parts`` by rows."""
+def _linear_parts(layer: QuantizedMultiheadAttention, name: str, parts: int) -> list[tuple[Tensor, Tensor, Grid]]:
+    """Integers, scales (one a row) and grid of a weight of ``layer``, cut into ``parts`` by rows."""
     weight, quantizer = layer.latent_weights()[name].detach(), layer.weight_quantizers[name]
     assert isinstance(quantizer, LSQWeightQuantizer)
-    step = quantizer.step.detach().clamp(min=MIN_STEP)
-    codes, steps = quantizer.grid.encode(weight, step).to(torch.int8), step.flatten().expand(len(weight))
-    return [(c.contiguous(), s, quantizer.bits) for c, s in zip(codes.chunk(parts), steps.chunk(parts), strict=True)]
+    codes, scale = weight_integers(weight, quantizer)
+    scales = scale.flatten().expand(len(weight))
+    return [(c.contiguous(), s, quantizer.grid) for c, s in zip(codes.chunk(parts), scales.chunk(parts), strict=True)]

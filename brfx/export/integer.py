@@ -31,17 +31,17 @@ from brfx.export.layers import (
 )
 from brfx.export.operators import Codes
 from brfx.flow import analyse, commutes_with_rounding, operands, operation
-from brfx.graph import attribute, call_counts, free_name, set_module
-from brfx.grid import MIN_STEP
+from brfx.graph import attribute, call_counts, call_sites, free_name, set_module
+from brfx.grid import positive
 from brfx.nn import (
     ActivationObserver,
-    AlignedAdd,
     LSQActivationQuantizer,
     LSQQuantizer,
     QuantizedAttention,
     QuantizedLayer,
     QuantizedLinear,
     QuantizedMultiheadAttention,
+    ResidualAdd,
 )
 from brfx.nn.layers import has_integer_form
 from brfx.observing import graphs
@@ -163,10 +163,11 @@ class _Rewriting:
                 node.replace_all_uses_with(node.args[0])
                 self.gm.graph.erase_node(node)
         self.flows, self.calls = analyse(self.gm), call_counts(self.gm)
+        self.sites = {node: f"{self.scope}{site}" for node, site in call_sites(self.gm.graph).items()}
         for node in list(self.gm.graph.nodes):
             module = self._module(node)
-            if isinstance(module, AlignedAdd):
-                self._aligned_add(node, module)
+            if isinstance(module, ResidualAdd):
+                self._residual_add(node, module)
             elif isinstance(module, LSQActivationQuantizer):
                 codes = codes_of(module)
                 if codes is not None:
@@ -188,7 +189,7 @@ class _Rewriting:
 
     def _quantizer(self, node: Node, codes: Codes) -> None:
         """A quantizer of the output of a convolution is part of the convolution; else it stands alone."""
-        site = f"{self.scope}{node.target}"
+        site = self.sites[node]
         new = self._absorbed(node.args[0], codes, site)
         if new is None:
             self._absorb_parts(node.args[0], codes)
@@ -197,26 +198,21 @@ class _Rewriting:
         node.replace_all_uses_with(new)
         self.gm.graph.erase_node(node)
 
-    def _aligned_add(self, node: Node, add: AlignedAdd) -> None:
-        branch, shortcut, out, *into = node.args
-        step_out = float(self._step(out))
-        site = f"{self.scope}{node.target}"
-        if into:
-            step_in = float(self._step(into[0]))
-            m, n = (float(part) for part in add.snap(self._step(into[0]).float() / self._step(out).float()))
-            assert add.high_in is not None
-            unit, zero = step_out / n, int(add.high_in * m)
-            addends = [self._branch(node, branch, Codes(unit, zero, 0, 255), f"{site}.branch")]
-            codes = Codes(step_in, 0, 0, add.high_in)
-            addends.append(
-                self._call(node, f"{node.target}_shortcut", Requantize(codes, f"{site}.shortcut", unit * m), shortcut)
-            )
+    def _residual_add(self, node: Node, add: ResidualAdd) -> None:
+        """The addends as codes of one unit, see :meth:`brfx.nn.ResidualAdd.units`."""
+        branch, shortcut, *read = node.args
+        out, *into = (self._step(step).float() for step in read)
+        unit, zero_point, multiple = add.units(out, into[0] if into else None)
+        codes = Codes(float(unit), int(zero_point), 0, 255)
+        site = self.sites[node]
+        addends = [self._branch(node, branch, codes, f"{site}.branch")]
+        if multiple is None:
+            addends.append(self._branch(node, shortcut, codes, f"{site}.projection"))
         else:
-            codes = Codes(step_out / add.unit, 128, 0, 255)
-            addends = [
-                self._branch(node, branch, codes, f"{site}.branch"),
-                self._branch(node, shortcut, codes, f"{site}.projection"),
-            ]
+            grid = self._codes(shortcut)
+            assert grid is not None and grid.zero_point == 0
+            worth = Requantize(grid, f"{site}.shortcut", float(unit * multiple))
+            addends.append(self._call(node, f"{node.target}_shortcut", worth, shortcut))
         with self.gm.graph.inserting_before(node):
             total = self.gm.graph.call_function(torch.add, tuple(addends))
         node.replace_all_uses_with(total)
@@ -250,7 +246,7 @@ class _Rewriting:
             return None
         source = self._on_codes(node, x)
         parts = fold(layer, norm, x)
-        integer = IntegerConv(layer, parts, x, codes, layer.weight_quantizer.bits, site)
+        integer = IntegerConv(layer, parts, x, codes, site)
         new = self._call(value, str(node.target), integer, source)
         self.result.layers[f"{self.scope}{node.target}"] = integer
         owner = node if norm is None or not norm.affine else value
@@ -291,9 +287,9 @@ class _Rewriting:
         x = self._input_codes(node)
         if x is None or layer.weight_quantizer is None:
             return
-        weight, step = codes_of_weight(layer)
+        weight, scale = codes_of_weight(layer)
         bias = None if layer.bias is None else layer.bias.detach()
-        integer = integer_linear(weight, step, bias, x, layer.weight_quantizer.bits)
+        integer = integer_linear(weight, scale, bias, x, layer.weight_quantizer.grid)
         new = self._call(node, str(node.target), integer, self._on_codes(node, x))
         self.result.layers[f"{self.scope}{node.target}"] = integer
         node.replace_all_uses_with(new)
@@ -337,7 +333,7 @@ class _Rewriting:
     def _step(self, node: object) -> Tensor:
         """A step that the graph reads."""
         assert isinstance(node, Node)
-        step: Tensor = attribute(self.gm, node).detach().clamp(min=MIN_STEP)
+        step: Tensor = positive(attribute(self.gm, node).detach())
         return step
 
     def _call(self, before: Node, name: str, module: nn.Module, source: object) -> Node:

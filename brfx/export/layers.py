@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from brfx.export.operators import Codes, convolution, linear, product, requantize
-from brfx.grid import MIN_STEP
+from brfx.grid import Grid, positive
 from brfx.nn import LSQQuantizer, QuantizedClippedReLU, QuantizedLayer
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -35,12 +35,12 @@ class IntegerConv(nn.Module):
     weight_scale: Tensor
     bias: Tensor
 
-    def __init__(self, layer: nn.Module, parts: Folded, x: Codes, y: Codes, bits: int, site: str) -> None:
+    def __init__(self, layer: nn.Module, parts: Folded, x: Codes, y: Codes, site: str) -> None:
         super().__init__()
         self.register_buffer("weight", parts.weight)
         self.register_buffer("weight_scale", parts.scale)
         self.register_buffer("bias", parts.bias)
-        self.x, self.y, self.bits, self.site, self.headroom = x, y, bits, site, parts.headroom
+        self.x, self.y, self.site, self.headroom, self.storage = x, y, site, parts.headroom, parts.storage
         self.stride, self.dilation, self.groups = list(layer.stride), list(layer.dilation), int(layer.groups)  # type: ignore[arg-type]
         self.padding = list(layer.padding)  # type: ignore[arg-type]
         self.largest_sum = largest_sum(parts.weight, x) + int(parts.bias.abs().max())
@@ -72,13 +72,13 @@ class IntegerLinear(nn.Module):
     scale: Tensor
     bias: Tensor
 
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor, x: Codes, bits: int) -> None:
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor, x: Codes, storage: Storage) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("transposed", weight.t().contiguous(), persistent=False)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
-        self.x, self.bits, self.headroom = x, bits, 1
+        self.x, self.storage, self.headroom = x, storage, 1
         self.largest_sum = largest_sum(weight, x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,11 +103,11 @@ class FloatLayer(nn.Module):
     weight: Tensor
     scale: Tensor
 
-    def __init__(self, layer: QuantizedLayer, weight: Tensor, scale: Tensor, bits: int) -> None:
+    def __init__(self, layer: QuantizedLayer, weight: Tensor, scale: Tensor, storage: Storage) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
-        self.layer, self.bits, self.headroom = layer, bits, 1
+        self.layer, self.storage, self.headroom = layer, storage, 1
         layer.weight_quantizer = None
         del layer._parameters["weight"]
 
@@ -118,7 +118,7 @@ class FloatLayer(nn.Module):
 
 def codes_of(quantizer: LSQQuantizer) -> Codes | None:
     """The uint8 codes of a quantizer of one step; ``None`` for signs, which no clipped rounding makes."""
-    grid, step = quantizer.grid, float(quantizer.step.detach().clamp(min=MIN_STEP))
+    grid, step = quantizer.grid, float(positive(quantizer.step.detach()))
     if grid.binary:
         return None
     high = grid.high
@@ -129,10 +129,35 @@ def codes_of(quantizer: LSQQuantizer) -> Codes | None:
 
 
 def codes_of_weight(layer: QuantizedLayer) -> tuple[Tensor, Tensor]:
-    """int8 codes of a weight, and its step: one, or one an output channel in a shape that broadcasts."""
+    """A weight as int8 integers, and what each is worth: one scale, or one an output channel in a shape that
+    broadcasts (:meth:`brfx.grid.Grid.integers`)."""
     assert layer.weight_quantizer is not None
-    step = layer.weight_quantizer.step.detach().clamp(min=MIN_STEP)
-    return layer.weight_quantizer.grid.encode(layer.weight.detach(), step).to(torch.int8), step
+    return weight_integers(layer.weight.detach(), layer.weight_quantizer)
+
+
+def weight_integers(weight: Tensor, quantizer: LSQQuantizer) -> tuple[Tensor, Tensor]:
+    """:func:`codes_of_weight` for a weight and its quantizer."""
+    grid, step = quantizer.grid, quantizer.step.detach()
+    integers, scale = grid.integers(grid.encode(weight, step), step)
+    return integers.to(torch.int8), scale
+
+
+class Storage(NamedTuple):
+    """How a layer's integers (less their headroom) are stored: themselves, or as codes of ``2 * code + 1``."""
+
+    bits: int
+    odd: bool = False
+
+    @staticmethod
+    def of(grid: Grid, integers: Tensor) -> Storage:
+        """The storage of fewest bits for integers of a grid; a symmetric grid's may have been set to 0."""
+        if not grid.offset:
+            return Storage(grid.bits)
+        return Storage(grid.bits, odd=True) if bool((integers != 0).all()) else Storage(grid.bits + 1)
+
+    def stored(self, integers: Any) -> Any:
+        """What is stored of ``integers``, a tensor or an array."""
+        return (integers - 1) // 2 if self.odd else integers
 
 
 def largest_sum(weight: Tensor, x: Codes) -> int:
@@ -141,16 +166,17 @@ def largest_sum(weight: Tensor, x: Codes) -> int:
     return int(weight.flatten(1).int().abs().sum(1).max()) * reach
 
 
-def integer_linear(weight: Tensor, step: Tensor, bias: Tensor | None, x: Codes, bits: int) -> IntegerLinear:
-    """A linear of codes ``weight``; ``step`` is one, or one a row."""
-    scale = (step.flatten() * torch.tensor(x.scale)).float()
-    return IntegerLinear(weight, scale, torch.zeros(len(weight)) if bias is None else bias.clone(), x, bits)
+def integer_linear(weight: Tensor, scale: Tensor, bias: Tensor | None, x: Codes, grid: Grid) -> IntegerLinear:
+    """A linear of integers ``weight`` from ``grid``; ``scale`` is one, or one a row."""
+    scale = (scale.flatten() * torch.tensor(x.scale)).float()
+    bias = torch.zeros(len(weight)) if bias is None else bias.clone()
+    return IntegerLinear(weight, scale, bias, x, Storage.of(grid, weight))
 
 
 def float_layer(layer: QuantizedLayer) -> FloatLayer:
-    weight, step = codes_of_weight(layer)
+    weight, scale = codes_of_weight(layer)
     assert layer.weight_quantizer is not None
-    return FloatLayer(layer, weight, step.float(), layer.weight_quantizer.bits)
+    return FloatLayer(layer, weight, scale.float(), Storage.of(layer.weight_quantizer.grid, weight))
 
 
 @dataclass(frozen=True)
@@ -165,6 +191,7 @@ class Folded:
     scale: Tensor
     bias: Tensor
     headroom: int
+    storage: Storage
     snapped: Tensor | None
 
 
@@ -203,4 +230,5 @@ def fold(layer: Any, norm: nn.Module | None, x: Codes) -> Folded:
         snapped = norm.bias.detach() + moved
     elif layer.bias is not None:
         snapped = layer.bias.detach() + moved / factor
-    return Folded((codes * headroom).to(torch.int8), scale, bias.to(torch.int32), headroom, snapped)
+    storage = Storage.of(layer.weight_quantizer.grid, codes)
+    return Folded((codes * headroom).to(torch.int8), scale, bias.to(torch.int32), headroom, storage, snapped)

@@ -20,13 +20,13 @@ from brfx.card import card_entries
 from brfx.errors import ExportError, first_line
 from brfx.export.destination import destination, replacing
 from brfx.export.integer import integer_model
-from brfx.export.layers import FloatLayer, IntegerConv, IntegerLinear, IntegerProduct, Requantize
+from brfx.export.layers import FloatLayer, IntegerConv, IntegerLinear, IntegerProduct, Requantize, Storage
 from brfx.export.operators import Codes
 from brfx.export.packing import pack, unpack
 from brfx.nn import QUANTIZED_LAYERS, LSQQuantizer, QuantizedLayer
 from brfx.operators import name_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _OPERATORS = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div"}
@@ -142,7 +142,7 @@ class _Writing:
             return "requantize", {"y": _codes(module.codes), "scale_out": _f32(module.scale_out)}
         if isinstance(module, IntegerConv):
             return "convolution", {
-                "weight": self._packed(name, module.weight // module.headroom, module.bits),
+                "weight": self._packed(name, module.weight // module.headroom, module.storage),
                 "headroom": module.headroom,
                 "weight_scale": self._tensor(f"{name}.weight_scale", module.weight_scale),
                 "bias": self._tensor(f"{name}.bias", module.bias),
@@ -155,7 +155,7 @@ class _Writing:
             }
         if isinstance(module, IntegerLinear):
             return "linear", {
-                "weight": self._packed(name, module.weight, module.bits),
+                "weight": self._packed(name, module.weight, module.storage),
                 "scale": self._tensor(f"{name}.scale", module.scale),
                 "bias": self._tensor(f"{name}.bias", module.bias),
                 "x": _codes(module.x),
@@ -165,6 +165,7 @@ class _Writing:
                 "scale": self._tensor(f"{name}.step", module.step),
                 "low": module.grid.low,
                 "high": module.grid.high,
+                "offset": module.grid.offset,
                 "binary": module.grid.binary,
                 "floor": _finite(getattr(module, "floor", -math.inf)),
                 "ceiling": _finite(getattr(module, "ceiling", math.inf)),
@@ -180,7 +181,7 @@ class _Writing:
             raise ExportError(f"{name}: a packed file has no form for a layer that quantizes its own input")
         attributes: dict[str, Any] = {}
         if isinstance(module, FloatLayer):
-            attributes["weight"] = self._packed(name, module.weight, module.bits)
+            attributes["weight"] = self._packed(name, module.weight, module.storage)
             attributes["weight_scale"] = self._tensor(f"{name}.weight_scale", module.scale)
         else:
             attributes["weight"] = self._tensor(f"{name}.weight", layer.weight)
@@ -230,11 +231,12 @@ class _Writing:
         self.tensors.setdefault(name, value.clone().contiguous())
         return {"tensor": name}
 
-    def _packed(self, name: str, codes: Tensor, bits: int) -> dict[str, Any]:
-        field = _field(bits)
-        packed = np.frombuffer(pack(codes.numpy(), field), np.uint8).copy()
+    def _packed(self, name: str, integers: Tensor, storage: Storage) -> dict[str, Any]:
+        field = _field(storage.bits)
+        packed = np.frombuffer(pack(storage.stored(integers).numpy(), field), np.uint8).copy()
         self.tensors.setdefault(f"{name}.weight", torch.from_numpy(packed))
-        return {"tensor": f"{name}.weight", "bits": bits, "field": field, "shape": list(codes.shape)}
+        shape = list(integers.shape)
+        return {"tensor": f"{name}.weight", "bits": storage.bits, "field": field, "odd": storage.odd, "shape": shape}
 
     def _plain(self, value: Any) -> Any:
         """An argument as JSON; what JSON has no word for as an object with one key."""
@@ -448,7 +450,9 @@ class _Reading:
         codes = unpack(packed.tobytes(), field, count).reshape(shape)
         low, high = (-1, 1) if bits == 1 else (-(1 << bits - 1), (1 << bits - 1) - 1)
         _must(int(codes.min()) >= low and int(codes.max()) <= high, f"{where}: has codes beyond {low} to {high}")
-        return codes
+        odd = part.get("odd")
+        _must(isinstance(odd, bool) and not (odd and bits > 6), f"{where}: odd={str(odd)[:20]}")
+        return 2 * codes + np.int8(1) if odd else codes
 
     def _array(self, where: str, attributes: dict[str, Any], key: str, kind: type) -> np.ndarray:
         part = attributes.get(key)

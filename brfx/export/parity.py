@@ -11,7 +11,9 @@ from torch.fx import GraphModule, Node
 
 from brfx.export.integer import IntegerModel
 from brfx.export.layers import IntegerConv, Requantize
+from brfx.graph import call_sites
 from brfx.nn import LSQActivationQuantizer
+from brfx.trace import pruned
 
 
 @dataclass(frozen=True)
@@ -37,34 +39,46 @@ def compare_codes(qmodel: nn.Module, integer: IntegerModel, *inputs: Tensor) -> 
     """The trained model's codes against the integer form's, on one batch; for models that are one graph."""
     if not isinstance(qmodel, GraphModule) or not isinstance(integer.model, GraphModule):
         return []
-    seen: dict[str, Tensor] = {}
-    hooks = [
-        module.register_forward_hook(lambda _, __, output, name=name: seen.__setitem__(name, output.detach().clone()))
-        for name, module in qmodel.named_modules()
-        if isinstance(module, LSQActivationQuantizer)
-    ]
     training = qmodel.training
+    running = _Quantized(qmodel.eval())
     try:
-        qmodel.eval()(*inputs)
+        running.run(*inputs)
     finally:
         qmodel.train(training)
-        for hook in hooks:
-            hook.remove()
-    comparing = _Comparing(integer.model, seen)
+    comparing = _Comparing(integer.model, running.seen)
     comparing.run(*inputs)
     return comparing.found
 
 
-class _Comparing(fx.Interpreter):
+class _Running(fx.Interpreter):
+    """Runs a graph with lists that can be changed, as its own code has them: Swin3d changes one it is given."""
+
+    def fetch_args_kwargs_from_env(self, n: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return _mutable(args), _mutable(kwargs)
+
+
+class _Quantized(_Running):
+    """Runs the trained model, and keeps the output of each call of an activation quantizer."""
+
+    def __init__(self, module: GraphModule) -> None:
+        graph = pruned(module, False) if getattr(module, "twin", False) else module.graph
+        super().__init__(module, graph=graph)
+        self.sites, self.seen = call_sites(graph), dict[str, Tensor]()
+
+    def run_node(self, n: Node) -> Any:
+        output = super().run_node(n)
+        if n in self.sites and isinstance(self.module.get_submodule(str(n.target)), LSQActivationQuantizer):
+            self.seen[self.sites[n]] = output.detach().clone()
+        return output
+
+
+class _Comparing(_Running):
     """Runs the integer form, and goes on from the trained model's value at every site that has one."""
 
     def __init__(self, module: GraphModule, seen: dict[str, Tensor]) -> None:
         super().__init__(module)
         self.seen, self.found = seen, list[SiteParity]()
-
-    def fetch_args_kwargs_from_env(self, n: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        args, kwargs = super().fetch_args_kwargs_from_env(n)
-        return _mutable(args), _mutable(kwargs)  # as the graph's own code has them: Swin3d changes a list it is given
 
     def run_node(self, n: Node) -> Any:
         output = super().run_node(n)

@@ -79,6 +79,7 @@ def store_weights(proto: Any, integer: IntegerModel, narrowest: int) -> None:
     """Replace int8 weights by packed codes that are cast back, and multiplied by their headroom, when it is loaded.
 
     w (int8)    =>    packed (INT2 or INT4) -> Cast(int8) -> Mul(headroom) -> w
+    w (odd)     =>    packed (INT2 or INT4) -> Cast(int8) -> Mul(2) -> Add(1) -> Mul(headroom) -> w
     """
     import onnx
 
@@ -93,23 +94,32 @@ def store_weights(proto: Any, integer: IntegerModel, narrowest: int) -> None:
         layer = layers.get(initializer.name)
         if layer is None or initializer.data_type != onnx.TensorProto.INT8:
             continue
-        bits = next(bits for bits in CONTAINERS if bits >= max(narrowest, int(layer.bits)))  # type: ignore[arg-type]
+        storage, headroom = layer.storage, int(layer.headroom)  # type: ignore[arg-type]
+        bits = next(bits for bits in CONTAINERS if bits >= max(narrowest, storage.bits))  # type: ignore[union-attr]
         if bits == 8:
             continue
-        codes = onnx.numpy_helper.to_array(initializer) // np.int8(layer.headroom)  # type: ignore[arg-type]
+        integers = onnx.numpy_helper.to_array(initializer) // np.int8(headroom)
         name = initializer.name
-        packed = _pack(proto, initializer, codes, bits)
-        scaled = int(layer.headroom) != 1  # type: ignore[arg-type]
-        cast = f"{name}.codes" if scaled else name
-        nodes = [onnx.helper.make_node("Cast", [packed], [cast], to=onnx.TensorProto.INT8)]
-        if scaled:
-            factor = f"headroom{int(layer.headroom)}"  # type: ignore[arg-type]
-            if factor not in {value.name for value in proto.graph.initializer}:
-                proto.graph.initializer.append(onnx.numpy_helper.from_array(np.int8(layer.headroom), factor))  # type: ignore[arg-type]
-            nodes.append(onnx.helper.make_node("Mul", [cast, factor], [name]))
+        packed = _pack(proto, initializer, storage.stored(integers), bits)  # type: ignore[union-attr, operator]
+        arithmetic = [("Mul", 2), ("Add", 1)] if storage.odd else []  # type: ignore[union-attr]
+        arithmetic += [("Mul", headroom)] if headroom != 1 else []
+        values = [packed, *(f"{name}.codes{place or ''}" for place in range(len(arithmetic))), name]
+        nodes = [onnx.helper.make_node("Cast", values[:1], values[1:2], to=onnx.TensorProto.INT8)]
+        for (operator, number), source, result in zip(arithmetic, values[1:], values[2:], strict=False):
+            nodes.append(onnx.helper.make_node(operator, [source, _int8(proto, number)], [result]))
         for node in nodes:
             proto.graph.node.insert(place, node)
             place += 1
+
+
+def _int8(proto: Any, number: int) -> str:
+    """The name of an int8 constant."""
+    import onnx
+
+    name = f"int8_{number}"
+    if name not in {value.name for value in proto.graph.initializer}:
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.int8(number), name))
+    return name
 
 
 def store_quantized(proto: Any, narrowest: int) -> None:

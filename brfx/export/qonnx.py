@@ -16,13 +16,14 @@ from brfx.errors import ExportError, first_line
 from brfx.export.destination import as_inputs, destination, replacing
 from brfx.export.onnx import quiet
 from brfx.graph import attribute, set_module
-from brfx.grid import MIN_STEP, Grid
-from brfx.nn import AlignedAdd, LSQQuantizer
+from brfx.grid import Grid, positive
+from brfx.nn import LSQQuantizer, ResidualAdd
 from brfx.observing import graphs
 from brfx.trace import pruned
 
 DOMAIN = "qonnx.custom_op.general"
 _OPSET = 18
+_BYTE = Grid(8, signed=True)
 
 
 def quant(x: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor, grid: Grid) -> Tensor:
@@ -32,7 +33,7 @@ def quant(x: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor, grid: Grid
     Args:
         x: any shape.
         scale: one, or one a channel in a shape that broadcasts against ``x``.
-        zero_point: the code of zero; a scalar.
+        zero_point: the code of zero; a scalar, -1/2 where no code is zero.
         bits: those of ``grid``; a scalar.
         grid: the codes.
     """
@@ -50,11 +51,11 @@ class _Quant(nn.Module):
     zero_point: Tensor
     bits: Tensor
 
-    def __init__(self, scale: Tensor, grid: Grid, zero_point: int = 0, prepare: Any = None) -> None:
+    def __init__(self, scale: Tensor, grid: Grid, zero_point: float = 0.0, prepare: Any = None) -> None:
         super().__init__()
         self.grid, self.prepare = grid, prepare
         self.register_buffer("scale", scale.clone())
-        self.register_buffer("zero_point", torch.tensor(float(zero_point)))
+        self.register_buffer("zero_point", torch.tensor(zero_point))
         self.register_buffer("bits", torch.tensor(float(grid.bits)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,29 +64,22 @@ class _Quant(nn.Module):
 
 
 class _QuantAdd(nn.Module):
-    """Stands in for an aligned add: ``Quant`` of 8 bits on the branches, a factor on a shortcut that is on a grid."""
+    """Stands in for a residual add: ``Quant`` on what is rounded, a factor on a shortcut that is on a grid."""
 
-    factor: Tensor
+    factor: Tensor | None
 
-    def __init__(self, add: AlignedAdd, step_out: Tensor, step_in: Tensor | None) -> None:
+    def __init__(self, add: ResidualAdd, step_out: Tensor, step_in: Tensor | None) -> None:
         super().__init__()
-        step_out = step_out.clamp(min=MIN_STEP)
-        if step_in is None:
-            unit = step_out / add.unit
-            self.branch, self.shortcut = _Quant(unit, Grid(8, True)), _Quant(unit, Grid(8, True))
-            self.register_buffer("factor", None)
-            return
-        step_in = step_in.clamp(min=MIN_STEP)
-        numerator, denominator = add.snap(step_in / step_out)
-        assert add.high_in is not None
-        unit = step_out / denominator
-        self.branch = _Quant(unit, Grid(8, False), zero_point=add.high_in * int(numerator))
-        self.register_buffer("factor", unit * numerator / step_in)
+        unit, zero_point, multiple = add.units(step_out, step_in)
+        self.branch, self.shortcut = (_Quant(unit, _BYTE, zero_point=float(zero_point) - 128) for _ in range(2))
+        worth = None if multiple is None or step_in is None else unit * multiple / positive(step_in)
+        self.rounds_shortcut = multiple is None
+        self.register_buffer("factor", worth)
 
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
-        if self.factor is None:
+        if self.rounds_shortcut:
             return self.branch(branch) + self.shortcut(shortcut)  # type: ignore[no-any-return]
-        return self.branch(branch) + shortcut * self.factor  # type: ignore[no-any-return]
+        return self.branch(branch) + (shortcut if self.factor is None else shortcut * self.factor)  # type: ignore[no-any-return]
 
 
 def export_qonnx(qmodel: nn.Module, path: str | Path, example_inputs: Tensor | tuple[Tensor, ...]) -> Path:
@@ -139,14 +133,14 @@ def export_qonnx(qmodel: nn.Module, path: str | Path, example_inputs: Tensor | t
 
 @torch.no_grad()
 def _with_quant(qmodel: nn.Module) -> nn.Module:
-    """A copy in eval mode on the CPU with ``Quant`` for its quantizers and aligned adds."""
+    """A copy in eval mode on the CPU with ``Quant`` for its quantizers and residual adds."""
     model = copy.deepcopy(qmodel).eval().cpu()
     for gm in graphs(model).values():
         if getattr(gm, "twin", False):
             gm.graph = pruned(gm, False)
         for node in list(gm.graph.nodes):
             add = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-            if isinstance(add, AlignedAdd):
+            if isinstance(add, ResidualAdd):
                 steps = [attribute(gm, value).detach() for value in node.args[2:]]
                 set_module(gm, str(node.target), _QuantAdd(add, steps[0], steps[1] if len(steps) > 1 else None))
                 read = node.args[2:]
@@ -158,8 +152,8 @@ def _with_quant(qmodel: nn.Module) -> nn.Module:
         gm.recompile()
     for name, module in list(model.named_modules()):
         if isinstance(module, LSQQuantizer) and module.calibrated:
-            step = module.step.detach().clamp(min=MIN_STEP)
-            stand_in = _Quant(step, module.grid, prepare=module.prepare)
+            step = positive(module.step.detach())
+            stand_in = _Quant(step, module.grid, zero_point=-module.grid.offset, prepare=module.prepare)
             parent, _, leaf = name.rpartition(".")
             model.get_submodule(parent)._modules[leaf] = stand_in
     return model.requires_grad_(False)

@@ -11,10 +11,10 @@ import brfx
 from brfx.errors import NotCalibratedError
 from brfx.export.attention import as_matmul
 from brfx.export.integer import integer_model
-from brfx.export.layers import IntegerConv, IntegerProduct
+from brfx.export.layers import IntegerConv, IntegerProduct, Storage
 from brfx.export.parity import compare_codes
 from brfx.models import build_model
-from brfx.nn import LSQActivationQuantizer
+from brfx.nn import LSQActivationQuantizer, StreamQuantizer
 from brfx.train import reestimate_batch_norm
 
 
@@ -48,10 +48,12 @@ def images():
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("per_channel", [False, True])
-def test_codes_are_the_trained_model_s_but_for_rounding_at_borders(images, bits, per_channel):
+@pytest.mark.parametrize("settings", [{}, {"per_channel": True}, {"weight_grid": "symmetric"}, {"stream_bits": 1}])
+def test_codes_are_the_trained_model_s_but_for_rounding_at_borders(images, bits, settings):
+    if bits == 8 and "weight_grid" in settings:
+        pytest.skip("no symmetric grid of 8 bits")
     torch.manual_seed(bits)
-    qmodel = trained(Mixed(), images, bits=bits, per_channel=per_channel)
+    qmodel = trained(Mixed(), images, bits=bits, **settings)
     integer = integer_model(qmodel)
     assert sorted(integer.layers) == ["a", "b", "head", "project", "stem"] and not integer.float_layers
     sites = compare_codes(qmodel, integer, images)
@@ -88,12 +90,35 @@ def test_weights_are_codes_times_headroom_and_sums_are_bounded(images):
     assert seen <= conv.largest_sum <= integer.largest_sum < 2**31
 
 
-def test_a_channel_that_batch_norm_switches_off_is_its_bias(images):
+def test_symmetric_weights_are_odd_integers_stored_in_their_own_bits(images):
+    layers = integer_model(trained(Mixed(), images, weight_grid="symmetric")).layers
+    for layer in layers.values():
+        integers = layer.weight // layer.headroom
+        assert set(integers.unique().tolist()) <= {-3, -1, 1, 3} and layer.storage == Storage(2, odd=True)
+        assert torch.equal(2 * layer.storage.stored(integers) + 1, integers)
+    signs = integer_model(trained(Mixed(), images, weight_bits=1)).layers.values()
+    assert all(layer.storage == Storage(1) for layer in signs)
+
+
+@pytest.mark.parametrize("weight_grid", ["signed", "symmetric"])
+def test_a_channel_that_batch_norm_switches_off_is_its_bias(images, weight_grid):
     model = Mixed()
     with torch.no_grad():
         model.bn.weight[2], model.bn.bias[2] = 0.0, 0.7
-    qmodel = trained(model, images)
-    assert all(site.largest <= 1 for site in compare_codes(qmodel, integer_model(qmodel), images))
+    qmodel = trained(model, images, weight_grid=weight_grid)
+    integer = integer_model(qmodel)
+    assert all(site.largest <= 1 for site in compare_codes(qmodel, integer, images))
+    assert (integer.layers["stem"].weight[2] == 0).all()
+    assert integer.layers["stem"].storage == (Storage(2) if weight_grid == "signed" else Storage(3))
+
+
+def test_each_call_of_a_stream_s_quantizer_is_compared(images):
+    qmodel = trained(build_model("resnet20"), images)
+    sites = compare_codes(qmodel, integer_model(qmodel), images)
+    (stream,) = (name for name, module in qmodel.named_modules() if isinstance(module, StreamQuantizer))
+    of_stream = [site for site in sites if site.site.partition("#")[0] == stream]
+    assert [site.site for site in of_stream] == [stream, *(f"{stream}#{call}" for call in range(2, 11))]
+    assert all(site.largest <= 1 for site in of_stream) and sum(site.codes for site in of_stream) > 20_000
 
 
 def test_paper_placement_says_what_stays_float(images):

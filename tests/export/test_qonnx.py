@@ -53,6 +53,8 @@ def executed(path, x: Tensor) -> Tensor:
     "settings",
     [
         {"bits": 2},
+        {"bits": 2, "stream_bits": 2},
+        {"bits": 3, "weight_grid": "symmetric"},
         {"bits": 4, "per_channel": True, "clip_value": 6.0},
         {"weight_bits": 1, "act_bits": 2},
         {"bits": 1, "input_bits": 1},

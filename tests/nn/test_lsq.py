@@ -69,6 +69,34 @@ def test_one_bit_weights_are_plus_and_minus_step_with_the_gradient_of_a_sign() -
     torch.testing.assert_close(grad_s, (upstream * torch.tensor([-1.0, -1, 1, 1, 1])).sum() * 0.5)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("step_shape", [(), (6, 1, 1, 1)])
+def test_symmetric_weights_are_lsq_with_levels_half_a_step_off(bits: int, step_shape: tuple[int, ...]) -> None:
+    grid = Grid(bits, True, symmetric=True)
+    v = torch.randn(6, 5, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    s = torch.full(step_shape, 2.0 / grid.reach, dtype=torch.float64) * 0.7
+
+    def shifted(v: Tensor, s: Tensor) -> Tensor:
+        s = s * 0.3 + (s - s * 0.3).detach()
+        code = (v / s - 0.5).clamp(grid.low, grid.high)
+        return (code + (code.round() - code).detach() + 0.5) * s
+
+    found = gradients(lambda v, s: lsq_quantize(v, s, grid, gradient_scale=0.3), v, s)
+    for a, b in zip(found, gradients(shifted, v, s), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert len((found[0] / s).unique()) == 2**bits and (found[1] == 0).any()
+
+
+def test_symmetric_weights_start_by_their_largest_level() -> None:
+    weight = torch.randn(8, 3, 3, 3)
+    quantizer = calibrated(LSQWeightQuantizer(2, symmetric=True), weight)
+    torch.testing.assert_close(quantizer.step.data, 2 * weight.abs().mean() / 1.5**0.5)
+    quantizer(weight).backward(torch.ones_like(weight))
+    plain = gradients(lambda v, s: lsq_quantize(v, s, quantizer.grid, gradient_scale=1.0).sum(), weight, quantizer.step)
+    scale = torch.randn((), generator=torch.Generator().manual_seed(7)) * (weight.numel() * 1.5) ** 0.5
+    torch.testing.assert_close(quantizer.step.grad, plain[2] / scale)
+
+
 def test_weight_start_and_gradient_scale_use_qp() -> None:
     weight = torch.randn(8, 3, 3, 3)
     quantizer = LSQWeightQuantizer(2)

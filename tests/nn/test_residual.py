@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from brfx.nn import AlignedAdd
+from brfx.nn import AlignedAdd, StreamAdd
 
 
 @pytest.mark.parametrize("bits", [pytest.param(1, marks=pytest.mark.slow), 2, 3, 4])
@@ -52,3 +52,39 @@ def test_a_projection_is_rounded_on_both_sides():
 def test_more_than_four_bits_do_not_fit():
     assert AlignedAdd.fits(15, 15) and AlignedAdd.fits(15, None)
     assert not AlignedAdd.fits(31, 3) and not AlignedAdd.fits(3, 31)
+
+
+def test_within_a_stream_the_branch_is_rounded_to_int8_codes_and_the_shortcut_is_let_through():
+    add, step = StreamAdd(projection=False), torch.tensor(0.5)
+    shortcut = torch.tensor([0.0, 3.5, 127.5, 10.0, 0.0])
+    branch = torch.tensor([0.3, -0.8, 1000.0, -1000.0, 63.4])
+    assert add(branch, shortcut, step).tolist() == [0.5, 2.5, 127.5 + 63.5, 10 - 64.0, 63.5]
+    add.mode = "pass"
+    assert torch.equal(add(branch, shortcut, step), branch + shortcut)
+
+
+def test_a_projection_of_a_stream_is_rounded_too():
+    add, step = StreamAdd(projection=True), torch.tensor(0.25)
+    a, b = torch.randn(2, 100)
+    torch.testing.assert_close(add(a, b, step), ((a / step).round() + (b / step).round()) * step)
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_the_step_of_a_stream_learns_from_its_adds_as_lsq_does(projection):
+    torch.manual_seed(0)
+    branch, upstream = 40 * torch.randn(3, 4, 5, 5, dtype=torch.float64), torch.randn(3, 4, 5, 5, dtype=torch.float64)
+    shortcut = torch.randint(0, 255, branch.shape).double() * 0.2
+    step = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    add = StreamAdd(projection=projection)
+    (add(branch.requires_grad_(), shortcut, step) * upstream).sum().backward()
+
+    def reference(values, s):
+        ratio = (values / s).clamp(-128, 127)
+        return (ratio + (ratio.round() - ratio).detach()) * s
+
+    s, values = step.detach().clone().requires_grad_(), branch.detach().clone().requires_grad_()
+    total = reference(values, s) + (reference(shortcut, s) if projection else shortcut)
+    (total * upstream).sum().backward()
+    torch.testing.assert_close(branch.grad, values.grad)
+    torch.testing.assert_close(step.grad, s.grad / (255 * 100) ** 0.5)
+    assert (branch.grad == 0).any()

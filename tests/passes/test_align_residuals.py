@@ -1,24 +1,27 @@
+import pytest
 import torch
 from torch import nn
 
 import brfx
 from brfx.config import QATConfig
 from brfx.graph import dump
-from brfx.nn import AlignedAdd, LSQActivationQuantizer
-from brfx.passes import AlignResiduals, QuantizeLayers, QuantizeReLUs
+from brfx.nn import AlignedAdd, LSQActivationQuantizer, StreamAdd
+from brfx.passes import AlignResiduals, QuantizeLayers, QuantizeReLUs, ReLUToModule, WidenStreams
 from brfx.trace import trace
 
 
 class Block(nn.Module):
-    def __init__(self, project=False, relu=True):
+    def __init__(self, project=False, relu=True, again=False):
         super().__init__()
+        self.again = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)) if again else None
         self.first, self.conv, self.bn = nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
         self.project = nn.Conv2d(4, 4, 1) if project else nn.Identity()
         self.last = nn.ReLU() if relu else nn.Identity()
 
     def forward(self, x):
         x = self.first(x)
-        return self.last(self.bn(self.conv(x)) + self.project(x))
+        x = self.last(self.bn(self.conv(x)) + self.project(x))
+        return x if self.again is None else torch.relu(self.again(x) + x)
 
 
 def rewritten(config=None, **kind):
@@ -48,6 +51,17 @@ def test_a_projection_is_aligned_with_the_branch():
     assert sites == 1
     (aligned,) = (module for module in gm.modules() if isinstance(module, AlignedAdd))
     assert aligned.high_in is None and aligned.unit == 31
+
+
+@pytest.mark.parametrize("project", [False, True])
+def test_an_add_within_a_stream_is_an_add_of_its_codes(project):
+    config, gm = QATConfig(bits=2), trace(Block(project=project, again=True))
+    for rewrite in (ReLUToModule(), QuantizeLayers(config), QuantizeReLUs(config), WidenStreams(config)):
+        rewrite(gm)
+    assert AlignResiduals(config)(gm) == 2 and AlignResiduals(config)(gm) == 0
+    adds = [module for module in gm.modules() if isinstance(module, StreamAdd)]
+    assert [add.projection for add in adds] == [project, False]
+    assert len({str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}) == 1
 
 
 def test_without_a_relu_behind_or_above_4_bits_each_branch_has_an_8_bit_quantizer():
@@ -98,7 +112,7 @@ def test_a_branch_that_two_adds_read_is_quantized_once():
 def test_rounding_the_branch_moves_no_final_code():
     """The codes behind the add are those of the unrounded branch and the snapped shortcut."""
     torch.manual_seed(0)
-    qmodel = brfx.prepare_qat(Block().eval(), QATConfig(bits=2))
+    qmodel = brfx.prepare_qat(Block().eval(), QATConfig(bits=2, stream_bits=2))
     x = torch.randn(16, 4, 16, 16)
     brfx.calibrate(qmodel, [x])
     (aligned,) = (module for module in qmodel.modules() if isinstance(module, AlignedAdd))
