@@ -88,8 +88,8 @@ class QATConfig:
         weight_grid: ``"signed"`` has a zero, levels ``-2**(bits-1) .. 2**(bits-1) - 1`` steps, as in the LSQ paper.
             ``"symmetric"`` has none: ``-1.5, -0.5, 0.5, 1.5`` steps at 2 bits; for weights of 1 to 4 bits.
         stream_bits: bits of a residual stream (``"deploy"``), 1 to 8: where an add reads a ReLU's output, that output
-            has a grid of its own, and each layer behind it reads it requantized to ``act_bits``. At ``act_bits`` or
-            below the stream is as narrow as the layers' inputs.
+            has a grid of its own, and each layer behind it reads it requantized to that layer's ``act_bits``. At
+            ``act_bits`` or below the stream is as narrow as the layers' inputs.
         placement: ``"deploy"`` puts every input of a convolution, linear or matrix product on a grid, so that what is
             trained is what integer kernels execute; ``"paper"`` quantizes weights and ReLUs alone, as the papers do.
         first_last_8bit: 8 bits for the first and the last convolution or linear, as many papers have it; overrides

@@ -1,4 +1,5 @@
 import json
+import re
 from datetime import date
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 import brfx
 from brfx.config import JobConfig, QATConfig, TrainConfig, read_qat_config
 from brfx.errors import ConfigError
-from brfx.nn import QuantizedClippedReLU, QuantizedLayer
+from brfx.grid import Grid
+from brfx.nn import QuantizedClippedReLU, QuantizedLayer, StreamQuantizer
 
 
 def bits_of(qmodel) -> dict[str, int]:
@@ -44,7 +46,33 @@ def test_sites_of_relus_have_names_too(tiny):
     config = brfx.QATConfig(overrides=[("relu6", {"act_bits": 7}), ("type:ReLU", {"clip_value": 3.0})])
     qmodel = brfx.prepare_qat(tiny, config)
     assert qmodel.relu6.bits == 7 and qmodel.relu6.clip_value == 6.0
-    assert qmodel.relu.clip_value == 3.0
+    relus = [module for module in qmodel.modules() if isinstance(module, QuantizedClippedReLU)]
+    assert len(relus) > 2 and all(relu.clip_value == 3.0 for relu in relus if relu is not qmodel.relu6)
+
+
+def test_stream_bits_and_weight_grid(tiny):
+    qmodel = brfx.prepare_qat(tiny, brfx.QATConfig(stream_bits=5, weight_grid="symmetric"))
+    assert [module.bits for module in qmodel.modules() if isinstance(module, StreamQuantizer)] == [5]
+    assert qmodel.conv1.weight_quantizer.grid == Grid(2, True, symmetric=True)
+    mixed = brfx.QATConfig(weight_grid="symmetric", overrides=[("fc", {"weight_grid": "signed", "bits": 8})])
+    assert brfx.prepare_qat(tiny, mixed).fc.weight_quantizer.grid == Grid(8, True)
+    ends = brfx.prepare_qat(tiny, brfx.QATConfig(weight_grid="symmetric", first_last_8bit=True))
+    assert ends.fc.weight_quantizer.grid == Grid(8, True) and ends.conv2.weight_quantizer.grid.symmetric
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stream_bits": 0}, "stream_bits=0: takes 1 to 8"),
+        ({"stream_bits": 32}, "stream_bits=32: takes 1 to 8"),
+        ({"weight_grid": "even"}, "weight_grid='even': takes 'signed' or 'symmetric'"),
+        ({"weight_grid": "symmetric", "bits": 5}, "weight_bits 1 to 4, got 5: set weight_grid='signed'"),
+        ({"weight_grid": "symmetric", "overrides": [("fc", {"bits": 8})]}, "'fc': weight_grid='symmetric'"),
+    ],
+)
+def test_streams_and_grids_that_there_are_none(settings, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        brfx.QATConfig(**settings)
 
 
 def test_first_and_last_at_8_bits(tiny):

@@ -22,6 +22,7 @@ from brfx.export.layers import (
     IntegerConv,
     IntegerLinear,
     IntegerProduct,
+    Recode,
     Requantize,
     codes_of,
     codes_of_weight,
@@ -155,6 +156,7 @@ class _Rewriting:
     def __init__(self, gm: GraphModule, scope: str, result: IntegerModel) -> None:
         self.gm, self.scope, self.result = gm, scope, result
         self.codes: dict[Node, Codes] = {}  # of quantizers and of what replaced them
+        self.again: dict[Node, Node] = {}  # of values on a grid, the quantizers that say so
 
     def run(self) -> None:
         for node in list(self.gm.graph.nodes):
@@ -191,7 +193,10 @@ class _Rewriting:
         """A quantizer of the output of a convolution is part of the convolution; else it stands alone."""
         site = self.sites[node]
         new = self._absorbed(node.args[0], codes, site)
-        if new is None:
+        source = None if new is not None else self._codes(node.args[0])
+        if source is not None and source.zero_point == 0:
+            new = self._call(node, str(node.target), Recode(codes, site), self._on_codes(node.args[0], source))
+        elif new is None:
             self._absorb_parts(node.args[0], codes)
             new = self._call(node, str(node.target), Requantize(codes, site), node.args[0])
         self.codes[node] = self.codes[new] = codes
@@ -212,7 +217,8 @@ class _Rewriting:
             grid = self._codes(shortcut)
             assert grid is not None and grid.zero_point == 0
             worth = Requantize(grid, f"{site}.shortcut", float(unit * multiple))
-            addends.append(self._call(node, f"{node.target}_shortcut", worth, shortcut))
+            source = self._on_codes(shortcut, grid)
+            addends.append(self._call(node, f"{node.target}_shortcut", worth, source))
         with self.gm.graph.inserting_before(node):
             total = self.gm.graph.call_function(torch.add, tuple(addends))
         node.replace_all_uses_with(total)
@@ -244,7 +250,7 @@ class _Rewriting:
         x = self._input_codes(node)
         if x is None:
             return None
-        source = self._on_codes(node, x)
+        source = self._on_codes(node.args[0], x)
         parts = fold(layer, norm, x)
         integer = IntegerConv(layer, parts, x, codes, site)
         new = self._call(value, str(node.target), integer, source)
@@ -273,15 +279,16 @@ class _Rewriting:
             return None
         return codes._replace(scale=codes.scale * flow.factor)
 
-    def _on_codes(self, node: Node, codes: Codes) -> object:
-        """The input of a layer, as the output of a quantizer: where max-pooling or a reshape lies between, put on
-        the grid where it is already."""
-        value = node.args[0]
+    def _on_codes(self, value: object, codes: Codes) -> Node:
+        """A value on a grid, as the output of a quantizer: where max-pooling or a reshape lies between, put on the grid
+        where it is already, once for all that read it."""
+        assert isinstance(value, Node)
         if value in self.codes:
             return value
-        again = self._call(node, f"{node.target}_input_again", Requantize(codes, ""), value)
-        self.codes[again] = codes
-        return again
+        if value not in self.again:
+            self.again[value] = again = self._call(value.next, f"{value.name}_again", Requantize(codes, ""), value)
+            self.codes[again] = codes
+        return self.again[value]
 
     def _linear(self, node: Node, layer: QuantizedLinear) -> None:
         x = self._input_codes(node)
@@ -290,7 +297,7 @@ class _Rewriting:
         weight, scale = codes_of_weight(layer)
         bias = None if layer.bias is None else layer.bias.detach()
         integer = integer_linear(weight, scale, bias, x, layer.weight_quantizer.grid)
-        new = self._call(node, str(node.target), integer, self._on_codes(node, x))
+        new = self._call(node, str(node.target), integer, self._on_codes(node.args[0], x))
         self.result.layers[f"{self.scope}{node.target}"] = integer
         node.replace_all_uses_with(new)
         self.gm.graph.erase_node(node)

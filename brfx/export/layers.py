@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from brfx.export.operators import Codes, convolution, linear, product, requantize
+from brfx.export.operators import Codes, convolution, linear, product, recode, requantize
 from brfx.grid import Grid, positive
 from brfx.nn import LSQQuantizer, QuantizedClippedReLU, QuantizedLayer
 
@@ -26,6 +26,13 @@ class Requantize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return requantize(x, *self.codes, self.scale_out)  # type: ignore[no-any-return]
+
+
+class Recode(Requantize):
+    """A :class:`Requantize` of what lies on another grid already, and is never negative there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return recode(x, *self.codes, self.scale_out)  # type: ignore[no-any-return]
 
 
 class IntegerConv(nn.Module):

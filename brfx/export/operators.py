@@ -44,6 +44,17 @@ def _(x: Tensor, scale: float, zero_point: int, low: int, high: int, scale_out: 
     return torch.empty_like(x)
 
 
+@torch.library.custom_op("brfx::recode", mutates_args=())
+def recode(x: Tensor, scale: float, zero_point: int, low: int, high: int, scale_out: float) -> Tensor:
+    """:func:`requantize` of codes that are never negative: a table of 256 entries in the runtime."""
+    return (encode(x, scale, zero_point, low, high) - zero_point) * _f32(scale_out)
+
+
+@recode.register_fake
+def _(x: Tensor, scale: float, zero_point: int, low: int, high: int, scale_out: float) -> Tensor:
+    return torch.empty_like(x)
+
+
 @torch.library.custom_op("brfx::convolution", mutates_args=())
 def convolution(
     x: Tensor,
@@ -122,6 +133,11 @@ def translations() -> dict[Any, Any]:
         codes = clipped(op.QuantizeLinear(x, constant(scale, np.float32), zero), low, high)
         return op.DequantizeLinear(codes, constant(scale_out, np.float32), zero)
 
+    def onnx_recode(x: Any, scale: float, zero_point: int, low: int, high: int, scale_out: float) -> Any:
+        # ONNX Runtime makes DequantizeLinear -> LeakyRelu -> QuantizeLinear one look-up that keeps the layout of the
+        # convolutions around it. Without an operator between the two it runs them one by one, in another layout.
+        return onnx_requantize(op.LeakyRelu(x, alpha=0.5), scale, zero_point, low, high, scale_out)
+
     def onnx_convolution(
         x: Any,
         weight: Any,
@@ -174,6 +190,7 @@ def translations() -> dict[Any, Any]:
 
     return {
         torch.ops.brfx.requantize.default: onnx_requantize,
+        torch.ops.brfx.recode.default: onnx_recode,
         torch.ops.brfx.convolution.default: onnx_convolution,
         torch.ops.brfx.linear.default: onnx_linear,
         torch.ops.brfx.product.default: onnx_product,

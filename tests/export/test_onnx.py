@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torchvision.models.swin_transformer import SwinTransformer
 
 import brfx
@@ -62,6 +63,7 @@ def test_no_layer_runs_in_float(exported, tmp_path, profile):
     kinds = optimized_kinds(path)
     assert kinds.count("QLinearConv") == 19 and kinds.count("QLinearAdd") == 9
     assert not {"Conv", "FusedConv", "Gemm", "MatMul", "ConvInteger"} & set(kinds)
+    assert kinds.count("QLinearLeakyRelu") == 9  # layers that read the stream look their codes up, in its layout
     opset = onnx.load(path).opset_import[0].version
     assert opset == 25 if profile == "compact" else opset <= 21
 
@@ -165,3 +167,18 @@ def test_a_constant_under_an_unsigned_quantizer_is_packed_where_a_signed_type_ho
     assert report.reference_difference == 0 and not report.float_layers
     names = {tensor.name for tensor in onnx.load(report.path).graph.initializer}
     assert ("p.int4" in names) == packed
+
+
+@pytest.mark.parametrize("profile", ["compact", "portable", "fast"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_symmetric_weights_are_stored_as_codes_and_run_as_odd_integers(tmp_path, profile, bits):
+    torch.manual_seed(bits)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
+    images = torch.randn(4, 3, 8, 8)
+    qmodel = brfx.prepare_qat(model, brfx.QATConfig(bits=bits, weight_grid="symmetric"))
+    brfx.calibrate(qmodel, [images])
+    report = brfx.export_onnx(qmodel.eval(), tmp_path / "model.onnx", images, profile)
+    assert report.reference_difference == 0 and report.integer_layers == 2
+    container = {"compact": {2: "INT2"}, "portable": {}, "fast": dict.fromkeys((2, 3, 4), "INT8")}[profile]
+    weights = [value for value in onnx.load(report.path).graph.initializer if len(value.dims) > 1]
+    assert {onnx.TensorProto.DataType.Name(value.data_type) for value in weights} == {container.get(bits, "INT4")}
