@@ -25,7 +25,7 @@ def percent(evaluation: dict) -> str:
 def tables(runs: dict[str, Path]) -> str:
     content = {name: read(path) for name, path in runs.items()}
     lines = [
-        "| | FP32 test | W2A2 test | best epoch | mean s an epoch | model.pt | model.onnx |",
+        "| | FP32 test | W2A2 test | epoch | mean s an epoch | model.pt | model.onnx |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, (epochs, _, result) in content.items():
@@ -35,7 +35,7 @@ def tables(runs: dict[str, Path]) -> str:
             name,
             percent(result["test_float"]),
             percent(result["test"]),
-            str(result["best_epoch"]),
+            str(result["epoch"]),
             f"{seconds:.0f}",
         ]
         lines.append("| " + " | ".join([*row, *sizes]) + " |")

@@ -245,6 +245,7 @@ STARTS = ("lsq", "mse")
 COMPILE = ("auto", "on", "kernels", "off")
 PRECISION = ("fp32", "bf16", "fp16")
 ON_NONFINITE = ("stop", "skip")
+KEEP = ("last", "best")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,6 +279,8 @@ class TrainConfig:
         reestimate_bn: training batches from which batch norms' statistics are estimated anew before each validation;
             0: the running ones are used.
         on_nonfinite: at a loss or gradient that is not finite, ``"stop"`` the run, or ``"skip"`` the batch.
+        keep: the epoch that is the result: the ``"last"``, at whose end the rate is 0, or the ``"best"`` on validation
+            of those trained with the final objective, the penalty's where there is one; of equals the latest.
         checkpoint_minutes: time between two checkpoints inside an epoch; each epoch ends with one anyway.
         keep_checkpoints: how many of the newest stay.
 
@@ -305,6 +308,7 @@ class TrainConfig:
     ema: float = 0.0
     reestimate_bn: int = 0
     on_nonfinite: str = "stop"
+    keep: str = "last"
     checkpoint_minutes: float = 10.0
     keep_checkpoints: int = 3
 
@@ -330,13 +334,16 @@ class TrainConfig:
             ("compile", COMPILE),
             ("precision", PRECISION),
             ("on_nonfinite", ON_NONFINITE),
+            ("keep", KEEP),
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={_shown(getattr(self, name))}: takes {' or '.join(choices)}")
 
 
-#: What training an FP32 network from random weights wants instead of the defaults, which are for quantization.
-FLOAT_TRAINING = TrainConfig(epochs=100, warmup_epochs=0, lr=0.1, weight_decay=5e-4)
+#: What training an FP32 network from random weights wants instead of the defaults, which are for quantization. It keeps
+#: the best epoch: the network has not seen the validation images before, so they tell epochs apart, and ``best.pth`` is
+#: then the network that was tested.
+FLOAT_TRAINING = TrainConfig(epochs=100, warmup_epochs=0, lr=0.1, weight_decay=5e-4, keep="best")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,7 +360,8 @@ class JobConfig:
         data_dir: where named data sets lie.
         download: let torchvision download a named data set.
         image_size, mean, std: instead of the data set's defaults.
-        val_fraction: share of the training images that the best epoch is chosen on.
+        val_fraction: share of the training images that are held out to measure each epoch on; 0: all are trained on,
+            and there is no validation.
         batch_size: images a batch.
         workers: processes that decode the images of a folder; 0 decodes in the training process.
         skip_bad_images: leave out images of a folder that cannot be read.
@@ -407,20 +415,20 @@ class JobConfig:
         for name in ("mean", "std"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("batch_size", "calibration_batches"):
-            if not getattr(self, name) >= 1:
+        for name in ("batch_size", "calibration_batches", "image_size"):
+            if getattr(self, name) is not None and not getattr(self, name) >= 1:
                 raise ConfigError(f"{name}={_shown(getattr(self, name))}: takes 1 or more")
         for name in ("lambda_br", "lambda_br_act", "workers"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={_shown(getattr(self, name))}: takes 0 or more")
         if self.start not in STARTS:
             raise ConfigError(f"start={_shown(self.start)}: takes {' or '.join(STARTS)}")
-        if not 0 < self.val_fraction < 1:
-            raise ConfigError(f"val_fraction={_shown(self.val_fraction)}: takes a share between 0 and 1")
+        if not 0 <= self.val_fraction < 1:
+            raise ConfigError(f"val_fraction={_shown(self.val_fraction)}: takes 0 or a share below 1")
+        if not self.val_fraction and self.train.keep == "best":
+            raise ConfigError("--keep best chooses on validation images, --val-fraction 0 leaves none: --keep last")
         if self.std is not None and not all(value > 0 for value in self.std):
             raise ConfigError(f"std={_shown(self.std)}: takes three numbers above 0")
-        if self.image_size is not None and self.image_size < 1:
-            raise ConfigError(f"image_size={_shown(self.image_size)}: takes 1 or more pixels")
 
 
 def read_job_config(run_dir: Path) -> JobConfig:

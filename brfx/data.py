@@ -167,7 +167,8 @@ class Split:
 class Dataset:
     """One data set; its splits are decoded when first asked for.
 
-    ``val`` is cut from the training images, the same share of each class; ``test`` is what nothing is chosen on.
+    ``val`` is cut from the training images, the same share of each class, and empty where that share is 0; ``test`` is
+    what nothing is chosen on.
 
     Attributes:
         name: as the user gave it.
@@ -195,7 +196,7 @@ class Dataset:
         split = self._read("train")
         counts = torch.bincount(split.labels, minlength=len(self.classes))
         for name, count in zip(self.classes, counts.tolist(), strict=True):
-            if count < 2:
+            if self._val_fraction and count < 2:
                 raise DataError(
                     f"{self.name}: class {name!r} has too few training images ({count}) to leave one for training and "
                     "one for validation: add some, or remove the class"
@@ -339,7 +340,7 @@ def load_dataset(
         data_dir: where named data sets lie, and are downloaded to.
         preprocessing: size, mean and std; default :data:`DEFAULTS`, for a folder it must be given.
         download: let torchvision download a named data set that is not there.
-        val_fraction: share of the training images cut off for validation, drawn per class with ``seed``.
+        val_fraction: share of the training images cut off for validation, drawn per class with ``seed``; 0: none.
         workers: processes that decode a folder's images; 0 for none beside this one.
         skip_bad_images: leave out images of a folder that cannot be read, with a warning that names the first ten.
 
@@ -362,9 +363,12 @@ def load_dataset(
 
 def _cut(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Indices of what stays in training and of what is held out: the same share of every class, of both at least one.
+    A share of 0 holds out nothing.
 
-    Requires: two images of each class.
+    Requires: two images of each class, unless the share is 0.
     """
+    if not fraction:
+        return torch.arange(len(labels)), torch.arange(0)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
     held = torch.zeros(len(labels), dtype=torch.bool)

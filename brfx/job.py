@@ -128,15 +128,18 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
             snap_biases(qmodel)
         onnx_report, problem = None, None
         if rank() == 0:
-            onnx_report, problem = _write_model(qmodel, run_dir, next(iter(val_data))[0][:8])
+            onnx_report, problem = _write_model(qmodel, run_dir, _example(dataset, 8).to(device))
         test_data = _test_loader(job, dataset)
         test, test_float = evaluate(qmodel, test_data), evaluate(model, test_data)
         return _close_run(JobResult(run_dir, result, test, test_float, onnx_report, problem))
 
 
-def _calibrate(job: JobConfig, model: nn.Module, qmodel: nn.Module, dataset: Dataset, val_data: BatchLoader) -> None:
+def _calibrate(
+    job: JobConfig, model: nn.Module, qmodel: nn.Module, dataset: Dataset, val_data: BatchLoader | None
+) -> None:
     """Start the steps and the batch norms' statistics of ``qmodel`` from whole batches, on rank 0 for all."""
-    log.info("FP32 on validation: %.2f %%", 100 * evaluate(model, val_data).accuracy)
+    if val_data is not None:
+        log.info("FP32 on validation: %.2f %%", 100 * evaluate(model, val_data).accuracy)
     if rank() == 0:
         whole, _ = _loaders(job, dataset, shared=False)
         batches = [images.to(job.train.device) for images, _ in islice(iter(whole), job.calibration_batches)]
@@ -144,8 +147,8 @@ def _calibrate(job: JobConfig, model: nn.Module, qmodel: nn.Module, dataset: Dat
             calibrate(qmodel, batches, start=job.start, batch_statistics=True)
             reestimate_batch_norm(qmodel, batches)
     share_state(qmodel)
-    accuracy = evaluate(qmodel, val_data).accuracy
-    log.info("Calibrated on %d batches: %.2f %% on validation", job.calibration_batches, 100 * accuracy)
+    came_to = "" if val_data is None else f": {100 * evaluate(qmodel, val_data).accuracy:.2f} % on validation"
+    log.info("Calibrated on %d batches%s", job.calibration_batches, came_to)
 
 
 def _write_model(qmodel: nn.Module, run_dir: Path, example: Tensor) -> tuple[OnnxReport | None, str | None]:
@@ -172,7 +175,7 @@ def dry_run(job: JobConfig) -> Audit:
         raise ConfigError("quantize starts from an FP32 checkpoint: --ckpt FILE (`brfx train` makes one)")
     dataset = read_data(job)
     qmodel = prepare_qat(_float_model(job, dataset, job.ckpt), job.qat)
-    return audit(qmodel, next(iter(BatchLoader(dataset.val, dataset.preprocessing, 1)))[0])
+    return audit(qmodel, _example(dataset, 1))
 
 
 def evaluate_file(job: JobConfig) -> tuple[str, Evaluation]:
@@ -332,8 +335,17 @@ def _require_classifier(model: nn.Module, job: JobConfig, dataset: Dataset) -> N
         raise DataError(f"{job.model} has {output.shape[1]} classes, {dataset.name} has {len(dataset.classes)}")
 
 
-def _loaders(job: JobConfig, dataset: Dataset, *, shared: bool = True) -> tuple[BatchLoader, BatchLoader]:
-    """Of training and validation; a ``shared`` one gives each rank its part of every training batch."""
+def _example(dataset: Dataset, count: int) -> Tensor:
+    """The first images of validation, or of training where there is none, as the model sees them."""
+    split = dataset.val if len(dataset.val) else dataset.train
+    return next(iter(BatchLoader(split, dataset.preprocessing, count)))[0]
+
+
+def _loaders(job: JobConfig, dataset: Dataset, *, shared: bool = True) -> tuple[BatchLoader, BatchLoader | None]:
+    """Of training and, unless every image is trained on, of validation.
+
+    A ``shared`` one gives each rank its part of every training batch.
+    """
     train = BatchLoader(
         dataset.train,
         dataset.preprocessing,
@@ -346,6 +358,8 @@ def _loaders(job: JobConfig, dataset: Dataset, *, shared: bool = True) -> tuple[
         rank=rank() if shared else 0,
         ranks=ranks() if shared else 1,
     )
+    if not job.val_fraction:
+        return train, None
     return train, BatchLoader(dataset.val, dataset.preprocessing, job.batch_size, device=job.train.device)
 
 
@@ -401,8 +415,10 @@ def _open_run(job: JobConfig, run_dir: Path, resume: bool) -> None:
 
 
 def _close_run(result: JobResult) -> JobResult:
-    """Write ``result.json``: accuracies on the test images, the best epoch, and what each file weighs. The run is then
-    complete, and its checkpoints go."""
+    """Write ``result.json``: accuracies on the test images, the epoch that they are of, and what each file weighs.
+
+    The run is then complete, and its checkpoints go.
+    """
     if rank() > 0:
         return result
     run_dir = result.run_dir
@@ -410,8 +426,9 @@ def _close_run(result: JobResult) -> JobResult:
     content = {
         "test": asdict(result.test),
         "test_float": result.test_float and asdict(result.test_float),
-        "best_epoch": result.fit and result.fit.best_epoch,
-        "best_accuracy": result.fit and result.fit.best_accuracy,
+        "epoch": result.fit and result.fit.epoch,
+        "stage": result.fit and result.fit.stage,
+        "val_accuracy": result.fit and result.fit.val_accuracy,
         "compiled": result.fit and result.fit.compiled,
         "skipped_batches": result.fit and result.fit.skipped,
         "onnx": result.onnx and asdict(result.onnx),

@@ -30,7 +30,9 @@ class Run:
         epochs, epochs_done: how many were asked for, and are in ``metrics.jsonl``.
         lambda_br, lambda_br_act: ``None`` for ``train``.
         lr, seed: of the training.
-        best_val_accuracy: the best epoch's, 0 to 1.
+        epoch, stage: the epoch that was shipped, and what it was trained with (``"warm-up"``, ``"penalty"``,
+            ``"plain"``); of a run that is complete.
+        val_accuracy: of that epoch, 0 to 1; of an unfinished run, of the last epoch so far.
         test_accuracy: of the trained network, 0 to 1.
         seconds: spent in training batches.
     """
@@ -50,7 +52,9 @@ class Run:
     lambda_br_act: float | None = None
     lr: float | None = None
     seed: int | None = None
-    best_val_accuracy: float | None = None
+    epoch: int | None = None
+    stage: str | None = None
+    val_accuracy: float | None = None
     test_accuracy: float | None = None
     seconds: float | None = None
 
@@ -136,30 +140,38 @@ def _progress(path: Path) -> dict[str, Any] | None:
     epochs = [_epoch(line, f"line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
     with suppress(ConfigError):
         epochs.append(_epoch(last, "the last line"))
-    accuracies = [accuracy for _, accuracy, _ in epochs]
     return {
         "epochs_done": max((epoch for epoch, _, _ in epochs), default=0),
-        "best_val_accuracy": max(accuracies, default=None),
+        "val_accuracy": epochs[-1][1] if epochs else None,
         "seconds": sum(seconds for _, _, seconds in epochs),
     }
 
 
-def _epoch(line: bytes, where: str) -> tuple[int, float, float]:
-    """Epoch, accuracy on validation and seconds of a line of ``metrics.jsonl``."""
+def _epoch(line: bytes, where: str) -> tuple[int, float | None, float]:
+    """Epoch, accuracy on validation (``None``: there is none) and seconds of a line of ``metrics.jsonl``."""
     try:
         content = _parse(line)
-        return _whole(content, "epoch"), _share(_number(content, "val_accuracy")), _number(content, "seconds")
+        return _whole(content, "epoch"), _share_or_none(content, "val_accuracy"), _number(content, "seconds")
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
 
 
 def _result(path: Path) -> dict[str, Any] | None:
     """What ``result.json`` says."""
-    test = _table(_parse(path.read_bytes()), "test")
+    content = _parse(path.read_bytes())
+    test = _table(content, "test")
     correct, count = _whole(test, "correct"), _whole(test, "count")
     if not count:
         raise ConfigError("count is 0, it takes a number of images")
-    return {"test_accuracy": _share(correct / count)}
+    found: dict[str, Any] = {"test_accuracy": _share(correct / count)}
+    if "best_epoch" in content:  # an older brfx shipped the best of all epochs
+        epoch, stage, accuracy = "best_epoch", None, "best_accuracy"
+    else:
+        epoch, stage, accuracy = "epoch", "stage", "val_accuracy"
+    if _get(content, epoch) is not None:  # it is where no epoch was trained
+        found |= {"epoch": _whole(content, epoch), "val_accuracy": _share_or_none(content, accuracy)}
+        found["stage"] = stage and _word(content, stage)
+    return found
 
 
 _FILES = {"config.json": _settings, "metrics.jsonl": _progress, "result.json": _result}
@@ -204,6 +216,10 @@ def _whole(table: Any, name: str, least: int = 0) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**64:
         raise ConfigError(f"{name} is {value!r:.40}, no whole number from {least}")
     return value
+
+
+def _share_or_none(table: Any, name: str) -> float | None:
+    return None if _get(table, name) is None else _share(_number(table, name))
 
 
 def _share(value: float) -> float:

@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from brfx.config import (
     COMPILE,
+    KEEP,
     ON_NONFINITE,
     OPTIMIZERS,
     PLACEMENTS,
@@ -141,9 +142,8 @@ def train_options(preset: TrainConfig) -> Callable[[F], F]:
         click.option(
             "--resume", type=click.Path(path_type=Path), help="Go on with this unfinished run, with its own settings."
         ),
-        _job(
-            "--val-fraction", "val_fraction", type=float, help="Share of training images to choose the best epoch on."
-        ),
+        option("--keep", "keep", type=click.Choice(KEEP), help="The epoch to ship; best is on validation images."),
+        _job("--val-fraction", "val_fraction", type=float, help="Share of training images for validation; 0: none."),
         click.option(
             "--output-dir",
             "output_dir",

@@ -90,14 +90,14 @@ def progress(title: str) -> Iterator[Any]:
 
 def epoch_line(metrics: EpochMetrics, epochs: int) -> str:
     return (
-        f"Epoch {metrics.epoch}/{epochs}{_stage(metrics.stage)} (LR={metrics.lr:.6f}): "
-        f"Loss={metrics.train.loss:.4f}, Train Acc={metrics.train.accuracy:.2%}, Val Acc={metrics.val_accuracy:.2%}"
+        f"Epoch {metrics.epoch}/{epochs}{_stage(metrics.stage)} (LR={metrics.lr:.6f}): Loss={metrics.train.loss:.4f}, "
+        f"Train Acc={metrics.train.accuracy:.2%}, Val Acc={_or('.2%', metrics.val_accuracy, '-')}"
         f"{_terms(metrics.train.terms, ', ')}, {metrics.seconds:.1f} s ({metrics.images_per_second:.0f} images/s)"
     )
 
 
-def _stage(stage: str) -> str:
-    return {"warm-up": " [LSQ]", "penalty": " [BR]"}.get(stage, "")
+def _stage(stage: str | None) -> str:
+    return {"warm-up": " [LSQ]", "penalty": " [BR]"}.get(stage or "", "")
 
 
 def _terms(terms: dict[str, float], separator: str = " ") -> str:
@@ -108,8 +108,11 @@ def _terms(terms: dict[str, float], separator: str = " ") -> str:
 def job_result(result: JobResult, kind: str) -> None:
     if result.fit is not None:
         how = {"whole": "compiled", "kernels": "compiled kernels", "none": "eager"}[result.fit.compiled]
+        kept, epochs = result.fit, len(result.fit.history)
+        on_validation = "no validation" if kept.val_accuracy is None else f"{kept.val_accuracy:.2%} on validation"
         console.print(
-            f"Best epoch {result.fit.best_epoch}, {result.fit.best_accuracy:.2%} on validation ({how} training)"
+            f"Shipped: epoch {kept.epoch} of {epochs}{_stage(kept.stage)}, {on_validation} ({how} training)",
+            markup=False,
         )
     if result.test_float is not None:
         console.print(f"Test: FP32 {evaluation(result.test_float)}")
@@ -177,7 +180,8 @@ def runs(found: list[Run]) -> None:
     """A line a run, and below them what is wrong with those that cannot be read."""
     table = Table(box=None, pad_edge=False)
     left = ("run", "model", "bits", "state", "changed")
-    for name in ("run", "model", "bits", "epochs", "BR_W", "BR_A", "lr", "seed", "val", "test", "time", *left[-2:]):
+    numbers = ("epochs", "BR_W", "BR_A", "lr", "seed", "shipped", "val", "test", "time")
+    for name in ("run", "model", "bits", *numbers, *left[-2:]):
         table.add_column(name, justify="left" if name in left else "right")
     for run in found:
         table.add_row(
@@ -189,7 +193,8 @@ def runs(found: list[Run]) -> None:
             _or("g", run.lambda_br_act),
             _or("g", run.lr),
             _or("d", run.seed),
-            _or(".2%", run.best_val_accuracy),
+            _plain(_or("d", run.epoch) + _stage(run.stage)),
+            _or(".2%", run.val_accuracy, "-" if run.epochs_done else ""),
             _or(".2%", run.test_accuracy),
             _or(".0f", run.seconds) + (" s" if run.seconds is not None else ""),
             run.state,

@@ -207,6 +207,8 @@ def test_every_class_leaves_images_for_training_and_for_validation(tmp_path):
         assert set(data.train.labels.tolist()) == set(data.val.labels.tolist()) == {0, 1}
     for i in (0, 1):
         (folder / "train" / "dog" / f"{i}.png").unlink()
+    whole = load_dataset(str(folder), data_dir=tmp_path, preprocessing=Preprocessing(8), val_fraction=0)
+    assert (len(whole.train), len(whole.val)) == (4, 0)  # nothing is held out, so one image of a class will do
     data = load_dataset(str(folder), data_dir=tmp_path, preprocessing=Preprocessing(8))
     with pytest.raises(DataError, match=r"class 'dog' has too few training images \(1\) .*: add some, or remove"):
         _ = data.train

@@ -26,6 +26,8 @@ def write_run(folder: Path, command: str = "quantize", epochs: int = 3, done: in
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if tested:
         result = {"test": {"correct": 81, "count": 100, "loss": 0.5}, "test_float": None}
+        shipped = (done, "penalty", accuracies[-1]) if lines else (None, None, None)
+        result |= dict(zip(("epoch", "stage", "val_accuracy"), shipped, strict=True))
         (folder / "result.json").write_text(json.dumps(result))
     return folder
 
@@ -38,11 +40,30 @@ def test_runs_are_found_at_every_depth_with_what_they_came_to(tmp_path):
     assert (quantized.model, quantized.bits, quantized.state, quantized.why) == ("resnet20", "W2A4", "complete", "")
     assert (quantized.epochs_done, quantized.epochs, quantized.seconds) == (3, 3, 6.0)
     assert (quantized.lambda_br, quantized.lambda_br_act, quantized.lr, quantized.seed) == (0.1, 0.01, 0.05, 7)
-    assert (quantized.best_val_accuracy, quantized.test_accuracy) == (0.75, 0.81)
+    assert (quantized.epoch, quantized.stage) == (3, "penalty")
+    assert (quantized.val_accuracy, quantized.test_accuracy) == (0.625, 0.81)
     baseline, _, untrained = read_runs(tmp_path)
     assert (baseline.name, baseline.bits, baseline.lambda_br, baseline.test_accuracy) == ("a", "FP32", None, None)
     assert (baseline.state, baseline.epochs_done, baseline.epochs) == ("unfinished", 2, 3)
-    assert (untrained.state, untrained.epochs_done, untrained.best_val_accuracy) == ("complete", 0, None)
+    assert (baseline.val_accuracy, baseline.epoch) == (0.75, None)  # of the last epoch so far
+    assert (untrained.state, untrained.epochs_done, untrained.val_accuracy) == ("complete", 0, None)
+
+
+def test_a_run_of_an_older_brfx_shipped_its_best_epoch(tmp_path):
+    path = write_run(tmp_path / "old") / "result.json"
+    old = {"test": {"correct": 81, "count": 100, "loss": 0.5}, "best_epoch": 2, "best_accuracy": 0.75}
+    path.write_text(json.dumps(old))
+    (run,) = read_runs(tmp_path)
+    assert (run.epoch, run.stage, run.val_accuracy, run.state) == (2, None, 0.75, "complete")
+
+
+def test_a_run_without_validation(tmp_path):
+    path = write_run(tmp_path / "run")
+    (path / "metrics.jsonl").write_text('{"epoch": 1, "val_accuracy": null, "seconds": 1}\n')
+    result = {"test": {"correct": 81, "count": 100}, "epoch": 1, "stage": "plain", "val_accuracy": None}
+    (path / "result.json").write_text(json.dumps(result))
+    (run,) = read_runs(tmp_path)
+    assert (run.state, run.epochs_done, run.epoch, run.val_accuracy) == ("complete", 1, 1, None)
 
 
 def test_a_run_itself_is_read_under_its_name(tmp_path):
@@ -79,6 +100,7 @@ def test_a_last_line_that_was_cut_off_does_not_count(tmp_path):
         ("result.json", "[" * 100_000, "result.json: damaged, no JSON"),
         ("result.json", '{"test": {"correct": 0, "count": 0}}', "count is 0"),
         ("result.json", '{"test": "good"}', "test is 'good', no table"),
+        ("result.json", '{"test": {"correct": 1, "count": 2}}', "epoch is missing"),
     ],
 )
 def test_a_damaged_run_is_listed_with_the_reason_beside_the_others(tmp_path, file, content, why):

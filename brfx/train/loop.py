@@ -74,7 +74,7 @@ class Penalty(Protocol):
 def fit(
     model: nn.Module,
     train_data: Batches,
-    val_data: Iterable[tuple[Tensor, Tensor]],
+    val_data: Iterable[tuple[Tensor, Tensor]] | None,
     config: TrainConfig,
     *,
     penalty: Penalty | None = None,
@@ -83,7 +83,7 @@ def fit(
     resume: bool = False,
     callbacks: Iterable[Callback] = (),
 ) -> FitResult:
-    """Train a classifier; afterwards ``model`` holds the weights that did best on ``val_data``.
+    """Train a classifier; afterwards ``model`` holds the weights of the epoch that ``config.keep`` names.
 
     With a ``run_dir`` a run that is cut off anywhere goes on with ``resume=True``, and on the same machine ends with
     the weights, bit for bit, that it would have had (docs/reliability.md). Ctrl-C and SIGTERM leave a checkpoint.
@@ -93,17 +93,20 @@ def fit(
     Args:
         model: logits ``(batch, classes)`` from images; trained in place and moved to ``config.device``.
         train_data: batches ``(images, labels)``.
-        val_data: batches to choose the best epoch on. Give images cut from the training set, not the test set.
+        val_data: batches that each epoch is measured on, and chosen on with ``keep="best"``; ``None``: no validation.
+            Give images cut from the training set, not the test set.
         config: the settings.
         penalty: a module around ``model`` whose total joins the loss after ``config.warmup_epochs``.
         teacher: the FP32 model to distill from, with ``config.distill`` above 0; it is run in eval mode.
-        run_dir: where ``metrics.jsonl``, ``best.pth``, ``last.pth`` and ``checkpoints/`` are written; nothing is when
+        run_dir: where ``metrics.jsonl``, ``last.pth`` (the last epoch), ``best.pth`` (the epoch that ``keep="best"``
+            chooses, whatever ``keep`` is; none without validation) and ``checkpoints/`` are written; nothing is when
             ``None``.
         resume: go on from the newest whole checkpoint in ``run_dir``; where there is none, start from ``model``.
         callbacks: told of batches and epochs.
 
     Raises:
-        ConfigError: the warm-up leaves the penalty no epoch; distillation without a teacher or the reverse; or the
+        ConfigError: the warm-up leaves the penalty no epoch; distillation without a teacher or the reverse;
+            ``keep="best"`` without validation; or the
             settings are not those that the checkpoint was written under; or ``run_dir`` holds the checkpoints of
             another run.
         CheckpointError: every checkpoint is damaged, or the newest is of another model.
@@ -122,6 +125,8 @@ def fit(
         )
     if (teacher is None) != (config.distill == 0):
         raise ConfigError(f"distill={config.distill} and {'no' if teacher is None else 'a'} teacher: give both or none")
+    if val_data is None and config.keep == "best":
+        raise ConfigError("keep='best' chooses on validation data, and there is none: give val_data, or keep='last'")
     if not len(train_data):
         raise DataError("there is no training batch: are there fewer images than --batch-size?")
     seed_everything(config.seed)
@@ -172,7 +177,8 @@ class _Run:
         self.epoch_random = self.random = random_state()  # when the epoch began, and now
         self.sums, self.seconds = Sums(), 0.0
         self.history: list[EpochMetrics] = []
-        self.best, self.best_weights = -1.0, dict[str, Tensor]()
+        self.best = -1.0  # accuracy of best.pth
+        self.kept, self.kept_weights = 0, dict[str, Tensor]()  # the epoch that would be the result now
         self.skipped = 0
         self.stage = ""
         self.step: LossStep | None = None
@@ -198,7 +204,8 @@ class _Run:
             "seconds": self.seconds,
             "history": [asdict(metrics) for metrics in self.history],
             "best": self.best,
-            "best_weights": self.best_weights,
+            "kept": self.kept,
+            "kept_weights": self.kept_weights,
             "skipped": self.skipped,
         }
 
@@ -228,6 +235,8 @@ class _Run:
         now = asdict(self.config) | {"batches": self.batches, "ranks": ranks()}
         then = state["config"] | {"batches": state["batches"], "ranks": len(state["random"])}
         for name in now:
+            if name not in then:
+                raise ConfigError(f"{self.run_dir}: begun by an older brfx, which had no {name!r}: begin a new run")
             if name not in free and now[name] != then[name]:
                 raise ConfigError(
                     f"{self.run_dir}: the run was begun with {name}={then[name]!r}, now it is {now[name]!r}: "
@@ -256,7 +265,8 @@ class _Run:
             EpochMetrics(**(metrics | {"train": Means(**metrics["train"])})) for metrics in state["history"]
         ]
         self.best = float(state["best"])
-        self.best_weights = {k: v.to(device) for k, v in state["best_weights"].items()}
+        self.kept = int(state["kept"])
+        self.kept_weights = {k: v.to(device) for k, v in state["kept_weights"].items()}
         self.skipped = int(state["skipped"])
 
     def save(self) -> None:
@@ -390,18 +400,16 @@ class _Run:
         for callback in self.callbacks:
             callback.on_batch(progress)
 
-    def end_epoch(self, stage: str, val_data: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def end_epoch(self, stage: str, val_data: Iterable[tuple[Tensor, Tensor]] | None) -> None:
         """Validate, write, and be at the start of the next epoch."""
         share_buffers(self.model)
         with self.average.applied(self.model) if self.average is not None else nullcontext():
             if self.config.reestimate_bn:
                 self._reestimate()
-            metrics = self._metrics(stage, evaluate(self.model, val_data))
+            metrics = self._metrics(stage, None if val_data is None else evaluate(self.model, val_data))
             weights = {k: v.clone() for k, v in self.model.state_dict().items()}
         self.history.append(metrics)
-        improved = metrics.val_accuracy > self.best
-        if improved:
-            self.best, self.best_weights = metrics.val_accuracy, weights
+        improved = self._keep(metrics, weights)
         self.epoch, self.batch = self.epoch + 1, 0
         self.sums, self.seconds = Sums(), 0.0
         if self.run_dir is not None and rank() == 0:
@@ -414,6 +422,20 @@ class _Run:
         for callback in self.callbacks:
             callback.on_epoch(metrics)
 
+    def _keep(self, metrics: EpochMetrics, weights: dict[str, Tensor]) -> bool:
+        """Keep the weights if they would be the result now. Whether they are the best so far, the later of equals.
+
+        An epoch of the warm-up has another objective, so it does not compete.
+        """
+        accuracy = metrics.val_accuracy
+        best = metrics.stage != "warm-up" and accuracy is not None and accuracy >= self.best
+        if best:
+            assert accuracy is not None
+            self.best = accuracy
+        if best or self.config.keep == "last":
+            self.kept, self.kept_weights = metrics.epoch, weights
+        return best
+
     def _reestimate(self) -> None:
         """Batch norms' statistics from the first batches of the epoch; nothing random moves on."""
         before = random_state()
@@ -422,23 +444,25 @@ class _Run:
         share_buffers(self.model)
         set_random_state(before)
 
-    def _metrics(self, stage: str, result: Evaluation) -> EpochMetrics:
+    def _metrics(self, stage: str, result: Evaluation | None) -> EpochMetrics:
         return EpochMetrics(
             epoch=self.epoch,
             stage=stage,
             lr=self.lr,
             train=self.sums.means(),
-            val_loss=result.loss,
-            val_accuracy=result.accuracy,
+            val_loss=None if result is None else result.loss,
+            val_accuracy=None if result is None else result.accuracy,
             seconds=self.seconds,
             images_per_second=ranks() * self.sums.images / self.seconds if self.seconds else 0.0,
         )
 
     def result(self) -> FitResult:
-        if self.history:
-            self.model.load_state_dict(self.best_weights)
-        best_epoch = next((metrics.epoch for metrics in self.history if metrics.val_accuracy == self.best), 0)
-        return FitResult(tuple(self.history), best_epoch, self.best, self.compiled, self.skipped)
+        history = tuple(self.history)
+        if not history:
+            return FitResult(history, 0, "", None, self.compiled, self.skipped)
+        self.model.load_state_dict(self.kept_weights)
+        kept = history[self.kept - 1]
+        return FitResult(history, kept.epoch, kept.stage, kept.val_accuracy, self.compiled, self.skipped)
 
 
 def seed_everything(seed: int) -> None:

@@ -37,19 +37,20 @@ class EpochMetrics:
     stage: str
     lr: float  #: of the last batch
     train: Means
-    val_loss: float
-    val_accuracy: float
+    val_loss: float | None  #: ``None`` where there is no validation
+    val_accuracy: float | None  #: the same
     seconds: float  #: of the training part
     images_per_second: float
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """What :func:`fit` returns. The model holds the weights of ``best_epoch``."""
+    """What :func:`fit` returns. The model holds the weights of ``epoch``."""
 
     history: tuple[EpochMetrics, ...]
-    best_epoch: int
-    best_accuracy: float
+    epoch: int  #: whose weights are kept; 0 where no epoch was trained
+    stage: str  #: of that epoch, as in :class:`EpochMetrics`
+    val_accuracy: float | None  #: of that epoch; ``None`` where there is no validation
     compiled: str  #: ``"whole"`` step, its ``"kernels"``, or ``"none"``
     skipped: int = 0  #: batches left out because a loss or gradient was not finite
 

@@ -13,7 +13,7 @@ class TensorBoard(Callback):
     """Writes event files into ``folder``, for ``tensorboard --logdir folder``; the first figure makes the folder.
 
     Every few batches, over the batches since the run began: ``train/loss``, ``train/accuracy``, ``penalty/NAME`` for
-    each term, ``lr``. Over the epochs: ``val/loss``, ``val/accuracy``.
+    each term, ``lr``. Over the epochs, where there is validation: ``val/loss``, ``val/accuracy``.
     A run that goes on in the same folder replaces what was logged after the batch it goes on from.
 
     Raises:
@@ -40,8 +40,9 @@ class TensorBoard(Callback):
 
     def on_epoch(self, metrics: EpochMetrics) -> None:
         writer = self._open()
-        writer.add_scalar("val/loss", metrics.val_loss, metrics.epoch)
-        writer.add_scalar("val/accuracy", metrics.val_accuracy, metrics.epoch)
+        for name, value in (("loss", metrics.val_loss), ("accuracy", metrics.val_accuracy)):
+            if value is not None:
+                writer.add_scalar(f"val/{name}", value, metrics.epoch)
         writer.flush()
 
     def close(self) -> None:

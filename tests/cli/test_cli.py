@@ -50,6 +50,7 @@ def test_quantize_prints_levels_epochs_and_files(quantized_run):
     assert len(epochs) == 3
     assert "[LSQ]" in epochs[0] and "BR_W" not in epochs[0]
     assert "[BR]" in epochs[1] and "BR_W=" in epochs[1] and "BR_A=" in epochs[1]
+    assert "Shipped: epoch 3 of 3 [BR], " in text and " on validation (eager training)" in text
     assert "Test: FP32" in text and "Test: W2A2" in text and text.count("Test:") == 2
     assert str(root / "model.pt") in text
 
@@ -63,6 +64,7 @@ def test_the_run_folder_is_complete(quantized_run):
     assert config["versions"]["torch"] == torch.__version__.split("+")[0]
     result = json.loads((root / "result.json").read_text())
     assert result["test"]["count"] == result["test_float"]["count"] == 360
+    assert (result["epoch"], result["stage"]) == (3, "penalty")
     assert result["bytes"]["model.pt"] == (root / "model.pt").stat().st_size
     assert len((root / "metrics.jsonl").read_text().splitlines()) == 3
 
@@ -98,7 +100,7 @@ def test_runs_lists_a_quantized_run_and_a_damaged_one_beside_the_baseline(quanti
     assert fp32.split()[:4] == ["fp32", "resnet20", "FP32", "8/8"] and "complete" in fp32
     assert w2a2.split()[:8] == ["w2a2", "resnet20", "W2A2", "3/3", "0.1", "0.01", "0.02", "0"]
     accuracy = next(line for line in text.splitlines() if line.startswith("Test: W2A2")).split()[2]
-    assert w2a2.split()[9] == f"{accuracy}%" and "complete" in w2a2
+    assert w2a2.split()[8:10] == ["3", "[BR]"] and w2a2.split()[11] == f"{accuracy}%" and "complete" in w2a2
     assert_one_line(brfx("runs", tmp_path / "none"), "no such folder")
     assert_one_line(brfx("runs", Path(__file__).parent), "there is no run in it")
 
@@ -135,6 +137,18 @@ def test_the_real_checkpoint_through_the_command(real_checkpoint, cifar10_folder
     done = brfx("evaluate", "--model", "resnet20", "--ckpt", real_checkpoint, "--data", cifar10_folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("FP32 top-1 accuracy: 9") and "of 600)" in done.stdout
+
+
+def test_without_validation_every_image_is_trained_on(float_run, tmp_path):
+    arguments = ("quantize", "--model", "resnet20", "--data", "digits", "--ckpt", float_run / "best.pth")
+    whole = (*arguments, "--val-fraction", 0, "--qat-epochs", 1, "--lambda-br", 0, "--lambda-br-act", 0)
+    done = brfx(*whole, "--output-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert ", Val Acc=-, " in done.stdout and "on validation" not in done.stdout
+    assert "Shipped: epoch 1 of 1, no validation (eager training)" in done.stdout
+    assert not (tmp_path / "run" / "best.pth").exists() and (tmp_path / "run" / "model.onnx").exists()
+    assert brfx("runs", tmp_path).stdout.splitlines()[1].split()[8:10] == ["1", "-"]
+    assert_one_line(brfx(*whole, "--keep", "best"), "--keep best chooses on validation images")
 
 
 def test_models_lists_and_filters():

@@ -149,7 +149,7 @@ def test_a_signal_stops_at_the_batch_with_a_checkpoint(start, whole_command, tmp
     assert newest.stem == f"{(epoch - 1) * state['batches'] + batch:09}"
     finish(begun_or_resumed(start, run_dir))
     assert fingerprint(run_dir) == whole_command[0]
-    assert json.loads((run_dir / "result.json").read_text())["best_epoch"]
+    assert json.loads((run_dir / "result.json").read_text())["epoch"]
 
 
 def stopped_at(errors: str, run_dir: Path) -> tuple[int, int]:

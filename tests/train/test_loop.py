@@ -7,7 +7,8 @@ from torch import nn
 import brfx
 from brfx.data import BatchLoader
 from brfx.models import build_model
-from brfx.train import Callback, fit, step
+from brfx.train import Callback, Evaluation, fit, step
+from brfx.train.checkpoint import Checkpoints
 from brfx.train.optim import build_optimizer, rate_factor
 from brfx.train.step import how_to_compile
 
@@ -60,11 +61,66 @@ def test_warm_up_has_no_regularizer_and_steps_freeze_after_it(digits, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
     assert lines[2]["train"]["terms"]["act"] > 0
-    best = torch.load(tmp_path / "best.pth", weights_only=True)
-    assert best["metrics"]["val_accuracy"] == result.best_accuracy == max(m.val_accuracy for m in result.history)
+    assert (result.epoch, result.stage, result.val_accuracy) == (4, "penalty", seen.epochs[3].val_accuracy)
+    last = torch.load(tmp_path / "last.pth", weights_only=True)
+    assert last["metrics"]["epoch"] == 4
     for key, value in qmodel.state_dict().items():
-        torch.testing.assert_close(value, best["state_dict"][key])
-    assert (tmp_path / "last.pth").is_file()
+        assert torch.equal(value, last["state_dict"][key]), key
+
+
+@pytest.mark.parametrize(
+    ("keep", "warmup", "accuracies", "kept", "best"),
+    [
+        ("last", 2, [0.9, 0.5, 0.7, 0.6], 4, 3),
+        ("best", 2, [0.9, 0.9, 0.7, 0.6], 3, 3),  # the warm-up has another objective
+        ("best", 1, [0.9, 0.7, 0.6, 0.7], 4, 4),  # of equals the later one
+        ("best", None, [0.9, 0.7, 0.6, 0.7], 1, 1),  # no penalty: every epoch is of the final objective
+    ],
+)
+def test_the_epoch_that_is_kept(tmp_path, monkeypatch, keep, warmup, accuracies, kept, best):
+    left = iter(accuracies)
+    monkeypatch.setattr("brfx.train.loop.evaluate", lambda *_: Evaluation(round(10 * next(left)), 10, 0.0))
+    qmodel = brfx.prepare_qat(small_net())
+    batches = [(torch.randn(4, 3, 16, 16), torch.arange(4))]
+    brfx.calibrate(qmodel, batches)
+    weights = []
+
+    class Seen(Callback):
+        def on_epoch(self, metrics):
+            weights.append({key: value.clone() for key, value in qmodel.state_dict().items()})
+
+    penalty = None if warmup is None else brfx.BinPenalty(qmodel)
+    config = brfx.TrainConfig(epochs=4, warmup_epochs=warmup, compile="off", keep=keep)
+    result = fit(qmodel, batches, batches, config, penalty=penalty, run_dir=tmp_path, callbacks=[Seen()])
+    assert (result.epoch, result.val_accuracy) == (kept, accuracies[kept - 1])
+    assert result.stage == ("plain" if warmup is None else "penalty")
+    assert all(torch.equal(value, weights[kept - 1][key]) for key, value in qmodel.state_dict().items())
+    files = {name: torch.load(tmp_path / name, weights_only=True) for name in ("best.pth", "last.pth")}
+    assert {name: content["metrics"]["epoch"] for name, content in files.items()} == {"best.pth": best, "last.pth": 4}
+    assert all(torch.equal(value, weights[best - 1][key]) for key, value in files["best.pth"]["state_dict"].items())
+
+
+def test_without_validation_the_last_epoch_is_kept_and_nothing_is_chosen(tmp_path):
+    batches = [(torch.randn(4, 3, 16, 16), torch.arange(4))]
+    result = fit(small_net(), batches, None, brfx.TrainConfig(epochs=2, compile="off"), run_dir=tmp_path)
+    assert (result.epoch, result.stage, result.val_accuracy) == (2, "plain", None)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["val_loss"], line["val_accuracy"]) for line in lines] == [(None, None)] * 2
+    assert (tmp_path / "last.pth").is_file() and not (tmp_path / "best.pth").exists()
+    with pytest.raises(brfx.BrfxError, match="keep='best' chooses on validation data, and there is none"):
+        fit(small_net(), batches, None, brfx.TrainConfig(epochs=1, keep="best"))
+
+
+def test_a_run_of_an_older_brfx_is_not_resumed_under_settings_that_it_did_not_have(tmp_path):
+    batches = [(torch.randn(4, 3, 16, 16), torch.arange(4))]
+    config = brfx.TrainConfig(epochs=1, compile="off")
+    fit(small_net(), batches, None, config, run_dir=tmp_path)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    state = checkpoints.newest()
+    del state["config"]["keep"]
+    checkpoints.write(2, state)
+    with pytest.raises(brfx.BrfxError, match="begun by an older brfx, which had no 'keep': begin a new run"):
+        fit(small_net(), batches, None, config, run_dir=tmp_path, resume=True)
 
 
 def test_a_short_run_reaches_what_chance_cannot(digits):
@@ -153,6 +209,7 @@ def test_compile_is_decided_by_the_length_of_the_run():
         ({"optimizer": "adam"}, "sgd or adamw"),
         ({"compile": "maybe"}, "auto or on or kernels or off"),
         ({"lr_warmup": 1.0}, "share below 1"),
+        ({"keep": "first"}, "keep='first': takes last or best"),
     ],
 )
 def test_settings_out_of_range(settings, message):
