@@ -24,7 +24,7 @@ def calibrate(
     qmodel: nn.Module,
     batches: Iterable[Any],
     *,
-    start: str = "lsq",
+    start: str = "mse",
     batch_statistics: bool = False,
     forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> None:
@@ -35,8 +35,8 @@ def calibrate(
 
     Args:
         qmodel: what :func:`brfx.prepare_qat` returned.
-        start: ``"lsq"``: ``2 * mean|v| / sqrt(Qp)`` (LSQ, section 2.1); ``"mse"``: the step of least squared error,
-            from which few-bit networks train faster, and the one for use without training. The mean over batches.
+        start: ``"mse"``: the step of least squared error, from which few-bit networks train faster, and the one for use
+            without training; ``"lsq"``: ``2 * mean|v| / sqrt(Qp)`` (LSQ, section 2.1). The mean over batches.
         batch_statistics: let batch norms normalize with each batch's own mean and variance, as they will in training:
             below 4 bits the running ones, which come from the FP32 network, no longer fit what reaches them.
         batches: model inputs; of a tuple or list the first element is taken as the input (``(images, labels)``).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -12,7 +13,7 @@ from brfx.grid import Grid
 #: ``(grid, values, step_shape) -> step``
 StartRule = Callable[[Grid, Tensor, tuple[int, ...]], Tensor]
 
-_SAMPLE = 2**16  # values per step that the search looks at
+_SAMPLE = 2**16  # values per step, about, that the search looks at
 _CANDIDATES = 64
 
 
@@ -28,7 +29,7 @@ def mse_start(grid: Grid, values: Tensor, shape: tuple[int, ...]) -> Tensor:
     this one a network is trained faster (docs/results.md).
     """
     rows = _rows(values, shape)
-    rows = rows[:, :: max(1, rows.shape[1] // _SAMPLE)]
+    rows = rows[:, :: _stride(rows.shape[1])]
     if grid.binary:
         return rows.abs().mean(dim=1).reshape(shape)  # the least-squares scale of a sign
     largest = rows.abs().amax(dim=1, keepdim=True) / grid.reach
@@ -38,6 +39,18 @@ def mse_start(grid: Grid, values: Tensor, shape: tuple[int, ...]) -> Tensor:
         error = (rows - grid.decode(grid.encode(rows, step), step)).square().mean(dim=1, keepdim=True)
         best, least = torch.where(error < least, step, best), torch.minimum(error, least)
     return best.reshape(shape)
+
+
+def _stride(count: int) -> int:
+    """The stride by which to sample ``count`` values: the least that has no divisor in common with ``count``.
+
+    Then it has none in common with any dimension of the tensor either, so the sample goes through every column, row and
+    channel alike. A stride that divides the width would look at some columns only, the padded border perhaps.
+    """
+    stride = max(1, count // _SAMPLE)
+    while math.gcd(stride, count) > 1:
+        stride += 1
+    return stride
 
 
 START_RULES: dict[str, StartRule] = {"lsq": lsq_start, "mse": mse_start}

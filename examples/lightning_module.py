@@ -58,7 +58,7 @@ def main(
     brfx.fit(net, train, test, brfx.TrainConfig(epochs=float_epochs, lr=0.1))  # yours comes from a file
 
     qmodel = brfx.prepare_qat(net, brfx.QATConfig(bits=2))
-    brfx.calibrate(qmodel, [images for images, _ in train][:8], start="mse", batch_statistics=True)
+    brfx.calibrate(qmodel, [images for images, _ in train][:8], batch_statistics=True)
     qmodel.train()  # Lightning leaves modules in the mode they are in
     module = QuantizedClassifier(qmodel, warmup_epochs=epochs // 3)
     trainer = lightning.Trainer(

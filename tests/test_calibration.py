@@ -9,12 +9,22 @@ from brfx.calibration import quantizers
 
 def test_steps_are_lsqs_formula_averaged_over_batches(tiny, images):
     qmodel = brfx.prepare_qat(tiny, brfx.QATConfig(weight_bits=2, act_bits=3, placement="paper"))
-    brfx.calibrate(qmodel, [images[:4], images[4:]])
+    brfx.calibrate(qmodel, [images[:4], images[4:]], start="lsq")
     weight = qmodel.conv1.weight
     torch.testing.assert_close(qmodel.conv1.weight_quantizer.step.data, 2 * weight.abs().mean())
     first, seen = next(iter(brfx.observe(qmodel.eval(), images).items()))
     expected = (seen[:4].mean() + seen[4:].mean()) / 2 * 2 / math.sqrt(7)
     torch.testing.assert_close(qmodel.get_submodule(first).step.data, expected.detach())
+
+
+def test_steps_start_at_least_squared_error_by_default(tiny, images):
+    qmodel = brfx.prepare_qat(tiny, brfx.QATConfig(bits=8))
+    brfx.calibrate(qmodel, [images])
+    steps = {name: quantizer.step.clone() for name, quantizer in quantizers(qmodel).items()}
+    brfx.calibrate(qmodel, [images], start="mse")
+    assert all(torch.equal(quantizer.step, steps[name]) for name, quantizer in quantizers(qmodel).items())
+    weight = qmodel.conv1.weight
+    assert weight.abs().max() / 127 * 0.9 < qmodel.conv1.weight_quantizer.step < 2 * weight.abs().mean() / 127**0.5 / 2
 
 
 def test_mode_and_buffers_come_back(tiny, images):

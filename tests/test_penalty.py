@@ -12,7 +12,7 @@ from brfx.train.step import build_step, loss_step
 
 def calibrated(model, images, **config):
     qmodel = brfx.prepare_qat(model, brfx.QATConfig(**config))
-    brfx.calibrate(qmodel, [images])
+    brfx.calibrate(qmodel, [images], start="lsq")
     return qmodel
 
 

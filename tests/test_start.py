@@ -21,6 +21,19 @@ def test_mse_start_is_within_a_hundredth_of_a_fine_search(bits: int, signed: boo
     assert found < error(grid, values, lsq_start(grid, values, ()))
 
 
+@pytest.mark.parametrize("shape", [(4, 16, 64, 34), (2, 12, 96, 96), (3, 5, 197, 48)])
+def test_mse_start_looks_at_every_column_row_and_channel(shape: tuple[int, ...]) -> None:
+    noise = 0.5 + torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    assert noise.numel() > 2**16  # it samples
+    for dim in (1, 2, 3):
+        steps = []
+        for index in range(shape[dim]):
+            values = torch.zeros(shape)
+            values.select(dim, index).copy_(noise.select(dim, index))
+            steps.append(float(mse_start(Grid(8, True), values, ())))
+        assert min(steps) > max(steps) / 2 > 0, (dim, steps)
+
+
 def test_rules_keep_the_shape_of_the_step_and_treat_channels_apart() -> None:
     values = torch.randn(3, 4, 5) * torch.tensor([1.0, 10, 100]).view(3, 1, 1)
     for rule in (lsq_start, mse_start):

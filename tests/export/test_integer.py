@@ -282,7 +282,7 @@ def test_a_function_that_changes_a_list_it_is_given_can_be_compared():
     model = SwinTransformer3d([2, 4, 4], 16, [2], [2], [8, 4, 4], num_classes=5)  # a window larger than the video
     video = torch.randn(2, 3, 4, 32, 32)
     qmodel = brfx.prepare_qat(model).eval()
-    brfx.calibrate(qmodel, [video])
+    brfx.calibrate(qmodel, [video], start="lsq")
     integer = integer_model(qmodel)
     assert compare_codes(qmodel, integer, video) and not integer.float_layers
     torch.testing.assert_close(integer.model(video), qmodel(video))

@@ -36,7 +36,7 @@ class Projected(nn.Module):
 
 def quantized(model: nn.Module, images: Tensor, **settings: object) -> nn.Module:
     qmodel = brfx.prepare_qat(model, QATConfig(**settings))
-    brfx.calibrate(qmodel, [images])
+    brfx.calibrate(qmodel, [images], start="lsq")
     return qmodel.eval()
 
 

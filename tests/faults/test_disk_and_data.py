@@ -162,7 +162,7 @@ def test_a_skipped_batch_leaves_no_trace(batches, caplog, quantized):
 
 
 def test_skipped_batches_are_counted_in_the_result(tmp_path):
-    result = FitResult((), 1, 0.5, "none", skipped=2)
+    result = FitResult((), 1, "plain", 0.5, "none", skipped=2)
     jobs._close_run(jobs.JobResult(tmp_path, result, Evaluation(1, 2, 0.0)))
     assert json.loads((tmp_path / "result.json").read_text())["skipped_batches"] == 2
 
@@ -246,7 +246,7 @@ def test_calibration_with_batches_of_one(digits, tmp_path, monkeypatch):
 
 def quantized(batches):
     model = brfx.prepare_qat(net(), brfx.QATConfig(bits=2))
-    brfx.calibrate(model, [batches[0]])
+    brfx.calibrate(model, [batches[0]], start="lsq")  # steps far from 0
     return model
 
 

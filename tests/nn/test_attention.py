@@ -21,7 +21,7 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
 
 
 def calibrated(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-    calibrate(module, [args], forward=lambda m, batch: m(*batch, **kwargs))
+    calibrate(module, [args], start="lsq", forward=lambda m, batch: m(*batch, **kwargs))
     return module
 
 
