@@ -78,8 +78,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return {_strip(str(key)): value for key, value in content.items()}
 
 
-def load_float(model: nn.Module, path: Path) -> None:
+def load_float(model: nn.Module, path: Path, *, named_by: str = "--model") -> None:
     """Load an FP32 checkpoint into the model it was trained as.
+
+    Args:
+        model: what :func:`brfx.build_model` made.
+        path: the file.
+        named_by: the flag that said which model, for the error.
 
     Raises:
         CheckpointError: as :func:`read_state_dict`; or the first keys and shapes that do not fit, and what to do.
@@ -106,8 +111,8 @@ def load_float(model: nn.Module, path: Path) -> None:
         if keys:
             parts.append(f"it {what} {', '.join(keys[:3])}" + (f" and {len(keys) - 3} more" if len(keys) > 3 else ""))
     last = [key for key in shapes if own[key].shape[1:] == state[key].shape[1:]]
-    advice = "is it another architecture than --model says?"
-    if shapes and len(last) == len(shapes) <= 2 and not missing and not surplus:
+    advice = f"is it another architecture than {named_by} says?"
+    if named_by == "--model" and shapes and len(last) == len(shapes) <= 2 and not missing and not surplus:
         advice = f"pass --num-classes {state[last[0]].shape[0]}"
     raise CheckpointError(f"{path} does not fit {type(model).__name__}: {'; '.join(parts)}; {advice}")
 

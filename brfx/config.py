@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
@@ -203,37 +202,6 @@ class QATConfig:
             raise ConfigError(f"overrides: {pattern!r}: {error}") from error
 
 
-def read_qat_config(path: Path) -> dict[str, Any]:
-    """Fields of a :class:`QATConfig` from TOML; ``[[overrides]]`` have a ``match`` and settings, or ``fp32 = true``.
-
-    Raises:
-        ConfigError: no such file, no TOML, a name that is no field, or overrides that are no tables with a match.
-    """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot read it as TOML ({error})") from error
-    known = {field.name for field in fields(QATConfig)}
-    strange = sorted(set(content) - known)
-    if strange:
-        raise ConfigError(f"{path}: no setting is called {strange[0]!r}; there are {', '.join(sorted(known))}")
-    overrides = content.get("overrides", [])
-    if not isinstance(overrides, list) or not all(map(_is_table_with_match, overrides)):
-        raise ConfigError(
-            f'{path}: overrides are tables with a match: [[overrides]], match = "conv1", bits = 8 (or fp32 = true)'
-        )
-    if overrides:
-        pairs = [(table.pop("match"), None if table.pop("fp32", False) else table) for table in overrides]
-        content["overrides"] = tuple(pairs)
-    return content
-
-
-def _is_table_with_match(value: Any) -> bool:
-    return (
-        isinstance(value, dict) and isinstance(value.get("match"), str) and isinstance(value.get("fp32", False), bool)
-    )
-
-
 def matches(pattern: str, name: str, kind: str) -> bool:
     """Whether an override's pattern means the layer ``name`` of type ``kind``."""
     wanted_kind = pattern.removeprefix("type:")
@@ -340,6 +308,9 @@ class TrainConfig:
                 raise ConfigError(f"{name}={_shown(getattr(self, name))}: takes {' or '.join(choices)}")
 
 
+#: Of the loss, what is distilled from a teacher that is named without a share.
+TEACHER_SHARE = 0.5
+
 #: What training an FP32 network from random weights wants instead of the defaults, which are for quantization. It keeps
 #: the best epoch: the network has not seen the validation images before, so they tell epochs apart, and ``best.pth`` is
 #: then the network that was tested.
@@ -370,6 +341,8 @@ class JobConfig:
         lambda_br, lambda_br_act: weights of the two bin regularizers; 0 switches one off.
         br_backprop_to_alpha_act: let the activations' regularizer train the activation steps.
         freeze_weight_alpha, freeze_act_alpha: freeze those steps when regularization starts.
+        teacher: another FP32 network to distill from, ``NAME=FILE``: a model as ``model`` takes it, and its checkpoint.
+            ``None``: with ``train.distill`` above 0 it is the student's own FP32 network.
         start: rule by which the steps start, see :func:`brfx.calibrate`.
         calibration_batches: training batches that the steps start from.
         output_dir: run folder, new or empty; default a free name under ``runs/``.
@@ -401,6 +374,7 @@ class JobConfig:
     br_backprop_to_alpha_act: bool = False
     freeze_weight_alpha: bool = False
     freeze_act_alpha: bool = False
+    teacher: str | None = None
     start: str = "mse"
     calibration_batches: int = 8
     output_dir: Path | None = None
@@ -425,20 +399,38 @@ class JobConfig:
             raise ConfigError(f"start={_shown(self.start)}: takes {' or '.join(STARTS)}")
         if not 0 <= self.val_fraction < 1:
             raise ConfigError(f"val_fraction={_shown(self.val_fraction)}: takes 0 or a share below 1")
-        if not self.val_fraction and self.train.keep == "best":
-            raise ConfigError("--keep best chooses on validation images, --val-fraction 0 leaves none: --keep last")
         if self.std is not None and not all(value > 0 for value in self.std):
             raise ConfigError(f"std={_shown(self.std)}: takes three numbers above 0")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if not self.val_fraction and self.train.keep == "best":
+            raise ConfigError("--keep best chooses on validation images, --val-fraction 0 leaves none: --keep last")
+        if self.teacher is None:
+            return
+        name, _, file = self.teacher.partition("=")
+        if not name or not file:
+            raise ConfigError(f"teacher={_shown(self.teacher)}: takes NAME=FILE, such as resnet56=resnet56.pth")
+        if not self.train.distill:
+            raise ConfigError("--teacher says nothing at --distill 0: give it a share of the loss, or leave it out")
 
 
 def read_job_config(run_dir: Path) -> JobConfig:
-    """The settings of a run from its ``config.json``; its folder is ``run_dir``, whatever the file says, and nothing is
-    downloaded that is not asked for anew.
+    """The settings of a run from its ``config.json``; its folder is ``run_dir``, whatever the file says.
+
+    Raises:
+        ConfigError: as :func:`read_job_json`.
+    """
+    return replace(read_job_json(run_dir / "config.json"), output_dir=run_dir)
+
+
+def read_job_json(path: Path) -> JobConfig:
+    """The settings of a run from its ``config.json``, but for the folder; nothing is downloaded that is not asked for
+    anew.
 
     Raises:
         ConfigError: no such file, damaged, or with settings that are none.
     """
-    path = run_dir / "config.json"
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -447,7 +439,7 @@ def read_job_config(run_dir: Path) -> JobConfig:
         raise ConfigError(f"{path}: not the settings of a run")
     for beside in ("versions", "python", "command_line"):
         content.pop(beside, None)
-    content |= {"output_dir": run_dir, "download": False}
+    content |= {"output_dir": None, "download": False}
     try:
         for name in ("ckpt", "data_dir"):
             if content.get(name) is not None:

@@ -99,6 +99,7 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
         read_state_dict(ckpt)
         dataset = read_data(job)
         model = _float_model(job, dataset, ckpt)
+        teacher = _teacher(job, dataset, model)
         qmodel = prepare_qat(model, job.qat)
         card = card_of(qmodel)
         card.preprocessing, card.classes = dataset.preprocessing, dataset.classes
@@ -119,7 +120,7 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
                 val_data,
                 job.train,
                 penalty=_penalty(job, qmodel),
-                teacher=model if job.train.distill else None,
+                teacher=teacher,
                 run_dir=run_dir,
                 resume=resume,
                 callbacks=callbacks,
@@ -309,30 +310,45 @@ def _float_model(job: JobConfig, dataset: Dataset, ckpt: Path | None) -> nn.Modu
     model = build_model(job.model, _classes(job, dataset), cifar_stem=job.cifar_stem)
     if ckpt is not None:
         load_float(model, ckpt)
-    _require_classifier(model, job, dataset)
+    _require_classifier(model, job.model, dataset)
     return model
 
 
+def _teacher(job: JobConfig, dataset: Dataset, model: nn.Module) -> nn.Module | None:
+    """What is distilled from: the network that ``--teacher`` names, or else ``model``, the student's own in FP32.
+
+    It sees the student's images, and has a small stem where the student does (the CIFAR ResNets have no other).
+    """
+    if not job.train.distill:
+        return None
+    if job.teacher is None:
+        return model
+    name, _, file = job.teacher.partition("=")
+    require_model(name)
+    teacher = build_model(name, len(dataset.classes), cifar_stem=job.cifar_stem and name not in CIFAR_RESNETS)
+    load_float(teacher, Path(file), named_by="--teacher")
+    _require_classifier(teacher, name, dataset)
+    return teacher
+
+
 @torch.no_grad()
-def _require_classifier(model: nn.Module, job: JobConfig, dataset: Dataset) -> None:
+def _require_classifier(model: nn.Module, name: str, dataset: Dataset) -> None:
     size = dataset.preprocessing.image_size
     training = model.training
     try:
         output: Any = model.eval()(torch.zeros(2, 3, size, size))
     except Exception as error:
         first = (str(error).splitlines() or [repr(error)])[0]
-        raise ConfigError(
-            f"{job.model} does not run on images of 3x{size}x{size} ({first}); see --image-size"
-        ) from error
+        raise ConfigError(f"{name} does not run on images of 3x{size}x{size} ({first}); see --image-size") from error
     finally:
         model.train(training)
     if not isinstance(output, torch.Tensor) or output.dim() != 2:
         raise ConfigError(
-            f"{job.model} is no classifier (its output is a {type(output).__name__}): the command line trains "
+            f"{name} is no classifier (its output is a {type(output).__name__}): the command line trains "
             "classifiers; use brfx.prepare_qat with a loop of your own (examples/own_loop.py)"
         )
     if output.shape[1] != len(dataset.classes):
-        raise DataError(f"{job.model} has {output.shape[1]} classes, {dataset.name} has {len(dataset.classes)}")
+        raise DataError(f"{name} has {output.shape[1]} classes, {dataset.name} has {len(dataset.classes)}")
 
 
 def _example(dataset: Dataset, count: int) -> Tensor:
@@ -431,6 +447,7 @@ def _close_run(result: JobResult) -> JobResult:
         "val_accuracy": result.fit and result.fit.val_accuracy,
         "compiled": result.fit and result.fit.compiled,
         "skipped_batches": result.fit and result.fit.skipped,
+        "teacher_sha256": result.fit and result.fit.teacher_sha256,
         "onnx": result.onnx and asdict(result.onnx),
         "bytes": {path.name: path.stat().st_size for path in files},
     }

@@ -165,6 +165,15 @@ def inspect(**given: Any) -> None:
 
 
 @cli.command()
+@click.argument("name", required=False)
+def recipes(name: str | None) -> None:
+    """List what --recipe accepts, or print the recipe NAME, to begin a --config of your own with."""
+    from brfx.recipe import recipe_names, recipe_text
+
+    click.echo("\n".join(recipe_names()) if name is None else recipe_text(name).rstrip())
+
+
+@cli.command()
 @click.argument("folder", metavar="DIR", default="runs", type=click.Path(path_type=Path))
 def runs(folder: Path) -> None:
     """List the runs in DIR and below side by side.  [default: runs]"""

@@ -18,14 +18,15 @@ from brfx.config import (
     PLACEMENTS,
     PRECISION,
     STARTS,
+    TEACHER_SHARE,
     WEIGHT_GRIDS,
     JobConfig,
     QATConfig,
     TrainConfig,
     read_job_config,
-    read_qat_config,
 )
 from brfx.errors import ConfigError
+from brfx.recipe import Settings, read_recipe, read_settings, recipe_names
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -181,11 +182,16 @@ quantizer_options = combine(
     click.option("--skip", multiple=True, help="Leave layers of this name (or pattern, type:Linear) in FP32."),
     click.option("--first-last-8bit", is_flag=True, default=None, help="8 bits for the first and the last layer."),
     click.option(
-        "--config", type=click.Path(path_type=Path), help="TOML with these settings and [[overrides]] by layer."
+        "--config",
+        type=click.Path(path_type=Path),
+        help="Settings as TOML, with [[overrides]] by layer, or a run's config.json; flags win over it.",
     ),
 )
 
 penalty_options = combine(
+    click.option(
+        "--recipe", type=click.Choice(recipe_names()), help="Complete settings (`brfx recipes NAME` shows them)."
+    ),
     _job("--lambda-br", "lambda_br", type=float, help="Weight of the weights' bin regularizer; 0: off."),
     _job("--lambda-br-act", "lambda_br_act", type=float, help="Weight of the activations' bin regularizer; 0: off."),
     _train("--qat-epochs", name="epochs", type=int, help="Epochs, warm-up included; 0: calibrate and export only."),
@@ -195,7 +201,13 @@ penalty_options = combine(
         type=int,
         help="Epochs with LSQ alone.  [default: 30 % of --qat-epochs]",
     ),
-    _train("--distill", name="distill", type=float, help="Share of the loss that is distilled from the FP32 model."),
+    _train(
+        "--distill",
+        name="distill",
+        type=float,
+        help=f"Share of the loss that is distilled from the FP32 model, or --teacher's ({TEACHER_SHARE:g} then).",
+    ),
+    _job("--teacher", "teacher", metavar="NAME=FILE", help="Another FP32 model to distill from, and its checkpoint."),
     _train("--temperature", name="temperature", type=float, help="Of distillation."),
     _job(
         "--start", "start", type=click.Choice(STARTS), help="Steps start by LSQ's formula, or at least squared error."
@@ -213,29 +225,67 @@ penalty_options = combine(
 
 
 #: What a resumed run may be given anew: where things are, and how often it is saved.
-_MAY_CHANGE = {"resume", "model", "ckpt", "data", "data_dir", "download", "workers", "device", "checkpoint_minutes"}
+_MAY_CHANGE = {
+    *("resume", "model", "ckpt", "teacher", "data", "data_dir", "download", "workers", "device", "checkpoint_minutes"),
+}
 
 
 def build_job(command: str, given: dict[str, Any]) -> JobConfig:
-    """Sort the parsed options into the settings they belong to; of a run that is resumed they are its own."""
+    """Sort the parsed options into the settings they belong to; of a run that is resumed they are its own.
+
+    A flag that was given wins over ``--config``, that over ``--recipe``, that over the flags' defaults.
+    """
     resume = given.pop("resume", None)
     if resume is not None:
         return _resumed_job(command, resume, given)
-    if given.pop("freeze_alpha", False):
-        given["freeze_weight_alpha"] = given["freeze_act_alpha"] = True
+    recipe, config = given.pop("recipe", None), given.pop("config", None)
+    freeze = {"freeze_weight_alpha": True, "freeze_act_alpha": True} if given.pop("freeze_alpha", False) else {}
+    flags = _by_place(_of_command_line(given) | freeze)
+    settings = _from_files(command, recipe, config, flags).under(flags)
+    defaults = _by_place(given)
+    if settings.job.get("teacher") is not None and "distill" not in settings.train:
+        settings.train["distill"] = TEACHER_SHARE
+    return JobConfig(
+        qat=QATConfig(**settings.qat),
+        train=TrainConfig(**defaults.train | settings.train),
+        **defaults.job | settings.job | {"command": command},
+    )
 
-    config = given.pop("config", None)
-    settings = read_qat_config(config) if config is not None else {}
-    names = {field.name for field in fields(QATConfig)} & set(given)
-    settings |= {name: value for name in names if (value := given.pop(name)) not in (None, ())}
-    names = {field.name for field in fields(TrainConfig)} & set(given)
-    train = TrainConfig(**{name: given.pop(name) for name in names})
-    return JobConfig(command=command, qat=QATConfig(**settings), train=train, **given)
+
+def _of_command_line(given: dict[str, Any]) -> dict[str, Any]:
+    """What the user typed, of all options."""
+    context = click.get_current_context()
+    return {name: given[name] for name in given if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
+
+
+def _by_place(given: dict[str, Any]) -> Settings:
+    places: dict[str, dict[str, Any]] = {"job": {}, "qat": {}, "train": {}}
+    kinds = {"qat": QATConfig, "train": TrainConfig}
+    where = {field.name: place for place, kind in kinds.items() for field in fields(kind)}
+    for name, value in given.items():
+        places[where.get(name, "job")][name] = value
+    return Settings(**places)
+
+
+def _from_files(command: str, recipe: str | None, config: Path | None, flags: Settings) -> Settings:
+    """The settings of ``--recipe`` and ``--config``; what is code in them, the user must have named."""
+    settings = Settings() if recipe is None else read_recipe(recipe)
+    if config is None:
+        return settings
+    if recipe is not None and config.suffix == ".json":
+        raise ConfigError(f"{config} has every setting, so --recipe {recipe} would change none: leave one of them out")
+    own = read_settings(config)
+    if own.job.get("command", command) != command != "inspect":
+        raise ConfigError(f"{config}: is of `brfx {own.job['command']}`, not of `brfx {command}`")
+    for name in ("model", "teacher"):
+        value = own.job.get(name)
+        if value is not None and ".py" in value.partition("=")[0] and name not in flags.job:
+            raise ConfigError(f"{config}: its {name} is code, which runs only if you name it: --{name} {value}")
+    return settings.under(own)
 
 
 def _resumed_job(command: str, run_dir: Path, given: dict[str, Any]) -> JobConfig:
-    context = click.get_current_context()
-    new = {name: given[name] for name in given if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
+    new = _of_command_line(given)
     fixed = sorted(set(new) - _MAY_CHANGE)
     if fixed:
         raise ConfigError(f"--resume goes on with the run's own settings: leave --{fixed[0].replace('_', '-')} out")
@@ -244,6 +294,8 @@ def _resumed_job(command: str, run_dir: Path, given: dict[str, Any]) -> JobConfi
         raise ConfigError(f"{run_dir}: was begun by `brfx {job.command}`, so resume it with that")
     if ".py" in job.model and new.get("model") != job.model:
         raise ConfigError(f"{run_dir}: its model is code, which runs only if you name it: --model {job.model}")
+    if job.teacher is not None and ".py" in job.teacher.partition("=")[0] and "teacher" not in new:
+        raise ConfigError(f"{run_dir}: its teacher is code, which runs only if you name it: --teacher {job.teacher}")
     names = {field.name for field in fields(TrainConfig)} & set(new)
     train = replace(job.train, **{name: new.pop(name) for name in names})
     return replace(job, train=train, **new)

@@ -1,14 +1,13 @@
-import json
 import re
 from datetime import date
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import brfx
-from brfx.config import JobConfig, QATConfig, TrainConfig, read_qat_config
+from brfx.config import JobConfig, QATConfig, TrainConfig
 from brfx.errors import ConfigError
 from brfx.grid import Grid
 from brfx.nn import QuantizedClippedReLU, QuantizedLayer, StreamQuantizer
@@ -103,35 +102,6 @@ def test_overrides_are_saved_with_the_model(tiny, images, tmp_path):
     assert bits_of(brfx.load(tmp_path / "model.pt", model=type(tiny)())) == bits_of(qmodel)
 
 
-def test_toml_says_the_same(tmp_path):
-    path = tmp_path / "qat.toml"
-    path.write_text(
-        'act_bits = 4\n[[overrides]]\nmatch = "conv1"\nbits = 8\n[[overrides]]\nmatch = "fc"\nfp32 = true\n'
-    )
-    config = brfx.QATConfig(**read_qat_config(path))
-    assert config == brfx.QATConfig(act_bits=4, overrides=[("conv1", {"bits": 8}), ("fc", None)])
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("bits = ", "cannot read it as TOML"),
-        ("tooth = 1", "no setting is called 'tooth'"),
-        ("overrides = 3", "tables with a match"),
-        ("[[overrides]]\nbits = 3", "tables with a match"),
-        ("[[overrides]]\nmatch = 3", "tables with a match"),
-        ('[[overrides]]\nmatch = "fc"\nfp32 = "no"', "tables with a match"),
-    ],
-)
-def test_wrong_toml(tmp_path, text, message):
-    path = tmp_path / "qat.toml"
-    path.write_text(text)
-    with pytest.raises(brfx.BrfxError, match=message):
-        read_qat_config(path)
-    with pytest.raises(brfx.BrfxError, match="cannot read"):
-        read_qat_config(tmp_path / "absent.toml")
-
-
 @pytest.mark.parametrize(
     ("kind", "name", "value", "message"),
     [
@@ -220,30 +190,3 @@ def test_any_table_is_a_config_or_a_config_error(table, overrides):
 def test_any_settings_of_training_are_taken_or_a_config_error(train, job):
     make(TrainConfig, train)
     make(JobConfig, {"command": "train"} | job)
-
-
-TOML_RIGHT = [f"{name} = {json.dumps(value)}" for name, value in vars(QAT).items() if value is not None]
-TOML_WRONG = [
-    "bits",
-    "[skip]",
-    "bits = nan",
-    "bits.a = 1979-05-27",
-    "skip = [[]]",
-    "skip = {}",
-    "fp32 = 1",
-    "match = 1",
-]
-TOML_OVERRIDES = ["[[overrides]]", '[[overrides]]\nmatch = "fc"', "fp32 = true", '[overrides]\n"*" = 8']
-TOML_LINES = st.sampled_from(TOML_RIGHT) | st.sampled_from(TOML_WRONG + TOML_OVERRIDES)
-
-
-@settings(max_examples=500, deadline=None, derandomize=True)
-@given(st.lists(TOML_LINES, max_size=4).map("\n".join).map(str.encode) | st.text().map(str.encode) | st.binary())
-@example(b"bits = 0x" + b"f" * 20_000)
-@example(b"skip = " + b"[" * 5000)
-@example(b"bits = " + b"9" * 20_000)
-@example(b"bits" + b".a" * 2_000 + b" = 1")
-def test_any_toml_is_a_config_or_a_config_error(tmp_path_factory, content):
-    path = tmp_path_factory.getbasetemp() / "fuzz.toml"
-    path.write_bytes(content)
-    make(lambda: QATConfig(**read_qat_config(path)), {})

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from brfx.errors import CheckpointError, TrainingError, first_line
 
@@ -81,6 +82,15 @@ def written_into(run_dir: Path | None) -> Iterator[None]:
             f"{error.filename or run_dir}: cannot write it ({error.strerror}); what was saved before is whole: "
             f"free some space, then go on with --resume {run_dir}"
         ) from error
+
+
+def state_sha256(model: nn.Module) -> str:
+    """SHA-256, in hexadecimal, of a model's state dict: names, types, shapes and values, wherever they lie."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:

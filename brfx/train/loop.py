@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import chain, islice
@@ -25,6 +25,7 @@ from brfx.train.checkpoint import (
     FOLDER,
     Checkpoints,
     has_checkpoints,
+    state_sha256,
     write_atomically,
     write_text_atomically,
     written_into,
@@ -35,7 +36,7 @@ from brfx.train.finite import culprit
 from brfx.train.memory import memory_kept
 from brfx.train.random_state import random_state, set_random_state
 from brfx.train.report import Callback, EpochMetrics, FitResult, Means, Progress, Sums
-from brfx.train.step import LossStep, build_step, how_to_compile, objective
+from brfx.train.step import LossStep, build_step, build_teacher, how_to_compile, objective
 from brfx.train.stopping import StopRequest, stop_requests
 from brfx.train.update import Update
 
@@ -97,7 +98,8 @@ def fit(
             Give images cut from the training set, not the test set.
         config: the settings.
         penalty: a module around ``model`` whose total joins the loss after ``config.warmup_epochs``.
-        teacher: the FP32 model to distill from, with ``config.distill`` above 0; it is run in eval mode.
+        teacher: the FP32 model to distill from, with ``config.distill`` above 0; it is run in eval mode, once a batch,
+            compiled where the step is.
         run_dir: where ``metrics.jsonl``, ``last.pth`` (the last epoch), ``best.pth`` (the epoch that ``keep="best"``
             chooses, whatever ``keep`` is; none without validation) and ``checkpoints/`` are written; nothing is when
             ``None``.
@@ -106,9 +108,8 @@ def fit(
 
     Raises:
         ConfigError: the warm-up leaves the penalty no epoch; distillation without a teacher or the reverse;
-            ``keep="best"`` without validation; or the
-            settings are not those that the checkpoint was written under; or ``run_dir`` holds the checkpoints of
-            another run.
+            ``keep="best"`` without validation; or the settings or the teacher are not those that the checkpoint was
+            written under; or ``run_dir`` holds the checkpoints of another run.
         CheckpointError: every checkpoint is damaged, or the newest is of another model.
         DataError: ``train_data`` is empty.
         TrainingError: a loss or gradient is not finite; names epoch, batch and layer. A batch is too small for a batch
@@ -182,6 +183,8 @@ class _Run:
         self.skipped = 0
         self.stage = ""
         self.step: LossStep | None = None
+        self.teacher_sha256 = None if teacher is None else state_sha256(teacher)
+        self.soft: Callable[[Tensor], Tensor] | None = None  # the teacher's logits
 
     # From and to a checkpoint.
 
@@ -207,6 +210,7 @@ class _Run:
             "kept": self.kept,
             "kept_weights": self.kept_weights,
             "skipped": self.skipped,
+            "teacher_sha256": self.teacher_sha256,
         }
 
     def resume(self) -> None:
@@ -242,6 +246,10 @@ class _Run:
                     f"{self.run_dir}: the run was begun with {name}={then[name]!r}, now it is {now[name]!r}: "
                     "resume with the settings of the start, or begin a new run"
                 )
+        if self.teacher_sha256 != state["teacher_sha256"]:
+            raise ConfigError(
+                f"{self.run_dir}: the run was begun with another teacher, whose weights differ: give that"
+            )
 
     def restore(self, state: dict[str, Any]) -> None:
         device = self.config.device
@@ -313,6 +321,8 @@ class _Run:
         self.step = build_step(
             self.model, active, self.compiled, config.precision, loss=objective(config), shape=self.shape
         )
+        if self.teacher is not None and self.soft is None:
+            self.soft = build_teacher(self.teacher, self.compiled, self.shape)
         self.stage = stage
 
     def _remaining(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -364,10 +374,7 @@ class _Run:
 
     def _forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         assert self.step is not None
-        soft = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                soft = self.teacher(images)
+        soft = None if self.soft is None else self.soft(images)
         with small_batches_named(self._where(1)):
             return self.step(images, labels, soft)
 
@@ -459,10 +466,11 @@ class _Run:
     def result(self) -> FitResult:
         history = tuple(self.history)
         if not history:
-            return FitResult(history, 0, "", None, self.compiled, self.skipped)
+            return FitResult(history, 0, "", None, self.compiled, self.skipped, self.teacher_sha256)
         self.model.load_state_dict(self.kept_weights)
         kept = history[self.kept - 1]
-        return FitResult(history, kept.epoch, kept.stage, kept.val_accuracy, self.compiled, self.skipped)
+        chosen = kept.epoch, kept.stage, kept.val_accuracy
+        return FitResult(history, *chosen, self.compiled, self.skipped, self.teacher_sha256)
 
 
 def seed_everything(seed: int) -> None:

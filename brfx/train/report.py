@@ -53,6 +53,7 @@ class FitResult:
     val_accuracy: float | None  #: of that epoch; ``None`` where there is no validation
     compiled: str  #: ``"whole"`` step, its ``"kernels"``, or ``"none"``
     skipped: int = 0  #: batches left out because a loss or gradient was not finite
+    teacher_sha256: str | None = None  #: of the weights of what was distilled from
 
 
 class Callback:

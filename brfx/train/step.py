@@ -136,14 +136,29 @@ def build_step(
         return in_ranks(model, penalty, loss_step(model, penalty, **common))
     eager = loss_step(model, penalty, kernels=False, **common)
     fast = compile_whole(eager) if how == "whole" else loss_step(model, penalty, kernels=True, **common)
+    return in_ranks(model, penalty, _for_one_shape(fast, eager, shape))
+
+
+def build_teacher(teacher: nn.Module, how: str, shape: torch.Size | None = None) -> Callable[[Tensor], Tensor]:
+    """``images -> logits`` of ``teacher``, as it is and without gradients; compiled where the step is.
+
+    It is compiled on its own, so that Python code in a teacher that does not compile as one graph still runs. Batches
+    of another shape run uncompiled, as in :func:`build_step`.
+    """
+    run = teacher if how == "none" else _for_one_shape(compiled(teacher), teacher, shape)
+    return torch.no_grad()(run)
+
+
+def _for_one_shape(fast: Callable[..., Any], eager: Callable[..., Any], shape: torch.Size | None) -> Callable[..., Any]:
+    """``fast`` for images of ``shape``, by default that of the first batch, ``eager`` for all others."""
     shapes = [] if shape is None else [shape]
 
-    def step(images: Tensor, labels: Tensor, soft: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(images: Tensor, *rest: Tensor | None) -> Any:
         if not shapes:
             shapes.append(images.shape)
-        return (fast if images.shape == shapes[0] else eager)(images, labels, soft)
+        return (fast if images.shape == shapes[0] else eager)(images, *rest)
 
-    return in_ranks(model, penalty, step)
+    return run
 
 
 def in_ranks(model: nn.Module, penalty: Any | None, step: LossStep) -> LossStep:

@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from brfx.checkpoint import load_float
 from brfx.models import build_model
+from brfx.train import evaluate
+from brfx.train.checkpoint import state_sha256
 
 
 def brfx(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -124,9 +127,6 @@ def test_zero_epochs_calibrate_and_export(float_run, tmp_path):
 
 def test_the_real_checkpoint_is_91_73_before_anything_is_quantized(real_checkpoint, cifar10_batches):
     """`brfx evaluate` on all 10,000 images is the same call; unpacking them for the command takes longer."""
-    from brfx.checkpoint import load_float
-    from brfx.train import evaluate
-
     model = build_model("resnet20", 10)
     load_float(model, real_checkpoint)
     result = evaluate(model, cifar10_batches)
@@ -232,7 +232,7 @@ def test_debug_shows_the_traceback(tmp_path):
     assert done.returncode != 0 and "Traceback" in done.stderr
 
 
-def test_a_model_of_the_users_own(tmp_path, digits):
+def test_a_model_of_the_users_own_and_a_teacher(float_run, tmp_path):
     (tmp_path / "mine.py").write_text(
         "from torch import nn\n"
         "def make(num_classes=10):\n"
@@ -243,8 +243,16 @@ def test_a_model_of_the_users_own(tmp_path, digits):
     done = brfx("train", "--model", model, "--data", "digits", "--epochs", 2, "--output-dir", "a", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     quantize = ("quantize", "--model", model, "--data", "digits", "--ckpt", "a/best.pth", "--qat-epochs", 2)
-    done = brfx(*quantize, "--output-dir", "b", cwd=tmp_path)
+    teacher = f"resnet20={float_run / 'best.pth'}"
+    done = brfx(*quantize, "--teacher", teacher, "--output-dir", "b", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert (config["teacher"], config["train"]["distill"]) == (teacher, 0.5)
+    taught = build_model("resnet20", 10)
+    load_float(taught, float_run / "best.pth")
+    assert json.loads((tmp_path / "b" / "result.json").read_text())["teacher_sha256"] == state_sha256(taught)
+    done = brfx(*quantize, "--teacher", f"resnet32={float_run / 'best.pth'}", cwd=tmp_path)
+    assert_one_line(done, "is it another architecture than --teacher says?")
     assert_one_line(brfx("evaluate", "--ckpt", "b/model.pt", "--data", "digits", cwd=tmp_path), "no code is run")
     done = brfx("evaluate", "--ckpt", "b/model.pt", "--data", "digits", "--model", model, cwd=tmp_path)
     assert done.stdout.startswith("W2A2 top-1")

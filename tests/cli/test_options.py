@@ -1,0 +1,98 @@
+"""From what is typed to settings: flags over --config over --recipe over defaults."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+from brfx_cli.main import cli
+
+from brfx import job as jobs
+from brfx.config import TrainConfig
+from brfx.errors import ConfigError
+
+
+class Reached(Exception):
+    """The library was called."""
+
+
+@pytest.fixture
+def job_of(monkeypatch, capsys):
+    """The settings that a command line gives the library."""
+
+    def run(command, *arguments):
+        found = []
+
+        def call(job, *rest, **options):
+            found.append(job)
+            raise Reached
+
+        monkeypatch.setattr(jobs, {"train": "train_float"}.get(command, command), call)
+        with pytest.raises(Reached):
+            cli([command, *map(str, arguments)], standalone_mode=False)
+        return found[0]
+
+    return run
+
+
+def test_defaults_are_those_of_the_fields(job_of):
+    job = job_of("quantize")
+    assert asdict(job) == asdict(type(job)(command="quantize"))
+    job = job_of("quantize", "--qat-epochs", 10, "--lr", 0.5)
+    assert job.train == TrainConfig(epochs=10, lr=0.5) and (job.train.warmup_epochs, job.train.step_lr) == (3, 0.5)
+    assert job_of("train").train.keep == "best" and job.train.keep == "last"
+
+
+def test_flags_win_over_the_config_and_that_over_the_recipe(job_of, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('model = "resnet20"\nlambda_br = 3.0\n[train]\nlr = 0.3\nmomentum = 0.5\n[qat]\nact_bits = 4\n')
+    job = job_of("quantize", "--recipe", "seed", "--config", path, "--lr", 0.7, "--keep", "last", "--clip-value", "6")
+    assert (job.lambda_br_act, job.train.seed, job.batch_size, job.qat.weight_bits) == (1.0, 42, 128, 2)  # the recipe's
+    assert (job.model, job.lambda_br, job.train.momentum, job.qat.act_bits) == ("resnet20", 3.0, 0.5, 4)  # the file's
+    assert (job.train.lr, job.train.step_lr, job.qat.clip_value) == (0.7, 0.7, 6.0)  # the flags'
+    assert job.freeze_weight_alpha and job.freeze_act_alpha
+    assert job_of("quantize", "--recipe", "fast", "--freeze-alpha").freeze_act_alpha
+    job = job_of("quantize", "--config", path, "--bits", 3)
+    assert (job.qat.weight_bits, job.qat.act_bits) == (3, 3)
+
+
+def test_a_default_that_is_typed_wins_too(job_of):
+    """64 is the flag's default: only that it was typed tells it from one that was not."""
+    assert job_of("quantize", "--recipe", "seed", "--batch-size", 64).batch_size == 64
+
+
+def test_a_runs_config_json_begins_a_new_run(job_of, tmp_path):
+    first = job_of("quantize", "--recipe", "lsq-paper", "--model", "resnet20", "--ckpt", "a.pth", "--output-dir", "x")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(asdict(first) | {"versions": {"brfx": "1"}}, default=str))
+    again = job_of("quantize", "--config", path, "--output-dir", "new")
+    assert asdict(again) == asdict(first) | {"output_dir": again.output_dir} and str(again.output_dir) == "new"
+    shorter = job_of("quantize", "--config", path, "--qat-epochs", 9).train
+    assert (shorter.epochs, shorter.warmup_epochs, shorter.lr) == (9, 0, 0.01)
+    for change, arguments, message in [
+        ({"command": "train"}, (), "is of `brfx train`, not of `brfx quantize`"),
+        ({}, ("--recipe", "fast"), "so --recipe fast would change none"),
+        ({"model": "evil.py:make"}, (), "its model is code, which runs only if you name it: --model evil.py:make"),
+        ({"teacher": "evil.py:make=b.pth", "train": {"distill": 1}}, (), "its teacher is code"),
+    ]:
+        path.write_text(json.dumps(asdict(first) | change, default=str))
+        with pytest.raises(ConfigError, match=message):
+            cli(["quantize", "--config", str(path), *arguments], standalone_mode=False)
+
+
+def test_a_teacher_has_a_share_of_its_own(job_of):
+    named = ("quantize", "--teacher", "resnet56=big.pth")
+    assert (job_of(*named).train.distill, job_of(*named, "--distill", 0.2).train.distill) == (0.5, 0.2)
+    for arguments, message in [
+        ((*named, "--distill", "0"), "--teacher says nothing at --distill 0"),
+        (("quantize", "--teacher", "resnet56"), "teacher='resnet56': takes NAME=FILE"),
+        (("quantize", "--teacher", "=a.pth"), "takes NAME=FILE"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            cli(list(arguments), standalone_mode=False)
+
+
+def test_recipes_are_listed_and_printed(capsys):
+    cli(["recipes"], standalone_mode=False)
+    assert capsys.readouterr().out.split() == ["accurate", "br-paper", "fast", "lsq-paper", "seed"]
+    cli(["recipes", "lsq-paper"], standalone_mode=False)
+    assert "\nlr = 0.01\n" in capsys.readouterr().out
