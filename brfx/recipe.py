@@ -32,12 +32,15 @@ class Settings:
         """These settings, and ``above`` where both say something.
 
         What follows from another setting by default follows ``above``: weights' and activations' bits its ``bits``; the
-        warm-up its ``epochs`` and the steps' rate its ``lr``, unless they are others here than would follow.
+        warm-up its ``epochs`` and the steps' rate its ``lr``, unless they are others here than would follow; the share
+        of distillation its ``teacher``, if it is 0 here.
         """
         qat, train = dict(self.qat), dict(self.train)
         if "bits" in above.qat:
             for name in ("weight_bits", "act_bits"):
                 qat.pop(name, None)
+        if "teacher" in above.job and not train.get("distill"):
+            train.pop("distill", None)
         default = TrainConfig(**{name: train[name] for name in ("epochs", "lr") if name in train})
         for base, following in (("epochs", "warmup_epochs"), ("lr", "step_lr")):
             if base in above.train and train.get(following) == getattr(default, following):

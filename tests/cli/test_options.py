@@ -82,6 +82,7 @@ def test_a_runs_config_json_begins_a_new_run(job_of, tmp_path):
 def test_a_teacher_has_a_share_of_its_own(job_of):
     named = ("quantize", "--teacher", "resnet56=big.pth")
     assert (job_of(*named).train.distill, job_of(*named, "--distill", 0.2).train.distill) == (0.5, 0.2)
+    assert job_of(*named, "--recipe", "fast").train.distill == 0.5  # which has 0, and no teacher
     for arguments, message in [
         ((*named, "--distill", "0"), "--teacher says nothing at --distill 0"),
         (("quantize", "--teacher", "resnet56"), "teacher='resnet56': takes NAME=FILE"),

@@ -87,6 +87,7 @@ def train(digits, run_dir, *, data="own", callbacks=(), resume=False, **changes)
         pytest.param({"precision": "bf16"}, marks=pytest.mark.slow),
         pytest.param({"channels_last": False}, marks=pytest.mark.slow),
         pytest.param({"compile": "kernels"}, marks=pytest.mark.slow),
+        pytest.param({"compile": "kernels", "distill": 0.5}, marks=pytest.mark.slow),
         pytest.param({"compile": "on"}, marks=pytest.mark.slow),
     ],
     ids=lambda settings: ",".join(f"{name}={value}" for name, value in settings.items()),

@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import brfx
-from brfx.train import fit
+from brfx.train import fit, loop
 from brfx.train.checkpoint import state_sha256
-from brfx.train.step import build_teacher, objective
+from brfx.train.step import build_teacher, how_to_compile, loss_step, objective
 
 from .helpers import small_net
 
@@ -59,6 +59,19 @@ def test_it_is_run_once_a_batch_in_eval_mode_and_keeps_its_state():
     result = fit(small_net(), batches(), None, brfx.TrainConfig(epochs=2, compile="off", distill=0.5), teacher=teacher)
     assert teacher.calls == 6
     assert result.teacher_sha256 == state_sha256(teacher) == before
+
+
+@pytest.mark.parametrize("compile", ["off", "kernels", "on"])
+def test_fit_compiles_it_where_the_step_is_once_for_both_stages(monkeypatch, compile):
+    asked = []
+    monkeypatch.setattr(loop, "build_step", lambda *args, **options: loss_step(*args[:2], loss=options["loss"]))
+    monkeypatch.setattr(loop, "build_teacher", lambda *args: asked.append(args) or torch.no_grad()(args[0]))
+    qmodel = brfx.prepare_qat(small_net())
+    brfx.calibrate(qmodel, batches())
+    config = brfx.TrainConfig(epochs=2, warmup_epochs=1, compile=compile, distill=0.5)
+    result = fit(qmodel, batches(), None, config, penalty=brfx.BinPenalty(qmodel), teacher=small_net())
+    assert [how for _, how, _ in asked] == [result.compiled]
+    assert result.compiled == how_to_compile(compile, 6, "cpu")
 
 
 def test_its_share_of_the_loss_is_what_is_trained():
