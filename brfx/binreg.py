@@ -212,7 +212,7 @@ def _count(code: Tensor, grid: Grid) -> Tensor:
 
 def _index(code: Tensor, grid: Grid) -> Tensor:
     """Which code of many each is; NaN is taken for the first, so that it comes out as NaN and not as an error."""
-    return torch.where(code == code, code - grid.low, 0.0).long()
+    return torch.where(code == code, (code - grid.low) / grid.codes.step, 0.0).long()
 
 
 def _reduce(code: Tensor, squares: Tensor, grid: Grid, by_row: bool) -> tuple[Tensor, Tensor]:
@@ -308,7 +308,7 @@ class BinRegularizer:
         """Where the loss comes from; the two parts are computed from means and variances, as in the paper."""
         grid, values, step = self.grid, values.double(), step.double()
         code, distance = _distances(values, step, grid, self.clamp)
-        index = ((code - grid.low) / grid.codes.step).long().flatten()
+        index = _index(code, grid).flatten()
         counts = torch.bincount(index, minlength=len(grid.codes))
         used = counts > 0
         total = torch.zeros(len(counts)).to(distance).index_add_(0, index, distance.flatten())

@@ -53,6 +53,7 @@ class Grid:
 
     def encode(self, values: Tensor, step: Tensor, *, least: float = -math.inf) -> Tensor:
         """The code of each value, as floats: ``round(clip(v / step, Qn, Qp))``; binary: the sign, with +1 at zero.
+        NaN has no code and comes out as NaN.
 
         Args:
             values: any shape.
@@ -60,7 +61,7 @@ class Grid:
             least: no value is below it. From 0 on none is below the grid, and nothing is compared there.
         """
         if self.binary:
-            return torch.where(values >= 0, 1.0, -1.0).to(values.dtype)
+            return torch.where(values >= 0, 1.0, torch.where(values < 0, -1.0, values))
         low = self.low if least < 0 else None
         return (values / step.clamp(min=MIN_STEP)).clamp(low, self.high).round()
 
