@@ -11,6 +11,8 @@ A bin's term *is* the mean over the bin of ``(v - k*step)^2``, so that
 
 which is what is computed: n and S of every bin in one pass over the values, then a sum over bins.
 ``tests/test_binreg.py`` holds the two forms equal.
+
+A second form divides each bin's S by 2 instead, whatever the bin holds (:func:`same_for_each`).
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class _BinSums(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, step: Tensor, grid: Grid, clamp: bool, by_row: bool) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(values, step)
         ctx.settings = (grid, clamp, by_row)
-        code, distance = _distances(values, step, grid, clamp)
+        code, distance = distances(values, step, grid, clamp=clamp)
         counts, squares = _reduce(code, distance.square(), grid, by_row)
         ctx.mark_non_differentiable(counts)
         return counts, squares
@@ -48,7 +50,7 @@ class _BinSums(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values, step = ctx.saved_tensors
         grid, clamp, by_row = ctx.settings
-        code, distance = _distances(values, step, grid, clamp)
+        code, distance = distances(values, step, grid, clamp=clamp)
         if by_row:  # rows may be filled up with NaN; a comparison vectorizes where nan_to_num does not
             code, distance = (torch.where(part == part, part, 0.0) for part in (code, distance))
         return *_pull(code, distance, step if ctx.needs_input_grad[1] else None, grads[1], grid), None, None, None
@@ -74,7 +76,7 @@ class _LateBinSums(torch.autograd.Function):
         grid, floor, ceiling = ctx.settings
         _, of_squares, of_loss = grads
         seen = reread(values, step, grid, floor, ceiling)
-        distance = seen.within - seen.code * step.clamp(min=MIN_STEP)
+        distance = seen.within - _in_steps(seen.code, grid) * step.clamp(min=MIN_STEP)
         pull, of_step = _pull(seen.code, distance, step if ctx.needs_input_grad[1] else None, of_squares, grid)
         loss = sum_by_channel(distance * pull).sum() / (2 * of_loss)
         told = torch.where(of_loss == 0, 0.0, loss).to(ctx.dtype)
@@ -128,6 +130,16 @@ def bin_loss(counts: Tensor, squares: Tensor) -> Tensor:
     return (squares / counts.clamp(min=1)).sum()
 
 
+def same_for_each(counts: Tensor, samples: int = 1) -> Tensor:
+    """What to divide the bins' squares by in the place of their ``counts``, so that :func:`bin_loss` is
+
+        sum_i (v_i - k_i * step)^2 / (2 * samples)
+
+    and its gradient to each value ``(v - k*step) / samples``, however many values are in the bin and the tensor.
+    """
+    return torch.full_like(counts, 2 * samples)
+
+
 #: Tensors of up to so many values are laid out in one array of rows; larger ones are worth kernels of their own.
 _SMALL, _COLUMNS = 1 << 17, 1024
 
@@ -169,13 +181,19 @@ def _rows(tensors: list[Tensor], rows: list[int], fill: float) -> Tensor:
     return torch.cat(flat).view(-1, _COLUMNS)
 
 
-def _distances(values: Tensor, step: Tensor, grid: Grid, clamp: bool) -> tuple[Tensor, Tensor]:
-    """Each value's code, and its signed distance to that code's level."""
+def distances(values: Tensor, step: Tensor, grid: Grid, *, clamp: bool = False) -> tuple[Tensor, Tensor]:
+    """Each value's code, and its signed distance to that code's level, 0 beyond the outermost levels with ``clamp``."""
     code, step = grid.encode(values, step), step.clamp(min=MIN_STEP)
-    distance = values - code * step
+    distance = values - _in_steps(code, grid) * step
     if clamp:
-        distance = torch.where((values < grid.low * step) | (values > grid.high * step), 0.0, distance)
+        low, high = (_in_steps(outermost, grid) * step for outermost in (grid.low, grid.high))
+        distance = torch.where((values < low) | (values > high), 0.0, distance)
     return code, distance
+
+
+def _in_steps(code: Any, grid: Grid) -> Any:
+    """The level of a code, or of a tensor of codes, in units of the step."""
+    return code
 
 
 def _pull(
@@ -184,7 +202,7 @@ def _pull(
     """The gradients of values and step from those of the bins' squares."""
     pull = once(2 * of_squares) if of_squares.dim() == 1 else 2 * of_squares
     grad_values = distance * _look_up(pull, code, grid).to(distance.dtype)
-    return grad_values, None if step is None else -(code * grad_values).sum_to_size(step.shape)
+    return grad_values, None if step is None else -(_in_steps(code, grid) * grad_values).sum_to_size(step.shape)
 
 
 def _sums_dtype(values: Tensor) -> torch.dtype:
@@ -307,7 +325,7 @@ class BinRegularizer:
     def diagnose(self, values: Tensor, step: Tensor) -> BinDiagnosis:
         """Where the loss comes from; the two parts are computed from means and variances, as in the paper."""
         grid, values, step = self.grid, values.double(), step.double()
-        code, distance = _distances(values, step, grid, self.clamp)
+        code, distance = distances(values, step, grid, clamp=self.clamp)
         index = _index(code, grid).flatten()
         counts = torch.bincount(index, minlength=len(grid.codes))
         used = counts > 0

@@ -215,6 +215,9 @@ def matches(pattern: str, name: str, kind: str) -> bool:
 
 OPTIMIZERS = ("sgd", "adamw")
 STARTS = ("lsq", "mse")
+#: Forms of the bin regularizers, each with the lambdas of weights and activations where none are given. The paper's are
+#: published; 0.001 for each value closes some 95 % of the distances in the 70 last of 100 epochs of 700 batches.
+BR_FORMS = {"mean": (0.1, 0.01), "per_value": (0.001, 0.0)}
 COMPILE = ("auto", "on", "kernels", "off")
 PRECISION = ("fp32", "bf16", "fp16")
 ON_NONFINITE = ("stop", "skip")
@@ -332,7 +335,10 @@ class JobConfig:
         skip_bad_images: leave out images of a folder that cannot be read.
         qat: what to quantize.
         train: how to train.
-        lambda_br, lambda_br_act: weights of the two bin regularizers; 0 switches one off.
+        br_form: what each value of a bin counts, see :class:`brfx.BinPenalty`: ``"mean"`` (as published) or
+            ``"per_value"``.
+        lambda_br, lambda_br_act: weights of the two bin regularizers; 0 switches one off. Default 0.1 and 0.01; in the
+            per-value form 0.001 and 0.
         br_backprop_to_alpha_act: let the activations' regularizer train the activation steps.
         freeze_weight_alpha, freeze_act_alpha: freeze those steps when regularization starts.
         start: rule by which the steps start, see :func:`brfx.calibrate`.
@@ -361,8 +367,9 @@ class JobConfig:
     skip_bad_images: bool = False
     qat: QATConfig = field(default_factory=QATConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    lambda_br: float = 0.1
-    lambda_br_act: float = 0.01
+    br_form: str = "mean"
+    lambda_br: float | None = None
+    lambda_br_act: float | None = None
     br_backprop_to_alpha_act: bool = False
     freeze_weight_alpha: bool = False
     freeze_act_alpha: bool = False
@@ -383,6 +390,13 @@ class JobConfig:
         for name in ("batch_size", "calibration_batches"):
             if not getattr(self, name) >= 1:
                 raise ConfigError(f"{name}={_shown(getattr(self, name))}: takes 1 or more")
+        if self.br_form not in BR_FORMS:
+            raise ConfigError(f"br_form={_shown(self.br_form)}: takes {' or '.join(BR_FORMS)}")
+        if self.br_form == "per_value" and self.br_backprop_to_alpha_act:
+            raise ConfigError("--br-backprop-to-alpha-act: --br-form per_value trains no step: give one of the two")
+        for name, default in zip(("lambda_br", "lambda_br_act"), BR_FORMS[self.br_form], strict=True):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
         for name in ("lambda_br", "lambda_br_act", "workers"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={_shown(getattr(self, name))}: takes 0 or more")

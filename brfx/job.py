@@ -245,7 +245,8 @@ def banner(job: JobConfig) -> list[str]:
             lines.append(f"{name}: FP32")
             continue
         grid = Grid(bits, signed)
-        regularized = f"BR lambda {weight:g}" if weight and job.train.epochs else "no BR"
+        form = " per value" if job.br_form == "per_value" else ""
+        regularized = f"BR lambda {weight:g}{form}" if weight and job.train.epochs else "no BR"
         lines.append(f"{name}: {len(grid.codes)} levels, {grid}, s learned by LSQ; {regularized}")
     return lines
 
@@ -255,8 +256,9 @@ def _penalty(job: JobConfig, qmodel: nn.Module) -> BinPenalty | None:
         return None
     return BinPenalty(
         qmodel,
-        weight=job.lambda_br,
-        act=job.lambda_br_act,
+        weight=job.lambda_br or 0.0,
+        act=job.lambda_br_act or 0.0,
+        form=job.br_form,
         act_gradient_to_step=job.br_backprop_to_alpha_act,
         freeze_weight_steps=job.freeze_weight_alpha,
         freeze_act_steps=job.freeze_act_alpha,

@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from brfx.config import (
+    BR_FORMS,
     COMPILE,
     ON_NONFINITE,
     OPTIMIZERS,
@@ -177,8 +178,24 @@ quantizer_options = combine(
 )
 
 penalty_options = combine(
-    _job("--lambda-br", "lambda_br", type=float, help="Weight of the weights' bin regularizer; 0: off."),
-    _job("--lambda-br-act", "lambda_br_act", type=float, help="Weight of the activations' bin regularizer; 0: off."),
+    _job(
+        "--lambda-br",
+        "lambda_br",
+        type=float,
+        help="Weight of the weights' bin regularizer; 0: off.  [default: 0.1, per value 0.001]",
+    ),
+    _job(
+        "--lambda-br-act",
+        "lambda_br_act",
+        type=float,
+        help="Weight of the activations' bin regularizer; 0: off.  [default: 0.01, per value 0]",
+    ),
+    _job(
+        "--br-form",
+        "br_form",
+        type=click.Choice(list(BR_FORMS)),
+        help="Bins count equally, as published, or each value is pulled alike whatever its bin holds.",
+    ),
     _train("--qat-epochs", name="epochs", type=int, help="Epochs, warm-up included; 0: calibrate and export only."),
     _train(
         "--warmup-epochs",

@@ -219,3 +219,14 @@ def test_any_toml_is_a_config_or_a_config_error(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "fuzz.toml"
     path.write_bytes(content)
     make(lambda: QATConfig(**read_qat_config(path)), {})
+
+
+def test_lambdas_that_are_not_given_are_those_of_the_form():
+    found = [JobConfig(command="quantize", br_form=form) for form in ("mean", "per_value")]
+    assert [(job.lambda_br, job.lambda_br_act) for job in found] == [(0.1, 0.01), (0.001, 0.0)]
+    given = JobConfig(command="quantize", br_form="per_value", lambda_br=0.0, lambda_br_act=1e-5)
+    assert (given.lambda_br, given.lambda_br_act) == (0.0, 1e-5)
+    with pytest.raises(ConfigError, match="br_form='sum': takes mean or per_value"):
+        JobConfig(command="quantize", br_form="sum")
+    with pytest.raises(ConfigError, match="--br-form per_value trains no step"):
+        JobConfig(command="quantize", br_form="per_value", br_backprop_to_alpha_act=True)

@@ -86,7 +86,7 @@ def test_binary_weights_train_with_both_regularizers(digits):
         result = fit(qmodel, *loaders(digits), config, penalty=penalty if regularized else None)
         assert all(parameter.isfinite().all() for parameter in qmodel.parameters())
         assert result.history[-1].val_accuracy > 0.6
-        ends.append(float(penalty.weight_loss()))
+        ends.append(penalty.weight_loss().item())
     assert 0 < ends[True] < 0.5 * ends[False]
 
 
