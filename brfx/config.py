@@ -390,13 +390,7 @@ class JobConfig:
         for name in ("batch_size", "calibration_batches"):
             if not getattr(self, name) >= 1:
                 raise ConfigError(f"{name}={_shown(getattr(self, name))}: takes 1 or more")
-        if self.br_form not in BR_FORMS:
-            raise ConfigError(f"br_form={_shown(self.br_form)}: takes {' or '.join(BR_FORMS)}")
-        if self.br_form == "per_value" and self.br_backprop_to_alpha_act:
-            raise ConfigError("--br-backprop-to-alpha-act: --br-form per_value trains no step: give one of the two")
-        for name, default in zip(("lambda_br", "lambda_br_act"), BR_FORMS[self.br_form], strict=True):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
+        self._complete_lambdas()
         for name in ("lambda_br", "lambda_br_act", "workers"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={_shown(getattr(self, name))}: takes 0 or more")
@@ -408,6 +402,16 @@ class JobConfig:
             raise ConfigError(f"std={_shown(self.std)}: takes three numbers above 0")
         if self.image_size is not None and self.image_size < 1:
             raise ConfigError(f"image_size={_shown(self.image_size)}: takes 1 or more pixels")
+
+    def _complete_lambdas(self) -> None:
+        """Lambdas that are not given are the form's."""
+        if self.br_form not in BR_FORMS:
+            raise ConfigError(f"br_form={_shown(self.br_form)}: takes {' or '.join(BR_FORMS)}")
+        if self.br_form == "per_value" and self.br_backprop_to_alpha_act:
+            raise ConfigError("--br-backprop-to-alpha-act: --br-form per_value trains no step: give one of the two")
+        for name, default in zip(("lambda_br", "lambda_br_act"), BR_FORMS[self.br_form], strict=True):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
 
 
 def read_job_config(run_dir: Path) -> JobConfig:
