@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from brfx.observing import observe
     from brfx.penalty import BinPenalty
     from brfx.pipeline import prepare_qat
+    from brfx.statistics import WeightStatistics
     from brfx.train import evaluate, fit
 
 _HOMES = {
@@ -26,6 +27,7 @@ _HOMES = {
     "BrfxError": "brfx.errors",
     "QATConfig": "brfx.config",
     "TrainConfig": "brfx.config",
+    "WeightStatistics": "brfx.statistics",
     "audit": "brfx.auditing",
     "build_model": "brfx.models",
     "calibrate": "brfx.calibration",
@@ -57,6 +59,7 @@ __all__ = [  # noqa: RUF022  (in the order of use)
     "evaluate",
     "BinPenalty",
     "BinRegularizer",
+    "WeightStatistics",
     "snap_biases",
     "save",
     "load",

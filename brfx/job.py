@@ -29,6 +29,7 @@ from brfx.models import CIFAR_RESNETS, build_model, example_inputs, require_mode
 from brfx.penalty import BinPenalty
 from brfx.pipeline import prepare_qat
 from brfx.ranks import from_first, rank, ranks, share_state, together
+from brfx.statistics import WeightStatistics
 from brfx.train import Callback, Evaluation, FitResult, TensorBoard, evaluate, fit, reestimate_batch_norm
 from brfx.train.batch_norm import small_batches_named
 from brfx.train.checkpoint import FOLDER, Checkpoints, has_checkpoints, write_text_atomically, written_into
@@ -119,6 +120,7 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
                 val_data,
                 job.train,
                 penalty=_penalty(job, qmodel),
+                statistics=WeightStatistics(qmodel, after=job.train.warmup_epochs or 0),
                 teacher=model if job.train.distill else None,
                 run_dir=run_dir,
                 resume=resume,

@@ -71,6 +71,16 @@ class Penalty(Protocol):
     def begin(self) -> None: ...
 
 
+class Statistics(Protocol):
+    """Figures of the model's weights after each epoch, and what the next ones are measured against, as plain data and
+    tensors. :class:`brfx.WeightStatistics` is one."""
+
+    def begin(self) -> None: ...
+    def __call__(self, epoch: int, batches: int) -> dict[str, dict[str, float | None]]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 def fit(
     model: nn.Module,
     train_data: Batches,
@@ -79,6 +89,7 @@ def fit(
     *,
     penalty: Penalty | None = None,
     teacher: nn.Module | None = None,
+    statistics: Statistics | None = None,
     run_dir: Path | None = None,
     resume: bool = False,
     callbacks: Iterable[Callback] = (),
@@ -97,6 +108,8 @@ def fit(
         config: the settings.
         penalty: a module around ``model`` whose total joins the loss after ``config.warmup_epochs``.
         teacher: the FP32 model to distill from, with ``config.distill`` above 0; it is run in eval mode.
+        statistics: asked at the end of each epoch, of the weights that are validated; ``EpochMetrics.weights`` has what
+            it told.
         run_dir: where ``metrics.jsonl``, ``best.pth``, ``last.pth`` and ``checkpoints/`` are written; nothing is when
             ``None``.
         resume: go on from the newest whole checkpoint in ``run_dir``; where there is none, start from ``model``.
@@ -125,11 +138,13 @@ def fit(
     if not len(train_data):
         raise DataError("there is no training batch: are there fewer images than --batch-size?")
     seed_everything(config.seed)
-    run = _Run(model, train_data, config, penalty, teacher, run_dir, tuple(callbacks))
+    run = _Run(model, train_data, config, penalty, teacher, statistics, run_dir, tuple(callbacks))
     if resume:
         run.resume()
     elif run_dir is not None and has_checkpoints(run_dir):
         raise ConfigError(f"{run_dir}: holds a run that can be resumed: resume it, or give another folder")
+    if statistics is not None and (run.epoch, run.batch) == (1, 0):
+        statistics.begin()
     with stop_requests() as stop, lost_ranks_named(), batch_norms_synced(model), memory_kept():
         while run.epoch <= config.epochs:
             stage = "plain" if penalty is None else "penalty" if run.epoch > warmup else "warm-up"
@@ -149,6 +164,7 @@ class _Run:
         config: TrainConfig,
         penalty: Penalty | None,
         teacher: nn.Module | None,
+        statistics: Statistics | None,
         run_dir: Path | None,
         callbacks: tuple[Callback, ...],
     ) -> None:
@@ -157,7 +173,7 @@ class _Run:
             if module is not None:
                 module.to(config.device, memory_format=self.layout)  # type: ignore[call-overload]
         self.model, self.data, self.config, self.penalty, self.run_dir = model, data, config, penalty, run_dir
-        self.callbacks = callbacks
+        self.callbacks, self.statistics = callbacks, statistics
         self.teacher = None if teacher is None else teacher.eval()
         self.checkpoints = None if run_dir is None else Checkpoints(run_dir / FOLDER, config.keep_checkpoints)
         self.batches = len(data)
@@ -200,6 +216,7 @@ class _Run:
             "best": self.best,
             "best_weights": self.best_weights,
             "skipped": self.skipped,
+            "statistics": None if self.statistics is None else self.statistics.state_dict(),
         }
 
     def resume(self) -> None:
@@ -233,6 +250,8 @@ class _Run:
                     f"{self.run_dir}: the run was begun with {name}={then[name]!r}, now it is {now[name]!r}: "
                     "resume with the settings of the start, or begin a new run"
                 )
+        if self.statistics is not None and state.get("statistics") is None:
+            raise ConfigError(f"{self.run_dir}: the run was begun without statistics: resume without them")
 
     def restore(self, state: dict[str, Any]) -> None:
         device = self.config.device
@@ -258,6 +277,8 @@ class _Run:
         self.best = float(state["best"])
         self.best_weights = {k: v.to(device) for k, v in state["best_weights"].items()}
         self.skipped = int(state["skipped"])
+        if self.statistics is not None:
+            self.statistics.load_state_dict(state["statistics"])
 
     def save(self) -> None:
         state = self.state()
@@ -432,6 +453,7 @@ class _Run:
             val_accuracy=result.accuracy,
             seconds=self.seconds,
             images_per_second=ranks() * self.sums.images / self.seconds if self.seconds else 0.0,
+            weights={} if self.statistics is None else self.statistics(self.epoch, self.batches),
         )
 
     def result(self) -> FitResult:
