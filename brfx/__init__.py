@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from brfx.config import QATConfig, TrainConfig
     from brfx.errors import BrfxError
     from brfx.export import export_onnx, export_packed, export_qonnx, export_torch, snap_biases
+    from brfx.filters import dead_filters
     from brfx.models import build_model
     from brfx.observing import observe
     from brfx.penalty import BinPenalty
@@ -31,6 +32,7 @@ _HOMES = {
     "audit": "brfx.auditing",
     "build_model": "brfx.models",
     "calibrate": "brfx.calibration",
+    "dead_filters": "brfx.filters",
     "evaluate": "brfx.train",
     "export_onnx": "brfx.export",
     "export_packed": "brfx.export",
@@ -50,6 +52,7 @@ __all__ = [  # noqa: RUF022  (in the order of use)
     "QATConfig",
     "prepare_qat",
     "calibrate",
+    "dead_filters",
     "audit",
     "observe",
     "quantization_disabled",

@@ -76,7 +76,7 @@ class _LateBinSums(torch.autograd.Function):
         grid, floor, ceiling = ctx.settings
         _, of_squares, of_loss = grads
         seen = reread(values, step, grid, floor, ceiling)
-        distance = seen.within - _in_steps(seen.code, grid) * step.clamp(min=MIN_STEP)
+        distance = seen.within - in_steps(seen.code, grid) * step.clamp(min=MIN_STEP)
         pull, of_step = _pull(seen.code, distance, step if ctx.needs_input_grad[1] else None, of_squares, grid)
         loss = sum_by_channel(distance * pull).sum() / (2 * of_loss)
         told = torch.where(of_loss == 0, 0.0, loss).to(ctx.dtype)
@@ -184,14 +184,14 @@ def _rows(tensors: list[Tensor], rows: list[int], fill: float) -> Tensor:
 def distances(values: Tensor, step: Tensor, grid: Grid, *, clamp: bool = False) -> tuple[Tensor, Tensor]:
     """Each value's code, and its signed distance to that code's level, 0 beyond the outermost levels with ``clamp``."""
     code, step = grid.encode(values, step), step.clamp(min=MIN_STEP)
-    distance = values - _in_steps(code, grid) * step
+    distance = values - in_steps(code, grid) * step
     if clamp:
-        low, high = (_in_steps(outermost, grid) * step for outermost in (grid.low, grid.high))
+        low, high = (in_steps(outermost, grid) * step for outermost in (grid.low, grid.high))
         distance = torch.where((values < low) | (values > high), 0.0, distance)
     return code, distance
 
 
-def _in_steps(code: Any, grid: Grid) -> Any:
+def in_steps(code: Any, grid: Grid) -> Any:
     """The level of a code, or of a tensor of codes, in units of the step."""
     return code
 
@@ -202,7 +202,7 @@ def _pull(
     """The gradients of values and step from those of the bins' squares."""
     pull = once(2 * of_squares) if of_squares.dim() == 1 else 2 * of_squares
     grad_values = distance * _look_up(pull, code, grid).to(distance.dtype)
-    return grad_values, None if step is None else -(_in_steps(code, grid) * grad_values).sum_to_size(step.shape)
+    return grad_values, None if step is None else -(in_steps(code, grid) * grad_values).sum_to_size(step.shape)
 
 
 def _sums_dtype(values: Tensor) -> torch.dtype:

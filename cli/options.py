@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from brfx.config import (
     BR_FORMS,
     COMPILE,
+    DEAD_FILTERS,
     ON_NONFINITE,
     OPTIMIZERS,
     PLACEMENTS,
@@ -207,6 +208,12 @@ penalty_options = combine(
     _train("--temperature", name="temperature", type=float, help="Of distillation."),
     _job(
         "--start", "start", type=click.Choice(STARTS), help="Steps start by LSQ's formula, or at least squared error."
+    ),
+    _job(
+        "--dead-filters",
+        "dead_filters",
+        type=click.Choice(DEAD_FILTERS),
+        help="Filters that let nothing pass: keep, revive (new weights), or ignore where steps are fitted.",
     ),
     click.option("--freeze-alpha", is_flag=True, help="Freeze all steps when regularization starts."),
     _job("--freeze-weight-alpha", "freeze_weight_alpha", is_flag=True, help="Only the weights' steps."),

@@ -228,5 +228,7 @@ def test_lambdas_that_are_not_given_are_those_of_the_form():
     assert (given.lambda_br, given.lambda_br_act) == (0.0, 1e-5)
     with pytest.raises(ConfigError, match="br_form='sum': takes mean or per_value"):
         JobConfig(command="quantize", br_form="sum")
+    with pytest.raises(ConfigError, match="dead_filters='cut': takes keep or revive or ignore"):
+        JobConfig(command="quantize", dead_filters="cut")
     with pytest.raises(ConfigError, match="--br-form per_value trains no step"):
         JobConfig(command="quantize", br_form="per_value", br_backprop_to_alpha_act=True)

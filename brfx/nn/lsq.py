@@ -203,8 +203,14 @@ class LSQQuantizer(nn.Module):
 class LSQWeightQuantizer(LSQQuantizer):
     """Signed quantizer of a weight; ``g = 1 / sqrt(N * Qp)`` with N the number of weights that share a step."""
 
+    #: While calibration runs, which weights its one step is not fitted to.
+    left_out: Tensor | None = None
+
     def __init__(self, bits: int, *, step_shape: tuple[int, ...] = ()) -> None:
         super().__init__(bits, signed=True, step_shape=step_shape)
+
+    def _calibrate(self, values: Tensor) -> None:
+        super()._calibrate(values if self.left_out is None else values[~self.left_out])
 
     def quantize(self, values: Tensor) -> Tensor:
         shared = values.numel() // self.step.numel()
