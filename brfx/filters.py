@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
 
 from brfx.binreg import in_steps
 from brfx.errors import ConfigError
 from brfx.graph import call_counts, module_calls
 from brfx.nn import ActivationObserver, LSQActivationQuantizer, QuantizedLayer
-from brfx.nn.norm import AnyBatchNorm
 from brfx.observing import graphs
 from brfx.operators import name_of
 from brfx.start import START_RULES
@@ -130,7 +130,7 @@ def _layers(qmodel: nn.Module) -> dict[str, Any]:
     }
 
 
-def _norms(qmodel: nn.Module) -> dict[str, tuple[nn.Module, bool]]:
+def _norms(qmodel: nn.Module) -> dict[str, tuple[AnyBatchNorm, bool]]:
     """The batch norm that alone reads a layer's output, and whether only ReLUs read what it writes; by layer."""
     found = {}
     for prefix, gm in graphs(qmodel).items():
@@ -161,9 +161,9 @@ def _module(gm: GraphModule, node: Node) -> nn.Module | None:
 
 def _filters(layer: Any, weight: Tensor) -> Tensor:
     """``weight`` with a row for each output channel."""
-    if layer.channel_dim == 0:
-        return weight.flatten(1)
-    return weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1)
+    if layer.channel_dim:
+        weight = weight.reshape(layer.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
+    return weight.flatten(1)
 
 
 def _mask(layer: Any, channels: list[int]) -> Tensor:

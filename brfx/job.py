@@ -143,8 +143,8 @@ def _calibrate(job: JobConfig, model: nn.Module, qmodel: nn.Module, dataset: Dat
         whole, _ = _loaders(job, dataset, shared=False)
         batches = [images.to(job.train.device) for images, _ in islice(iter(whole), job.calibration_batches)]
         with small_batches_named("calibration"):
-            treatment = {"dead_filters": job.dead_filters, "seed": job.train.seed}
-            calibrate(qmodel, batches, start=job.start, batch_statistics=True, **treatment)
+            settings: dict[str, Any] = {"dead_filters": job.dead_filters, "seed": job.train.seed}
+            calibrate(qmodel, batches, start=job.start, batch_statistics=True, **settings)
             reestimate_batch_norm(qmodel, batches)
     share_state(qmodel)
     accuracy = evaluate(qmodel, val_data).accuracy

@@ -236,8 +236,8 @@ def late_bins_that_train_steps(
 
 def late_per_value(quantizer: LSQActivationQuantizer, values: Tensor, told: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`per_value` of an activation, with squares that are summed in backward."""
-    counts, *late = late_bins(quantizer, values, told)
-    return same_for_each(counts, len(values)), *late
+    counts, squares, zero = late_bins(quantizer, values, told)
+    return same_for_each(counts, len(values)), squares, zero
 
 
 def _late_bins(

@@ -61,7 +61,10 @@ class WeightStatistics:
         training = self.qmodel.training
         self.qmodel.eval()  # a weight that is computed when it is read, such as spectral norm's, is not moved by that
         try:
-            return {name: self._figures(name, *pair, epoch, batches) for name, *pair in quantized_weights(self.qmodel)}
+            return {
+                name: self._figures(name, weight, quantizer, epoch, batches)
+                for name, weight, quantizer in quantized_weights(self.qmodel)
+            }
         finally:
             self.qmodel.train(training)
 
@@ -95,11 +98,11 @@ def quantized_weights(qmodel: nn.Module) -> Iterator[tuple[str, Tensor, LSQWeigh
                 if quantizer.calibrated:
                     yield name if len(pairs) == 1 else f"{name}.{names[quantizer]}", weight, quantizer
     for prefix, gm in graphs(qmodel).items():
-        for node, quantizer in module_calls(gm):
-            if isinstance(quantizer, LSQWeightQuantizer) and quantizer.calibrated:
+        for node, module in module_calls(gm):
+            if isinstance(module, LSQWeightQuantizer) and module.calibrated:
                 read = _constant(gm, node.all_input_nodes[0])
                 if read is not None:
-                    yield f"{prefix}.{node.target}".lstrip("."), read, quantizer
+                    yield f"{prefix}.{node.target}".lstrip("."), read, module
 
 
 def _constant(gm: GraphModule, node: Node) -> Tensor | None:

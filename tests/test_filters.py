@@ -47,6 +47,7 @@ def with_dead_filters():
         model.up.weight[4:, 2].mul_(1e-4)  # group 1, its third: channel 6
         model.fc.weight[2].mul_(1e-4)
         for norm in (model.norm1, model.norm2):  # behind the second there is an add
+            norm.running_mean[3], norm.running_var[5] = 0.5, 1e-8
             norm.weight[5], norm.bias[5] = -1e-4, -6e-4
             norm.weight[6], norm.bias[6] = 1e-4, -4e-4
             norm.weight[7], norm.bias[7] = 1e-4, 6e-4
@@ -95,11 +96,7 @@ def test_revived_filters_are_at_the_layers_scale_and_pass_values_on(images):
         brfx.calibrate(model, [images], batch_statistics=True, dead_filters="revive", seed=seed)
         assert brfx.dead_filters(model) == {}
     after = qmodel.state_dict()
-    for name, dim, live in (
-        ("conv1", 0, [0, 1, 2, 4, 6, 7]),
-        ("conv2", 0, [0, 2, 3, 4, 5, 6, 7]),
-        ("fc", 0, [0, 1, 3]),
-    ):
+    for name, live in (("conv1", [0, 1, 2, 4, 6, 7]), ("conv2", [0, 2, 3, 4, 5, 6, 7]), ("fc", [0, 1, 3])):
         old, new = before[f"{name}.weight"], after[f"{name}.weight"]
         assert torch.equal(old[live], new[live])
         rows = [row for row in range(len(new)) if row not in live]
@@ -112,6 +109,8 @@ def test_revived_filters_are_at_the_layers_scale_and_pass_values_on(images):
     assert after["norm1.bias"][[3, 5]].tolist() == [0, 0]
     others = before["norm1.weight"][[0, 1, 2, 4, 6, 7]].abs().mean()
     torch.testing.assert_close(after["norm1.weight"][[3, 5]], others.expand(2))
+    assert after["norm1.running_mean"][[3, 5]].tolist() == [0, 0]
+    assert after["norm1.running_var"][[3, 5]].tolist() == [1, 1]
     assert after["conv2.bias"][1] == 0 and after["fc.bias"][2] == 0
     qmodel.train()(images).square().sum().backward()
     assert qmodel.conv1.weight.grad[5].abs().sum() > 0
