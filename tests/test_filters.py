@@ -69,6 +69,15 @@ def test_filters_of_zeros_and_those_that_no_relu_lets_through_are_found(images, 
     assert f"kept as they are: {described(found)}" in caplog.text
 
 
+def test_a_quantizer_that_values_below_zero_pass_is_no_relu(images):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3))
+    with torch.no_grad():
+        model[1].weight[5], model[1].bias[5] = 1e-4, -1e-2
+    qmodel = prepared(model, placement="deploy")
+    brfx.calibrate(qmodel, [images])
+    assert brfx.dead_filters(qmodel) == {}
+
+
 def test_a_dead_filter_passes_nothing_and_gets_no_gradient(images):
     qmodel = prepared(with_dead_filters())
     brfx.calibrate(qmodel, [images], batch_statistics=True)

@@ -40,7 +40,11 @@ def job(digits, tmp_path):
     return with_settings
 
 
-def test_settings_of_regularizer_and_filters_reach_the_run_and_its_figures_its_metrics(job, caplog):
+def test_settings_of_regularizer_and_filters_reach_the_run_and_its_figures_its_metrics(job, caplog, monkeypatch):
+    told_to_calibrate = {}
+    monkeypatch.setattr(
+        "brfx.job.calibrate", lambda *args, **given: told_to_calibrate.update(given) or brfx.calibrate(*args, **given)
+    )
     caplog.set_level(logging.INFO, "brfx")
     weights = {}
     for name, settings in {
