@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from brfx.config import QATConfig, TrainConfig
     from brfx.errors import BrfxError
     from brfx.export import export_onnx, export_packed, export_qonnx, export_torch, snap_biases
+    from brfx.filters import dead_filters
     from brfx.models import build_model
     from brfx.observing import observe
     from brfx.penalty import BinPenalty
     from brfx.pipeline import prepare_qat
+    from brfx.statistics import WeightStatistics
     from brfx.train import evaluate, fit
 
 _HOMES = {
@@ -26,9 +28,11 @@ _HOMES = {
     "BrfxError": "brfx.errors",
     "QATConfig": "brfx.config",
     "TrainConfig": "brfx.config",
+    "WeightStatistics": "brfx.statistics",
     "audit": "brfx.auditing",
     "build_model": "brfx.models",
     "calibrate": "brfx.calibration",
+    "dead_filters": "brfx.filters",
     "evaluate": "brfx.train",
     "export_onnx": "brfx.export",
     "export_packed": "brfx.export",
@@ -48,6 +52,7 @@ __all__ = [  # noqa: RUF022  (in the order of use)
     "QATConfig",
     "prepare_qat",
     "calibrate",
+    "dead_filters",
     "audit",
     "observe",
     "quantization_disabled",
@@ -57,6 +62,7 @@ __all__ = [  # noqa: RUF022  (in the order of use)
     "evaluate",
     "BinPenalty",
     "BinRegularizer",
+    "WeightStatistics",
     "snap_biases",
     "save",
     "load",

@@ -11,6 +11,8 @@ A bin's term *is* the mean over the bin of ``(v - k*step)^2``, so that
 
 which is what is computed: n and S of every bin in one pass over the values, then a sum over bins.
 ``tests/test_binreg.py`` holds the two forms equal.
+
+A second form divides each bin's S by 2 instead, whatever the bin holds (:func:`same_for_each`).
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class _BinSums(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, step: Tensor, grid: Grid, clamp: bool, by_row: bool) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(values, step)
         ctx.settings = (grid, clamp, by_row)
-        code, distance = _distances(values, step, grid, clamp)
+        code, distance = distances(values, step, grid, clamp=clamp)
         counts, squares = _reduce(code, distance.square(), grid, by_row)
         ctx.mark_non_differentiable(counts)
         return counts, squares
@@ -48,7 +50,7 @@ class _BinSums(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values, step = ctx.saved_tensors
         grid, clamp, by_row = ctx.settings
-        code, distance = _distances(values, step, grid, clamp)
+        code, distance = distances(values, step, grid, clamp=clamp)
         if by_row:  # rows may be filled up with NaN; a comparison vectorizes where nan_to_num does not
             code, distance = (torch.where(part == part, part, 0.0) for part in (code, distance))
         return *_pull(code, distance, step if ctx.needs_input_grad[1] else None, grads[1], grid), None, None, None
@@ -128,6 +130,16 @@ def bin_loss(counts: Tensor, squares: Tensor) -> Tensor:
     return (squares / counts.clamp(min=1)).sum()
 
 
+def same_for_each(counts: Tensor, samples: int = 1) -> Tensor:
+    """What to divide the bins' squares by in the place of their ``counts``, so that :func:`bin_loss` is
+
+        sum_i (v_i - k_i * step)^2 / (2 * samples)
+
+    and its gradient to each value ``(v - k*step) / samples``, however many values are in the bin and the tensor.
+    """
+    return torch.full_like(counts, 2 * samples)
+
+
 #: Tensors of up to so many values are laid out in one array of rows; larger ones are worth kernels of their own.
 _SMALL, _COLUMNS = 1 << 17, 1024
 
@@ -169,8 +181,8 @@ def _rows(tensors: list[Tensor], rows: list[int], fill: float) -> Tensor:
     return torch.cat(flat).view(-1, _COLUMNS)
 
 
-def _distances(values: Tensor, step: Tensor, grid: Grid, clamp: bool) -> tuple[Tensor, Tensor]:
-    """Each value's code, and its signed distance to that code's level."""
+def distances(values: Tensor, step: Tensor, grid: Grid, *, clamp: bool = False) -> tuple[Tensor, Tensor]:
+    """Each value's code, and its signed distance to that code's level, 0 beyond the outermost levels with ``clamp``."""
     code = grid.encode(values, step)
     distance = values - grid.decode(code, step)
     if clamp:
@@ -185,8 +197,7 @@ def _pull(
     """The gradients of values and step from those of the bins' squares."""
     pull = once(2 * of_squares) if of_squares.dim() == 1 else 2 * of_squares
     grad_values = distance * _look_up(pull, code, grid).to(distance.dtype)
-    level = code + grid.offset if grid.offset else code
-    return grad_values, None if step is None else -(level * grad_values).sum_to_size(step.shape)
+    return grad_values, None if step is None else -(grid.in_steps(code) * grad_values).sum_to_size(step.shape)
 
 
 def _sums_dtype(values: Tensor) -> torch.dtype:
@@ -214,7 +225,7 @@ def _count(code: Tensor, grid: Grid) -> Tensor:
 
 def _index(code: Tensor, grid: Grid) -> Tensor:
     """Which code of many each is; NaN is taken for the first, so that it comes out as NaN and not as an error."""
-    return torch.where(code == code, code - grid.low, 0.0).long()
+    return torch.where(code == code, (code - grid.low) / grid.codes.step, 0.0).long()
 
 
 def _reduce(code: Tensor, squares: Tensor, grid: Grid, by_row: bool) -> tuple[Tensor, Tensor]:
@@ -309,8 +320,8 @@ class BinRegularizer:
     def diagnose(self, values: Tensor, step: Tensor) -> BinDiagnosis:
         """Where the loss comes from; the two parts are computed from means and variances, as in the paper."""
         grid, values, step = self.grid, values.double(), step.double()
-        code, distance = _distances(values, step, grid, self.clamp)
-        index = ((code - grid.low) / grid.codes.step).long().flatten()
+        code, distance = distances(values, step, grid, clamp=self.clamp)
+        index = _index(code, grid).flatten()
         counts = torch.bincount(index, minlength=len(grid.codes))
         used = counts > 0
         total = torch.zeros(len(counts)).to(distance).index_add_(0, index, distance.flatten())

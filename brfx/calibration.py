@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -9,9 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from brfx.config import DEAD_FILTERS
 from brfx.errors import ConfigError, DataError, NotCalibratedError
-from brfx.nn import LSQQuantizer, ResidualAdd
+from brfx.filters import Filters, dead_at_start, described, leave_out, revive
+from brfx.filters import dead_filters as found_dead
+from brfx.nn import LSQQuantizer, LSQWeightQuantizer, ResidualAdd
 from brfx.start import START_RULES
+
+log = logging.getLogger(__name__)
 
 
 def quantizers(model: nn.Module) -> dict[str, LSQQuantizer]:
@@ -27,6 +33,8 @@ def calibrate(
     start: str = "mse",
     batch_statistics: bool = False,
     forward: Callable[[nn.Module, Any], Any] | None = None,
+    dead_filters: str = "keep",
+    seed: int = 0,
 ) -> None:
     """Set every step from the weights and from what ``batches`` show of the activations.
 
@@ -41,15 +49,22 @@ def calibrate(
             below 4 bits the running ones, which come from the FP32 network, no longer fit what reaches them.
         batches: model inputs; of a tuple or list the first element is taken as the input (``(images, labels)``).
         forward: for models that want more than that: ``forward(qmodel, batch)`` runs a batch, instead.
+        dead_filters: what to do about filters that let nothing pass (:func:`brfx.dead_filters`), which the log names.
+            ``"keep"``: nothing. ``"revive"``: they get new weights at the scale of the layer's others, and a batch norm
+            behind them that lets half of the values pass. ``"ignore"``: a step is fitted to the layer's others.
+        seed: of the new weights.
 
     Raises:
-        ConfigError: no such rule.
+        ConfigError: no such rule or treatment; or a filter to revive is in a layer that computes its weight.
         DataError: there was no batch.
         NotCalibratedError: a batch or a weight holds NaN or infinity, or a quantizer was never reached that does not
             depend on what Python code decides; one that does stays without a step until it is calibrated.
     """
     if start not in START_RULES:
         raise ConfigError(f"start={start!r}: takes {' or '.join(START_RULES)}")
+    if dead_filters not in DEAD_FILTERS:
+        raise ConfigError(f"dead_filters={dead_filters!r}: takes {' or '.join(DEAD_FILTERS)}")
+    dead = _treated(qmodel, dead_filters, start, seed)
     found = quantizers(qmodel)
     modes = {module: module.training for module in qmodel.modules()}
     for quantizer in found.values():
@@ -64,6 +79,8 @@ def calibrate(
     finally:
         for quantizer in found.values():
             quantizer.mode = "quantize"
+            if isinstance(quantizer, LSQWeightQuantizer):
+                quantizer.left_out = None
         for aligned in sums:
             aligned.mode = "quantize"
         for module, training in modes.items():
@@ -73,6 +90,25 @@ def calibrate(
     missed = [name for name, quantizer in found.items() if not quantizer.calibrated and not quantizer.optional]
     if missed:
         raise NotCalibratedError(f"the batches never reached {len(missed)} quantizers, the first is {missed[0]}")
+    dead = found_dead(qmodel) if dead_filters == "keep" else dead
+    if dead:
+        count = sum(map(len, dead.values()))
+        log.info("%d filters let nothing pass; %s: %s", count, _TREATED[dead_filters], described(dead))
+
+
+_TREATED = {"keep": "kept as they are", "revive": "revived", "ignore": "no step is fitted to them"}
+
+
+def _treated(qmodel: nn.Module, how: str, start: str, seed: int) -> Filters:
+    """Find dead filters at the steps that are about to be set, and prepare for these."""
+    if how == "keep":
+        return {}
+    dead = dead_at_start(qmodel, start)
+    if how == "revive":
+        revive(qmodel, dead, seed)
+    else:
+        leave_out(qmodel, dead)
+    return dead
 
 
 def _run(qmodel: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> None:

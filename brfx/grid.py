@@ -73,6 +73,7 @@ class Grid:
 
     def encode(self, values: Tensor, step: Tensor, *, least: float = -math.inf) -> Tensor:
         """The code of each value, as floats: ``round(clip(v / step - offset, Qn, Qp))``; binary: the sign, +1 at zero.
+        NaN has no code and comes out as NaN.
 
         Args:
             values: any shape.
@@ -80,7 +81,7 @@ class Grid:
             least: no value is below it. From 0 on none is below the grid, and nothing is compared there.
         """
         if self.binary:
-            return torch.where(values >= 0, 1.0, -1.0).to(values.dtype)
+            return torch.where(values >= 0, 1.0, torch.where(values < 0, -1.0, values))
         low = self.low if least < 0 else None
         return self.ratio(values, step).clamp(low, self.high).round()
 
@@ -89,9 +90,13 @@ class Grid:
         ratio = values / positive(step)
         return ratio - self.offset if self.offset else ratio
 
+    def in_steps(self, code: Tensor) -> Tensor:
+        """The level of each code, in steps: ``code + offset``."""
+        return code + self.offset if self.offset else code
+
     def decode(self, code: Tensor, step: Tensor) -> Tensor:
         """The level of each code: ``(code + offset) * step``."""
-        return (code + self.offset if self.offset else code) * positive(step)
+        return self.in_steps(code) * positive(step)
 
     def integers(self, code: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         """Integers and a scale whose product is the level of each code, bit for bit: the codes and the step, or the odd

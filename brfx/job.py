@@ -29,6 +29,7 @@ from brfx.models import CIFAR_RESNETS, build_model, example_inputs, require_mode
 from brfx.penalty import BinPenalty
 from brfx.pipeline import prepare_qat
 from brfx.ranks import from_first, rank, ranks, share_state, together
+from brfx.statistics import WeightStatistics
 from brfx.train import Callback, Evaluation, FitResult, TensorBoard, evaluate, fit, reestimate_batch_norm
 from brfx.train.batch_norm import small_batches_named
 from brfx.train.checkpoint import FOLDER, Checkpoints, has_checkpoints, write_text_atomically, written_into
@@ -120,6 +121,7 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
                 val_data,
                 job.train,
                 penalty=_penalty(job, qmodel),
+                statistics=WeightStatistics(qmodel, after=job.train.warmup_epochs or 0),
                 teacher=teacher,
                 run_dir=run_dir,
                 resume=resume,
@@ -145,7 +147,8 @@ def _calibrate(
         whole, _ = _loaders(job, dataset, shared=False)
         batches = [images.to(job.train.device) for images, _ in islice(iter(whole), job.calibration_batches)]
         with small_batches_named("calibration"):
-            calibrate(qmodel, batches, start=job.start, batch_statistics=True)
+            settings: dict[str, Any] = {"dead_filters": job.dead_filters, "seed": job.train.seed}
+            calibrate(qmodel, batches, start=job.start, batch_statistics=True, **settings)
             reestimate_batch_norm(qmodel, batches)
     share_state(qmodel)
     came_to = "" if val_data is None else f": {100 * evaluate(qmodel, val_data).accuracy:.2f} % on validation"
@@ -248,7 +251,8 @@ def banner(job: JobConfig) -> list[str]:
         if bits == 32:
             lines.append(f"{name}: FP32")
             continue
-        regularized = f"BR lambda {weight:g}" if weight and job.train.epochs else "no BR"
+        form = " per value" if job.br_form == "per_value" else ""
+        regularized = f"BR lambda {weight:g}{form}" if weight and job.train.epochs else "no BR"
         lines.append(f"{name}: {len(grid.codes)} levels, {grid}, s learned by LSQ; {regularized}")
     return lines
 
@@ -258,8 +262,9 @@ def _penalty(job: JobConfig, qmodel: nn.Module) -> BinPenalty | None:
         return None
     return BinPenalty(
         qmodel,
-        weight=job.lambda_br,
-        act=job.lambda_br_act,
+        weight=job.lambda_br or 0.0,
+        act=job.lambda_br_act or 0.0,
+        form=job.br_form,
         act_gradient_to_step=job.br_backprop_to_alpha_act,
         freeze_weight_steps=job.freeze_weight_alpha,
         freeze_act_steps=job.freeze_act_alpha,

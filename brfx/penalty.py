@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from brfx.binreg import bin_loss, bin_sums, joint_bin_sums, late_bin_sums
+from brfx.binreg import bin_loss, bin_sums, joint_bin_sums, late_bin_sums, same_for_each
 from brfx.calibration import quantizers
 from brfx.compiling import compiled
+from brfx.config import BR_FORMS
 from brfx.errors import ConfigError
 from brfx.grid import Grid, in_full
 from brfx.lean import lean_forward
@@ -41,16 +42,26 @@ class BinPenalty(nn.Module):
     Wrap *this* in DDP or ``torch.compile``, not the model inside it: the penalty reads the model's parameters, and a
     wrapper that does not see it gives every rank its own gradient.
 
+    ``form="mean"`` is the paper's: a bin counts as the mean of ``(v - k*s)^2`` over it, so that the pull on one value
+    falls with the size of its bin. ``form="per_value"`` pulls each value alike, in layers of every size: a weight's
+    loss is ``sum (v - k*s)^2 / 2``, an activation's the same as a mean over the batch, and their gradients to a value
+    are ``v - k*s`` and ``(v - k*s) / batch``. Levels stay where they are, as in Nagel et al., ICML 2022: no step gets a
+    gradient. SGD of rate lr and momentum m then closes the share ``1 - exp(-1000 * weight * lr / (1 - m))`` of a
+    weight's distance to its level in 1,000 batches, in every layer, where nothing else moves it: with m = 0.9 and the
+    rate of 0.01 that a cosine from 0.02 is on average, 10 % at a lambda of 0.001, 63 % at 0.01, 99 % at 0.05.
+
     Args:
         qmodel: what :func:`brfx.prepare_qat` returned.
-        weight: lambda of the weights' regularizer (``--lambda-br``); its gradient reaches the weight steps.
+        weight: lambda of the weights' regularizer (``--lambda-br``); in the mean form its gradient reaches the weight
+            steps.
         act: lambda of the activations' regularizer (``--lambda-br-act``); its gradient reaches the layers above.
+        form: ``"mean"`` or ``"per_value"`` (``--br-form``), of both.
         act_gradient_to_step: let the activations' regularizer train the activation steps too
             (``--br-backprop-to-alpha-act``).
         freeze_weight_steps, freeze_act_steps: what :meth:`begin` freezes.
 
     Raises:
-        ConfigError: a lambda is negative.
+        ConfigError: a lambda is negative; no such form; or one that trains no step is to train the activations'.
     """
 
     weight: Tensor
@@ -62,6 +73,7 @@ class BinPenalty(nn.Module):
         weight: float = 1.0,
         act: float = 1.0,
         *,
+        form: str = "mean",
         act_gradient_to_step: bool = False,
         freeze_weight_steps: bool = False,
         freeze_act_steps: bool = False,
@@ -70,13 +82,18 @@ class BinPenalty(nn.Module):
         for name, value in (("weight", weight), ("act", act)):
             if not value >= 0:
                 raise ConfigError(f"{name}={value!r}: a lambda takes 0 or more")
+        if form not in BR_FORMS:
+            raise ConfigError(f"form={form!r}: takes {' or '.join(BR_FORMS)}")
+        if form == "per_value" and act_gradient_to_step:
+            raise ConfigError('act_gradient_to_step=True: form="per_value" trains no step; it takes form="mean"')
+        self.per_value = form == "per_value"
         self.model = qmodel
         device = next(qmodel.parameters()).device
         self.register_buffer("weight", torch.tensor(float(weight), device=device), persistent=False)
         self.register_buffer("act", torch.tensor(float(act), device=device), persistent=False)
         self._train_weight, self._train_act = weight > 0, act > 0
         self.freeze_weight_steps, self.freeze_act_steps = freeze_weight_steps, freeze_act_steps
-        self._look = bins_that_train_steps if act_gradient_to_step else bins
+        self._look = per_value if self.per_value else bins_that_train_steps if act_gradient_to_step else bins
         self._observed_forward = observed_forward(qmodel, self._look)
         self._sites = observed_sites(qmodel)
         self._layers = [
@@ -113,10 +130,9 @@ class BinPenalty(nn.Module):
         weight_loss = compiled(self.weight_loss) if kernels else self.weight_loss
         if not self._train_weight:
             weight_loss = partial(self._total, [])
-        look, late, first = weight_bins, None, tuple[Tensor, ...]()
+        look, late, first = _OF_WEIGHTS[self._look], None, tuple[Tensor, ...]()
         if self._train_act:
-            look = self._look
-            late = late_bins_that_train_steps if self._look is bins_that_train_steps else late_bins
+            look, late = self._look, _LATE[self._look]
             told, act = told_in_backward(self.model)
             first = (told,)
         forward = lean_forward(self.model, look, kernels=kernels, late=late)
@@ -134,10 +150,11 @@ class BinPenalty(nn.Module):
         for layer in self._layers:
             for weight, quantizer in layer.regularized():
                 by_grid.setdefault(quantizer.grid, []).append((weight, quantizer))
-        losses = [
-            bin_loss(*joint_bin_sums([weight for weight, _ in pairs], [quantizer.step for _, quantizer in pairs], grid))
-            for grid, pairs in by_grid.items()
-        ]
+        losses = []
+        for grid, pairs in by_grid.items():
+            steps = [quantizer.step.detach() if self.per_value else quantizer.step for _, quantizer in pairs]
+            counts, squares = joint_bin_sums([weight for weight, _ in pairs], steps, grid)
+            losses.append(bin_loss(same_for_each(counts) if self.per_value else counts, squares))
         return self._total(losses)
 
     def _terms(self, seen: dict[str, tuple[Tensor, ...]], weight_loss: Callable[[], Tensor]) -> BinLoss:
@@ -194,6 +211,17 @@ def weight_bins(quantizer: LSQQuantizer, values: Tensor) -> tuple[Tensor, Tensor
     return bins(quantizer, values) if isinstance(quantizer, LSQWeightQuantizer) else None
 
 
+def per_value(quantizer: LSQQuantizer, values: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`bins` whose squares are divided by the same for each value, without gradient to any step."""
+    counts, squares = bin_sums(quantizer.prepare(values), quantizer.step.detach(), quantizer.grid)
+    return same_for_each(counts, 1 if isinstance(quantizer, LSQWeightQuantizer) else len(values)), squares
+
+
+def weight_per_value(quantizer: LSQQuantizer, values: Tensor) -> tuple[Tensor, Tensor] | None:
+    """:func:`per_value` of weights alone; ``None`` of activations."""
+    return per_value(quantizer, values) if isinstance(quantizer, LSQWeightQuantizer) else None
+
+
 def late_bins(quantizer: LSQActivationQuantizer, values: Tensor, told: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`bins` of an activation, with squares that are summed in backward (:func:`brfx.binreg.late_bin_sums`)."""
     return _late_bins(quantizer, values, quantizer.step.detach(), told)
@@ -206,7 +234,19 @@ def late_bins_that_train_steps(
     return _late_bins(quantizer, values, quantizer.step, told)
 
 
+def late_per_value(quantizer: LSQActivationQuantizer, values: Tensor, told: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`per_value` of an activation, with squares that are summed in backward."""
+    counts, squares, zero = late_bins(quantizer, values, told)
+    return same_for_each(counts, len(values)), squares, zero
+
+
 def _late_bins(
     quantizer: LSQActivationQuantizer, values: Tensor, step: Tensor, told: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return late_bin_sums(values, step, quantizer.grid, told, floor=quantizer.floor, ceiling=quantizer.ceiling)
+
+
+#: What looks at weights alone, and at activations late, by what looks at both. Functions with names of their own, since
+#: chains of one text are compiled once (:mod:`brfx.lean`).
+_OF_WEIGHTS: dict[Any, Any] = {bins: weight_bins, bins_that_train_steps: weight_bins, per_value: weight_per_value}
+_LATE: dict[Any, Any] = {bins: late_bins, bins_that_train_steps: late_bins_that_train_steps, per_value: late_per_value}

@@ -11,7 +11,9 @@ import click
 from click.core import ParameterSource
 
 from brfx.config import (
+    BR_FORMS,
     COMPILE,
+    DEAD_FILTERS,
     KEEP,
     ON_NONFINITE,
     OPTIMIZERS,
@@ -192,8 +194,24 @@ penalty_options = combine(
     click.option(
         "--recipe", type=click.Choice(recipe_names()), help="Complete settings (`brfx recipes NAME` shows them)."
     ),
-    _job("--lambda-br", "lambda_br", type=float, help="Weight of the weights' bin regularizer; 0: off."),
-    _job("--lambda-br-act", "lambda_br_act", type=float, help="Weight of the activations' bin regularizer; 0: off."),
+    _job(
+        "--lambda-br",
+        "lambda_br",
+        type=float,
+        help="Weight of the weights' bin regularizer; 0: off.  [default: 0.1, per value 0.001]",
+    ),
+    _job(
+        "--lambda-br-act",
+        "lambda_br_act",
+        type=float,
+        help="Weight of the activations' bin regularizer; 0: off.  [default: 0.01, per value 0]",
+    ),
+    _job(
+        "--br-form",
+        "br_form",
+        type=click.Choice(list(BR_FORMS)),
+        help="Bins count equally, as published, or each value is pulled alike whatever its bin holds.",
+    ),
     _train("--qat-epochs", name="epochs", type=int, help="Epochs, warm-up included; 0: calibrate and export only."),
     _train(
         "--warmup-epochs",
@@ -211,6 +229,12 @@ penalty_options = combine(
     _train("--temperature", name="temperature", type=float, help="Of distillation."),
     _job(
         "--start", "start", type=click.Choice(STARTS), help="Steps start by LSQ's formula, or at least squared error."
+    ),
+    _job(
+        "--dead-filters",
+        "dead_filters",
+        type=click.Choice(DEAD_FILTERS),
+        help="Filters that let nothing pass: keep, revive (new weights), or ignore where steps are fitted.",
     ),
     click.option("--freeze-alpha", is_flag=True, help="Freeze all steps when regularization starts."),
     _job("--freeze-weight-alpha", "freeze_weight_alpha", is_flag=True, help="Only the weights' steps."),

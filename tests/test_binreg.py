@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from brfx.binreg import BinRegularizer, bin_loss, bin_sums, late_bin_sums
+from brfx.binreg import BinRegularizer, bin_loss, bin_sums, joint_bin_sums, late_bin_sums
 from brfx.errors import ConfigError
 from brfx.grid import Grid
 
@@ -110,7 +110,33 @@ def test_late_sums_of_a_loss_without_weight_are_told_as_zero() -> None:
     assert told.grad == 0 and values.grad.abs().sum() == 0
 
 
-@pytest.mark.parametrize("bits", [2, 5])
+@pytest.mark.parametrize("bits", [1, 2, 4, 5, 8])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_joint_sums_are_each_tensors_own_whatever_its_size(bits: int, per_channel: bool) -> None:
+    """Rows of 1,024 are filled up: 432 values leave room in one, 2,048 in none, 2,304 in the last of three."""
+    regularizer = BinRegularizer(bits)
+    random = torch.Generator().manual_seed(bits)
+    shapes = [(16, 3, 3, 3), (2, 1024), (16, 16, 3, 3), (2, 1 << 17)]
+    values = [torch.randn(shape, dtype=torch.float64, generator=random) for shape in shapes]
+    steps = [
+        (1 + torch.rand([len(v)] + [1] * (v.dim() - 1) if per_channel else (), dtype=torch.float64, generator=random))
+        / regularizer.grid.high
+        for v in values
+    ]
+    found = [[t.clone().requires_grad_() for t in tensors] for tensors in (values, steps)]
+    counts, squares = joint_bin_sums(*found, regularizer.grid)
+    assert counts.sum(1).tolist() == [v.numel() for v in values]
+    factors = torch.arange(1.0, 5.0, dtype=torch.float64)
+    torch.stack([f * bin_loss(n, s) for f, n, s in zip(factors, counts, squares, strict=True)]).sum().backward()
+    for v, s, factor, count, square, w, r in zip(values, steps, factors, counts, squares, *found, strict=True):
+        v.requires_grad_(), s.requires_grad_()
+        loss = regularizer(v, s)
+        (factor * loss).backward()
+        torch.testing.assert_close(bin_loss(count, square), loss, rtol=1e-12, atol=0)
+        torch.testing.assert_close((w.grad, r.grad), (v.grad, s.grad), rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 5])
 def test_nan_comes_out_as_nan(bits: int) -> None:
     values, grid = torch.tensor([0.1, math.nan, 0.3]).requires_grad_(), BinRegularizer(bits).grid
     BinRegularizer(bits)(values, torch.tensor(0.2)).backward()
@@ -119,6 +145,7 @@ def test_nan_comes_out_as_nan(bits: int) -> None:
     counts, squares, zero = late_bin_sums(values, torch.tensor(0.2), grid, told)
     (bin_loss(counts, squares) + zero).backward()
     assert told.grad.isnan()
+    assert math.isnan(BinRegularizer(bits).diagnose(values, torch.tensor(0.2)).loss)
 
 
 def test_a_detached_step_gets_no_gradient_and_the_values_the_same_one() -> None:

@@ -190,3 +190,16 @@ def test_any_table_is_a_config_or_a_config_error(table, overrides):
 def test_any_settings_of_training_are_taken_or_a_config_error(train, job):
     make(TrainConfig, train)
     make(JobConfig, {"command": "train"} | job)
+
+
+def test_lambdas_that_are_not_given_are_those_of_the_form():
+    found = [JobConfig(command="quantize", br_form=form) for form in ("mean", "per_value")]
+    assert [(job.lambda_br, job.lambda_br_act) for job in found] == [(0.1, 0.01), (0.001, 0.0)]
+    given = JobConfig(command="quantize", br_form="per_value", lambda_br=0.0, lambda_br_act=1e-5)
+    assert (given.lambda_br, given.lambda_br_act) == (0.0, 1e-5)
+    with pytest.raises(ConfigError, match="br_form='sum': takes mean or per_value"):
+        JobConfig(command="quantize", br_form="sum")
+    with pytest.raises(ConfigError, match="dead_filters='cut': takes keep or revive or ignore"):
+        JobConfig(command="quantize", dead_filters="cut")
+    with pytest.raises(ConfigError, match="--br-form per_value trains no step"):
+        JobConfig(command="quantize", br_form="per_value", br_backprop_to_alpha_act=True)

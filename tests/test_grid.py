@@ -30,6 +30,15 @@ def test_every_code_is_reached_and_no_other(bits: int, signed: bool) -> None:
     assert sorted(grid.encode(values, torch.tensor(1.0)).unique().tolist()) == list(grid.codes)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 8])
+@pytest.mark.parametrize("signed", [True, False])
+def test_nan_has_no_code(bits: int, signed: bool) -> None:
+    codes = Grid(bits, signed).encode(torch.tensor([torch.nan, 0.0, -0.0, 0.9]), torch.tensor(0.5))
+    zero = 1.0 if signed and bits == 1 else 0.0
+    assert codes[0].isnan() and codes[1:3].tolist() == [zero, zero] and codes[3] >= 1
+    assert codes.dtype == torch.float32
+
+
 def test_binary_start_is_the_mean_magnitude_and_others_use_qp() -> None:
     assert Grid(1, True).start(torch.tensor(0.3)) == pytest.approx(0.3)
     assert Grid(2, True).start(torch.tensor(0.3)) == pytest.approx(2 * 0.3 / 1**0.5)  # Qp = 1, not |Qn| = 2

@@ -4,8 +4,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import brfx
+from brfx.binreg import bin_loss
 from brfx.models import build_model
-from brfx.nn import QuantizedLayer, ResidualAdd, StreamAdd
+from brfx.nn import LSQWeightQuantizer, QuantizedLayer, ResidualAdd, StreamAdd
+from brfx.penalty import per_value
 from brfx.train.optim import build_optimizer
 from brfx.train.step import build_step, loss_step
 
@@ -85,19 +87,83 @@ def test_fp32_weights_or_activations_have_no_regularizer(tiny, images):
         assert br.total > 0
 
 
+def test_per_value_each_weight_is_pulled_alike_whatever_its_layers_size(tiny, images):
+    """SGD at rate 0.5 and lambda 0.25 closes an eighth of every distance; the steps are left alone."""
+    qmodel = calibrated(tiny.double(), images.double())
+    layers = (qmodel.conv1, qmodel.conv2, qmodel.fc)
+    distances = [(layer.weight - layer.quantized_weight()).detach() for layer in layers]
+    optimizer = torch.optim.SGD(qmodel.parameters(), 0.5)
+    br = brfx.BinPenalty(qmodel, weight=0.25, act=0, form="per_value")(images.double())[1]
+    torch.testing.assert_close(br.weight, sum(distance.square().sum() / 2 for distance in distances))
+    torch.testing.assert_close(br.total, 0.25 * br.weight)
+    br.total.backward()
+    for layer, distance in zip(layers, distances, strict=True):
+        torch.testing.assert_close(layer.weight.grad, 0.25 * distance, rtol=1e-12, atol=1e-15)
+        assert layer.weight_quantizer.step.grad is None
+    optimizer.step()
+    for layer, distance in zip(layers, distances, strict=True):
+        torch.testing.assert_close(layer.weight - layer.quantized_weight(), 0.875 * distance)
+
+
+def test_per_value_activations_count_as_a_mean_over_the_batch(tiny, images):
+    qmodel = calibrated(tiny.double(), images.double()).eval()
+    penalty = brfx.BinPenalty(qmodel, weight=0, act=1, form="per_value")
+    expected = 0.0
+    for site, values in brfx.observe(qmodel, images.double()).items():
+        quantizer = qmodel.get_submodule(site)
+        values = values.detach().requires_grad_()
+        distance = (values - quantizer.quantize(values)).detach()
+        expected += distance.square().sum() / 2 / len(images)
+        bin_loss(*per_value(quantizer, values)).backward()
+        torch.testing.assert_close(values.grad, distance / len(images), rtol=1e-12, atol=1e-15)
+        assert quantizer.step.grad is None
+    torch.testing.assert_close(penalty(images.double())[1].act, expected)
+    torch.testing.assert_close(penalty(torch.cat([images, images]).double())[1].act, expected)
+
+
+class FunctionalWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(4, 3, 3, 3))
+
+    def forward(self, x):
+        return F.relu(F.conv2d(x, self.kernel)).mean((2, 3))
+
+
+@pytest.mark.parametrize("act", [0.0, 1.0])
+def test_per_value_weights_of_functions_too(images, act):
+    torch.manual_seed(0)
+    qmodel = calibrated(FunctionalWeight().double(), images.double()).train()
+    (quantizer,) = (m for m in qmodel.modules() if isinstance(m, LSQWeightQuantizer))
+    distance = (qmodel.kernel - quantizer(qmodel.kernel)).detach()
+    penalty = brfx.BinPenalty(qmodel, weight=1, act=act, form="per_value")
+    for run in (penalty, penalty.training_form(False)):
+        br = run(images.double())[1]
+        torch.testing.assert_close(br.weight, distance.square().sum() / 2)
+        if not act:
+            qmodel.zero_grad()
+            br.total.backward()
+            torch.testing.assert_close(qmodel.kernel.grad, distance, rtol=1e-12, atol=1e-15)
+            assert quantizer.step.grad is None
+
+
+def test_forms_that_there_are_not(tiny, images):
+    qmodel = calibrated(tiny, images)
+    with pytest.raises(brfx.BrfxError, match="form='sum': takes mean or per_value"):
+        brfx.BinPenalty(qmodel, form="sum")
+    with pytest.raises(brfx.BrfxError, match="trains no step"):
+        brfx.BinPenalty(qmodel, form="per_value", act_gradient_to_step=True)
+
+
 def test_negative_lambda(tiny, images):
     with pytest.raises(brfx.BrfxError, match="0 or more"):
         brfx.BinPenalty(calibrated(tiny, images), weight=-1)
 
 
-def forms(qmodel, penalty):
-    """The step as the modules are called, and the three forms in which ``fit`` trains; each calls for its gradients."""
-    return {
-        "plain": loss_step(qmodel, penalty),
-        "codes": loss_step(qmodel, penalty, kernels=False),
-        "kernels": build_step(qmodel, penalty, "kernels"),
-        "whole": build_step(qmodel, penalty, "whole"),
-    }
+def forms(qmodel, penalty, compiled):
+    """The step as the modules are called, and the forms in which ``fit`` trains; each calls for its gradients."""
+    eager = {"plain": loss_step(qmodel, penalty), "codes": loss_step(qmodel, penalty, kernels=False)}
+    return eager | {how: build_step(qmodel, penalty, how) for how in compiled}
 
 
 def gradients(qmodel, step, images, labels):
@@ -108,7 +174,7 @@ def gradients(qmodel, step, images, labels):
     return {k: v.clone() for k, v in numbers.items()}, {name: p.grad.clone() for name, p in qmodel.named_parameters()}
 
 
-def assert_forms_agree(qmodel, penalty, images):
+def assert_forms_agree(qmodel, penalty, images, compiled=("kernels", "whole")):
     """Codes change no bit; compiled code is held to in float64, where no rounding moves a value across a bin's border.
 
     The batch norms' statistics are put back, so that every form starts from the same model.
@@ -116,7 +182,7 @@ def assert_forms_agree(qmodel, penalty, images):
     torch._dynamo.reset()
     labels, start = torch.arange(len(images)) % 4, {k: v.clone() for k, v in qmodel.state_dict().items()}
     found, ends = {}, {}
-    for name, step in forms(qmodel, penalty).items():
+    for name, step in forms(qmodel, penalty, compiled).items():
         qmodel.load_state_dict(start)
         found[name] = gradients(qmodel, step, images, labels)
         ends[name] = {k: v.clone() for k, v in qmodel.state_dict().items()}
@@ -140,6 +206,13 @@ def test_every_form_of_the_step_has_the_gradients_of_plain_calls(tiny, images, l
     assert_forms_agree(qmodel, brfx.BinPenalty(qmodel, *lambdas) if lambdas else None, images.double())
 
 
+@pytest.mark.parametrize("compiled", [(), pytest.param(("kernels", "whole"), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lambdas", [(0.5, 0.25), (0.5, 0.0)])
+def test_so_has_the_regularizer_per_value(tiny, images, lambdas, compiled):
+    qmodel = calibrated(tiny.double(), images.double()).train()
+    assert_forms_agree(qmodel, brfx.BinPenalty(qmodel, *lambdas, form="per_value"), images.double(), compiled)
+
+
 @pytest.mark.parametrize(("lambdas", "terms"), [((1, 0), ("weight",)), ((0, 1), ("act",)), ((1, 1), ("weight", "act"))])
 def test_what_has_a_lambda_of_zero_is_neither_computed_nor_told(tiny, images, lambdas, terms):
     qmodel = calibrated(tiny, images).train()
@@ -151,6 +224,19 @@ def test_what_has_a_lambda_of_zero_is_neither_computed_nor_told(tiny, images, la
     br = penalty.training_form(False)(images)[1]
     br.total.backward()
     assert [name for name in ("weight", "act") if getattr(br, name) > 0] == list(terms)
+
+
+@pytest.mark.parametrize("compiled", [(), pytest.param(("kernels", "whole"), marks=pytest.mark.slow)])
+def test_binary_weights_have_a_finite_loss_and_every_forms_gradients(tiny, images, compiled):
+    """No layer of the network has a multiple of 1,024 weights."""
+    qmodel = calibrated(tiny.double(), images.double(), weight_bits=1).train()
+    penalty = brfx.BinPenalty(qmodel)
+    expected = sum(
+        brfx.BinRegularizer(1)(layer.weight, layer.weight_quantizer.step)
+        for layer in (qmodel.conv1, qmodel.conv2, qmodel.fc)
+    )
+    torch.testing.assert_close(penalty.weight_loss(), expected)
+    assert_forms_agree(qmodel, penalty, images.double(), compiled)
 
 
 class Residual(nn.Module):

@@ -61,7 +61,8 @@ def record(optimizer, *rest):
 
 register_optimizer_step_pre_hook(record)
 config = brfx.TrainConfig(epochs=1, warmup_epochs=0, lr=0.01, compile=sys.argv[4], clip_grad=100.0)
-penalty = brfx.BinPenalty(qmodel, weight=0.1, act=0.05)
+lambdas = (0.1, 0.05) if sys.argv[6] == "mean" else (0.01, 1e-5)
+penalty = brfx.BinPenalty(qmodel, *lambdas, form=sys.argv[6])
 val = Doubles(digits.val, digits.preprocessing, 256)
 result = fit(qmodel, loader, val, config, penalty=penalty, run_dir=folder if rank() == 0 else folder / "other")
 norm = qmodel.get_submodule("layer2.0.bn1")
@@ -71,19 +72,22 @@ torch.save(saved, folder / f"seen-{number}-of-{count}.pt")
 '''
 
 
-def start(script, folder, number, count, compile="off", steps=3):
-    command = [sys.executable, str(script), *map(str, (folder, number, count, compile, steps))]
+def start(script, folder, number, count, compile="off", steps=3, form="mean"):
+    command = [sys.executable, str(script), *map(str, (folder, number, count, compile, steps, form))]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ.copy())
 
 
-@pytest.mark.parametrize("compile", ["off", pytest.param("kernels", marks=pytest.mark.slow)])
-def test_two_processes_train_as_one_does(digits, tmp_path, compile):
+@pytest.mark.parametrize(
+    ("compile", "form"),
+    [("off", "mean"), ("off", "per_value"), pytest.param("kernels", "mean", marks=pytest.mark.slow)],
+)
+def test_two_processes_train_as_one_does(digits, tmp_path, compile, form):
     """ResNet-20, W2A2, both regularizers, augmentation: every parameter's gradient at every step."""
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     for count in (1, 2):
         (tmp_path / f"{count}").mkdir()
-    processes = [start(script, tmp_path / f"{c}", n, c, compile) for n, c in ((0, 1), (0, 2), (1, 2))]
+    processes = [start(script, tmp_path / f"{c}", n, c, compile, form=form) for n, c in ((0, 1), (0, 2), (1, 2))]
     for process in processes:
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output

@@ -210,9 +210,15 @@ class LSQWeightQuantizer(LSQQuantizer):
     ``symmetric=True``: on the grid without a zero, whose largest level in steps stands for Qp.
     """
 
+    #: While calibration runs, which weights its one step is not fitted to.
+    left_out: Tensor | None = None
+
     def __init__(self, bits: int, *, step_shape: tuple[int, ...] = (), symmetric: bool = False) -> None:
         super().__init__(bits, signed=True, step_shape=step_shape)
         self.grid = Grid(bits, signed=True, symmetric=symmetric)
+
+    def _calibrate(self, values: Tensor) -> None:
+        super()._calibrate(values if self.left_out is None else values[~self.left_out])
 
     def quantize(self, values: Tensor) -> Tensor:
         shared = values.numel() // self.step.numel()

@@ -72,6 +72,16 @@ class Penalty(Protocol):
     def begin(self) -> None: ...
 
 
+class Statistics(Protocol):
+    """Figures of the model's weights after each epoch, and what the next ones are measured against, as plain data and
+    tensors. :class:`brfx.WeightStatistics` is one."""
+
+    def begin(self) -> None: ...
+    def __call__(self, epoch: int, batches: int) -> dict[str, dict[str, float | None]]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 def fit(
     model: nn.Module,
     train_data: Batches,
@@ -80,6 +90,7 @@ def fit(
     *,
     penalty: Penalty | None = None,
     teacher: nn.Module | None = None,
+    statistics: Statistics | None = None,
     run_dir: Path | None = None,
     resume: bool = False,
     callbacks: Iterable[Callback] = (),
@@ -100,6 +111,8 @@ def fit(
         penalty: a module around ``model`` whose total joins the loss after ``config.warmup_epochs``.
         teacher: the FP32 model to distill from, with ``config.distill`` above 0; it is run in eval mode, once a batch,
             compiled where the step is.
+        statistics: asked at the end of each epoch, of the weights that are validated; ``EpochMetrics.weights`` has what
+            it told.
         run_dir: where ``metrics.jsonl``, ``last.pth`` (the last epoch), ``best.pth`` (the epoch that ``keep="best"``
             chooses, whatever ``keep`` is; none without validation) and ``checkpoints/`` are written; nothing is when
             ``None``.
@@ -131,11 +144,13 @@ def fit(
     if not len(train_data):
         raise DataError("there is no training batch: are there fewer images than --batch-size?")
     seed_everything(config.seed)
-    run = _Run(model, train_data, config, penalty, teacher, run_dir, tuple(callbacks))
+    run = _Run(model, train_data, config, penalty, teacher, statistics, run_dir, tuple(callbacks))
     if resume:
         run.resume()
     elif run_dir is not None and has_checkpoints(run_dir):
         raise ConfigError(f"{run_dir}: holds a run that can be resumed: resume it, or give another folder")
+    if statistics is not None and (run.epoch, run.batch) == (1, 0):
+        statistics.begin()
     with stop_requests() as stop, lost_ranks_named(), batch_norms_synced(model), memory_kept():
         while run.epoch <= config.epochs:
             stage = "plain" if penalty is None else "penalty" if run.epoch > warmup else "warm-up"
@@ -155,6 +170,7 @@ class _Run:
         config: TrainConfig,
         penalty: Penalty | None,
         teacher: nn.Module | None,
+        statistics: Statistics | None,
         run_dir: Path | None,
         callbacks: tuple[Callback, ...],
     ) -> None:
@@ -163,7 +179,7 @@ class _Run:
             if module is not None:
                 module.to(config.device, memory_format=self.layout)  # type: ignore[call-overload]
         self.model, self.data, self.config, self.penalty, self.run_dir = model, data, config, penalty, run_dir
-        self.callbacks = callbacks
+        self.callbacks, self.statistics = callbacks, statistics
         self.teacher = None if teacher is None else teacher.eval()
         self.checkpoints = None if run_dir is None else Checkpoints(run_dir / FOLDER, config.keep_checkpoints)
         self.batches = len(data)
@@ -211,6 +227,7 @@ class _Run:
             "kept_weights": self.kept_weights,
             "skipped": self.skipped,
             "teacher_sha256": self.teacher_sha256,
+            "statistics": None if self.statistics is None else self.statistics.state_dict(),
         }
 
     def resume(self) -> None:
@@ -250,6 +267,8 @@ class _Run:
             raise ConfigError(
                 f"{self.run_dir}: the run was begun with another teacher, whose weights differ: give that"
             )
+        if self.statistics is not None and state.get("statistics") is None:
+            raise ConfigError(f"{self.run_dir}: the run was begun without statistics: resume without them")
 
     def restore(self, state: dict[str, Any]) -> None:
         device = self.config.device
@@ -276,6 +295,8 @@ class _Run:
         self.kept = int(state["kept"])
         self.kept_weights = {k: v.to(device) for k, v in state["kept_weights"].items()}
         self.skipped = int(state["skipped"])
+        if self.statistics is not None:
+            self.statistics.load_state_dict(state["statistics"])
 
     def save(self) -> None:
         state = self.state()
@@ -461,6 +482,7 @@ class _Run:
             val_accuracy=None if result is None else result.accuracy,
             seconds=self.seconds,
             images_per_second=ranks() * self.sums.images / self.seconds if self.seconds else 0.0,
+            weights={} if self.statistics is None else self.statistics(self.epoch, self.batches),
         )
 
     def result(self) -> FitResult:

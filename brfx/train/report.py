@@ -41,6 +41,7 @@ class EpochMetrics:
     val_accuracy: float | None  #: the same
     seconds: float  #: of the training part
     images_per_second: float
+    weights: dict[str, dict[str, float | None]] = field(default_factory=dict)  #: what ``statistics`` told of each
 
 
 @dataclass(frozen=True)

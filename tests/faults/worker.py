@@ -48,7 +48,11 @@ def train(
         brfx.calibrate(qmodel, [next(iter(data))], start="mse", batch_statistics=True)
     val = BatchLoader(digits.val, digits.preprocessing, 256)
     penalty = brfx.BinPenalty(qmodel, weight=0.1, act=0.01)
-    result = fit(qmodel, data, val, settings, penalty=penalty, run_dir=run_dir, resume=True, callbacks=callbacks)
+    statistics = brfx.WeightStatistics(qmodel, after=settings.warmup_epochs or 0)
+    result = fit(
+        qmodel, data, val, settings, penalty=penalty, statistics=statistics, run_dir=run_dir, resume=True,
+        callbacks=callbacks,
+    )  # fmt: skip
     brfx.save(qmodel, run_dir / "model.pt")
     return result
 

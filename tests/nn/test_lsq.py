@@ -203,3 +203,16 @@ def test_a_sign_that_no_graph_tells_is_found_by_calibration_and_kept(negative):
     other = LSQActivationQuantizer(2, signed=None)
     other.load_state_dict(quantizer.state_dict())
     assert other.signed == negative and torch.equal(other(second), quantizer(second))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 8])
+@pytest.mark.parametrize("step_shape", [(), (2, 1)])
+def test_a_nan_weight_stays_nan_with_its_gradient_to_the_step(bits: int, step_shape: tuple[int, ...]) -> None:
+    quantizer = LSQWeightQuantizer(bits, step_shape=step_shape)
+    quantizer.step.data.fill_(0.5)
+    quantizer.calibrated = True
+    values = torch.tensor([[math.nan, 0.0, -0.3], [0.6, -0.6, 0.0]])
+    output = quantizer(values)
+    assert output.isnan().nonzero().tolist() == [[0, 0]]
+    output.sum().backward()
+    assert quantizer.step.grad.flatten().isnan().tolist() == ([True] if step_shape == () else [True, False])

@@ -133,6 +133,19 @@ def test_a_short_run_reaches_what_chance_cannot(digits):
     assert test.accuracy > 0.75
 
 
+def test_binary_weights_train_with_both_regularizers(digits):
+    """The weights' regularizer halves what it measures, against LSQ alone; chance is 10 %."""
+    config, ends = brfx.TrainConfig(epochs=4, warmup_epochs=1, lr=0.05, compile="off"), []
+    for regularized in (False, True):
+        qmodel = quantized(digits, weight_bits=1, act_bits=2)
+        penalty = brfx.BinPenalty(qmodel, weight=2.0, act=0.01)
+        result = fit(qmodel, *loaders(digits), config, penalty=penalty if regularized else None)
+        assert all(parameter.isfinite().all() for parameter in qmodel.parameters())
+        assert result.history[-1].val_accuracy > 0.6
+        ends.append(penalty.weight_loss().item())
+    assert 0 < ends[True] < 0.5 * ends[False]
+
+
 def test_same_seed_same_weights(digits):
     runs = []
     for _ in range(2):
