@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_map
 
 from brfx.card import ModelCard, attach
 from brfx.config import QATConfig, matches
@@ -156,7 +157,7 @@ def _require_runs(model: nn.Module, example_inputs: Any) -> None:
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     training = {module: module.training for module in model.modules()}
     try:
-        model.eval()(*inputs)
+        model.eval()(*tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, inputs))
     except Exception as error:
         first = (str(error).splitlines() or [repr(error)])[0]
         raise ConfigError(f"{type(model).__name__} does not run on example_inputs: {first}") from error
