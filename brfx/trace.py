@@ -112,7 +112,15 @@ def _by_position(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def is_plain_layer(m: nn.Module) -> bool:
     """Whether the arithmetic of ``m`` is that of a float layer with a quantized form."""
-    return any(isinstance(m, kind) and type(m).forward is kind.forward for kind in QUANTIZED_LAYERS)
+    return any(computes_as(m, kind) for kind in QUANTIZED_LAYERS)
+
+
+def computes_as(m: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether ``m`` is a ``kind`` that no subclass, and no method put on the instance, makes compute something else."""
+    return isinstance(m, kind) and all(
+        getattr(type(m), name, None) is getattr(kind, name, None) and name not in vars(m)
+        for name in ("__call__", "forward", "_conv_forward", "_output_padding")
+    )
 
 
 def by_mode(training: Any, evaluation: Any) -> Any:
