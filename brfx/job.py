@@ -99,7 +99,7 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
         read_state_dict(ckpt)
         dataset = read_data(job)
         model = _float_model(job, dataset, ckpt)
-        qmodel = prepare_qat(model, job.qat)
+        qmodel = prepare_qat(model, job.qat, _two_images(dataset))
         card = card_of(qmodel)
         card.preprocessing, card.classes = dataset.preprocessing, dataset.classes
         train_data, val_data = _loaders(job, dataset)
@@ -171,7 +171,7 @@ def dry_run(job: JobConfig) -> Audit:
     if job.ckpt is None:
         raise ConfigError("quantize starts from an FP32 checkpoint: --ckpt FILE (`brfx train` makes one)")
     dataset = read_data(job)
-    qmodel = prepare_qat(_float_model(job, dataset, job.ckpt), job.qat)
+    qmodel = prepare_qat(_float_model(job, dataset, job.ckpt), job.qat, _two_images(dataset))
     return audit(qmodel, next(iter(BatchLoader(dataset.val, dataset.preprocessing, 1)))[0])
 
 
@@ -213,8 +213,13 @@ def inspect(job: JobConfig) -> Audit:
         model = build_model(job.model, job.num_classes, cifar_stem=job.cifar_stem)
         if job.ckpt is not None:
             load_float(model, job.ckpt)
-        qmodel, size = prepare_qat(model, job.qat), job.image_size or _own_image_size(job.model)
+        size = job.image_size or _own_image_size(job.model)
+        qmodel = prepare_qat(model, job.qat, example_inputs(job.model, size, 2))
     return audit(qmodel, *example_inputs(job.model, size))
+
+
+def _two_images(dataset: Dataset) -> Tensor:
+    return next(iter(BatchLoader(dataset.val, dataset.preprocessing, 2)))[0]
 
 
 def read_data(job: JobConfig, preprocessing: Preprocessing | None = None) -> Dataset:
