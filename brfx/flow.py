@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -258,7 +258,7 @@ class _Call:
         return _LOWEST.get(str(name), -math.inf)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float))
 
 

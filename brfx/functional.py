@@ -416,7 +416,8 @@ class _Functionalization:
             new = self._current(value, output)
             with self.graph.inserting_before(first):
                 copied = self.graph.call_method("clone", (value,))
-            value.replace_all_uses_with(copied, delete_user_cb=lambda user, copied=copied: user is not copied)
+            for reader in set(value.users) - {copied}:
+                reader.replace_input_with(value, copied)
             with self.graph.inserting_before(output):
                 self.graph.call_method("copy_", (value, new))
 

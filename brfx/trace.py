@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import fx, nn
@@ -22,6 +22,8 @@ from brfx.functional import functionalize
 from brfx.nn import QUANTIZED_LAYERS, ActivationObserver, LSQQuantizer, QuantizedLayer
 
 log = logging.getLogger(__name__)
+
+_Kind = TypeVar("_Kind", bound=nn.Module)
 
 _LEAVES = (LSQQuantizer, QuantizedLayer, ActivationObserver)
 
@@ -115,7 +117,7 @@ def is_plain_layer(m: nn.Module) -> bool:
     return any(computes_as(m, kind) for kind in QUANTIZED_LAYERS)
 
 
-def computes_as(m: nn.Module, kind: type[nn.Module]) -> bool:
+def computes_as(m: nn.Module, kind: type[_Kind]) -> TypeGuard[_Kind]:
     """Whether ``m`` is a ``kind`` that no subclass, and no method put on the instance, makes compute something else."""
     return isinstance(m, kind) and all(
         getattr(type(m), name, None) is getattr(kind, name, None) and name not in vars(m)

@@ -13,7 +13,7 @@ from brfx.errors import TraceError
 from brfx.functional import functionalize
 from brfx.graph import dump
 from brfx.lean import lean_forward
-from brfx.trace import Tracer, Tracing, trace
+from brfx.trace import Tracer, Tracing, trace, trace_islands
 
 
 class Net(nn.Module):
@@ -324,3 +324,44 @@ def test_an_island_changes_its_input_as_the_module_did(x):
         assert all(torch.equal(a, b) for a, b in zip(run(qmodel, x), run(model, x), strict=True))
     brfx.calibrate(qmodel, [x])
     run(qmodel, x)
+
+
+def test_a_leaf_that_may_change_its_input_is_refused_where_something_reads_it_later():
+    def net(how):
+        model = Net(how)
+        model.leaf = nn.Sequential(nn.ReLU(True), nn.Conv2d(8, 8, 1))
+        return model
+
+    tracing = Tracing(leaf_modules=(nn.Sequential,))
+    trace(net(lambda m, x: m.leaf(m.c0(x))), tracing)
+    with pytest.raises(TraceError, match="may change its input in place"):
+        trace(net(lambda m, x: (lambda h: m.leaf(h) + h)(m.c0(x))), tracing)
+
+
+def test_a_module_that_others_call_keeps_its_flag_there():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relu = nn.ReLU(True)
+            self.block = nn.Sequential(nn.Conv2d(3, 4, 1), self.relu)
+
+        def forward(self, x):
+            return self.block(x) if x.mean() < 100 else self.relu(x)
+
+    traced = trace_islands(Shared())
+    assert list(traced.islands) == ["block"]
+    assert traced.model.relu.inplace and not traced.model.block.get_submodule("1").inplace
+
+
+def test_state_is_changed_in_place(x):
+    def how(m, x):
+        m.scale.data.mul_(x.mean().detach())
+        return m.c(m.c0(x) * m.scale)
+
+    torch.manual_seed(0)
+    model = Net(how)
+    model.scale = nn.Parameter(torch.ones(1))
+    gm = trace(model)
+    for _ in range(2):
+        assert torch.equal(gm(x), model(x)) and torch.equal(gm.scale, model.scale)
+    assert model.scale < 0.5
