@@ -19,7 +19,8 @@ from brfx.data import Preprocessing
 from brfx.errors import CheckpointError, ConfigError
 from brfx.models import ModelSource, build_model
 from brfx.nn import LSQQuantizer
-from brfx.pipeline import prepare_qat
+from brfx.pipeline import rewrite, unwrapped
+from brfx.trace import Tracing
 from brfx.train.checkpoint import write_atomically
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "checkpoint")
@@ -192,7 +193,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
                 f"{path}: the model {whose}, and no code is run from a file: brfx.load(path, model=...)"
             )
         model = build_model(source.name, source.num_classes, cifar_stem=source.cifar_stem)
-    qmodel = prepare_qat(model, config)
+    qmodel = rewrite(unwrapped(model), config, Tracing())
     try:
         qmodel.load_state_dict(state)
     except RuntimeError as error:

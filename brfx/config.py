@@ -147,6 +147,14 @@ class QATConfig:
         for pattern, settings in pairs:
             self._overridden(pattern, settings)
 
+    def without_clip(self) -> QATConfig:
+        """The same with every ReLU's ceiling left as the model has it."""
+        overrides = tuple(
+            (pattern, settings and {name: value for name, value in settings.items() if name != "clip_value"})
+            for pattern, settings in self.overrides
+        )
+        return replace(self, clip_value=None, overrides=overrides)
+
     @property
     def weight_bits_or_none(self) -> int | None:
         """Bits of weights, ``None`` where they stay in FP32."""

@@ -13,6 +13,10 @@ class TraceError(BrfxError):
     """``torch.fx`` could not turn the model into a graph."""
 
 
+class RewriteError(BrfxError):
+    """The rewritten model, quantizers off, does not compute what the float model does."""
+
+
 class CheckpointError(BrfxError):
     """A checkpoint cannot be read, or does not belong to the model."""
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 from torch.fx import GraphModule, Node
 
 from brfx.nn import ActivationObserver, LSQActivationQuantizer, LSQQuantizer, ResidualAdd
-from brfx.operators import JOINS, KEEPS_SIGN, LINEAR, NONNEGATIVE, linear_op, name_of, passes, words
+from brfx.operators import JOINS, KEEPS_SIGN, LINEAR, NONNEGATIVE, linear_op, name_of, named, passes, words
 from brfx.trace import by_mode
 
 #: Averages of codes over n positions are codes of an n times finer grid.
@@ -51,7 +52,10 @@ def operation(gm: GraphModule, node: Node) -> tuple[str | None, tuple[Any, ...],
         module = gm.get_submodule(str(node.target))
         return module_name(module), node.args, dict(node.kwargs) | _settings(module)
     if node.op in ("call_function", "call_method"):
-        return name_of(node.target), node.args, dict(node.kwargs)
+        args = node.args
+        if node.op == "call_method" and node.target == "where" and len(args) > 1:  # x.where(condition, y)
+            args = (args[1], args[0], *args[2:])
+        return name_of(node.target), args, dict(node.kwargs)
     return None, node.args, dict(node.kwargs)
 
 
@@ -82,7 +86,8 @@ _WORDS = {
 
 def _settings(module: nn.Module) -> dict[str, Any]:
     """What a module holds that its function takes as an argument, and that matters here."""
-    values = {name: getattr(module, name, None) for name in ("value", "mode", "min_val")}
+    names = ("value", "mode", "min_val", "max_val", "threshold", "alpha")
+    values = {name: getattr(module, name, None) for name in names}
     return {name: value for name, value in values.items() if isinstance(value, (str, float, int))}
 
 
@@ -93,6 +98,8 @@ def _flow(gm: GraphModule, node: Node, flows: dict[Node, Flow]) -> Flow:
         module = gm.get_submodule(str(node.target))
         if isinstance(module, LSQQuantizer):
             return Flow(node, module.signed, "quantizer")
+    if node.op == "get_attr":
+        return Flow(None, _constant_negative(gm, node), str(node.target))
     name, args, kwargs = operation(gm, node)
     if node.target is by_mode:
         name = "stack"  # one of several
@@ -100,10 +107,12 @@ def _flow(gm: GraphModule, node: Node, flows: dict[Node, Flow]) -> Flow:
     if name is None or not inputs:
         return Flow(None, True, name or str(node.target), from_input=False)
     from_input = name not in LINEAR and node.op != "call_module" and all(flow.from_input for flow in inputs)
-    if passes(name, args, kwargs):
-        return replace(inputs[0], from_input=from_input)
-    if name == "relu":
-        return replace(inputs[0], negative=False, source=name, from_input=from_input)
+    first = args[0] if args else kwargs.get("input")
+    value = flows[first] if isinstance(first, Node) else None
+    if value is not None and passes(name, args, kwargs):
+        return replace(value, from_input=from_input)
+    if value is not None and name == "relu":
+        return replace(value, negative=False, source=name, from_input=from_input)
     factor = _factor(name, args, kwargs)
     if factor is not None:
         negative = inputs[0].negative or factor < 0
@@ -112,18 +121,20 @@ def _flow(gm: GraphModule, node: Node, flows: dict[Node, Flow]) -> Flow:
         (grid, factor), *others = {(flow.grid, flow.factor) for flow in inputs}
         on_one = grid if not others else None
         return Flow(on_one, _any_negative(inputs), name, from_input, factor if on_one is not None else 1.0)
-    return Flow(None, _negative(name, args, kwargs, inputs), name, from_input)
+    return Flow(None, _negative(gm, name, named(name, args, kwargs), flows), name, from_input)
 
 
 def _factor(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
     """The constant that a value is multiplied or divided by; ``None`` for all else, such as ``x * x`` and ``1 / x``."""
-    both = [*args, *kwargs.values()]
-    constants = [value for value in both if isinstance(value, (int, float))]
-    if len(both) != 2 or len(constants) != 1 or constants[0] == 0:
+    if name not in _PRODUCTS | _QUOTIENTS:
         return None
-    if name in ("mul", "imul"):
-        return float(constants[0])
-    return 1 / constants[0] if name in ("div", "truediv") and both[0] is not constants[0] else None
+    arguments = named(name, args, kwargs) or {}
+    value, other = arguments.get("input"), arguments.get("other")
+    if name in _PRODUCTS and _is_number(value):
+        value, other = other, value
+    if not isinstance(value, Node) or not _is_number(other) or other == 0 or arguments.get("rounding_mode"):
+        return None
+    return float(other) if name in _PRODUCTS else 1 / other
 
 
 def commutes_with_rounding(gm: GraphModule, node: Node) -> bool:
@@ -144,14 +155,148 @@ def quantizer_behind(gm: GraphModule, value: Node) -> Node | None:
     return None
 
 
-def _negative(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Flow]) -> bool:
+def _constant_negative(gm: GraphModule, node: Node) -> bool:
+    """Of a tensor that ``forward`` makes of constants; parameters and buffers may change."""
+    owner, _, name = str(node.target).rpartition(".")
+    constant = name.startswith("_tensor_constant")
+    return not constant or bool((getattr(gm.get_submodule(owner), name) < 0).any())
+
+
+def _negative(gm: GraphModule, name: str, arguments: dict[str, Any] | None, flows: dict[Node, Flow]) -> bool:
+    """Whether what a call returns may be negative; what is not known may be."""
     if name in NONNEGATIVE:
         return False
-    if name in ("clamp", "clip", "clamp_min", "hardtanh"):
-        low = args[1] if len(args) > 1 else kwargs.get("min", kwargs.get("min_val"))
-        return not (isinstance(low, (int, float)) and low >= 0)
-    scalars = [value for value in (*args, kwargs.get("value")) if isinstance(value, (int, float))]
-    return not (name in KEEPS_SIGN and not _any_negative(inputs) and all(value >= 0 for value in scalars))
+    if arguments is None:
+        return True
+    call = _Call(gm, flows, arguments)
+    if name in KEEPS_SIGN:
+        return call.negative("input")
+    return _SIGNS[name](call) if name in _SIGNS else True
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call whose arguments are known by their names."""
+
+    gm: GraphModule
+    flows: dict[Node, Flow]
+    arguments: dict[str, Any]
+
+    def negative(self, *names: str) -> bool:
+        """Whether one of these may be negative; of those that are not given none is."""
+        return any(self._lowest(self.arguments.get(name)) < 0 for name in names)
+
+    def above(self, name: str, low: float) -> bool:
+        """Whether an argument is given as a number of at least ``low``."""
+        value = self.arguments.get(name)
+        return _is_number(value) and value >= low
+
+    def negative_sum(self) -> bool:
+        """Of ``input + alpha * other``: ``elu(x) + 1`` is none."""
+        lowest = [self._lowest(self.arguments.get(name)) for name in ("input", "other")]
+        return (
+            sum(lowest) < 0
+            if "alpha" not in self.arguments
+            else min(*lowest, self._lowest(self.arguments["alpha"])) < 0
+        )
+
+    def negative_product(self) -> bool:
+        """Of ``input * other``: a square is never negative, nor is ``x * (x > 0)``."""
+        a, b = self.arguments.get("input"), self.arguments.get("other")
+        masked = self._is_above(a, b) or self._is_above(b, a)
+        return not masked and a is not b and self.negative("input", "other")
+
+    def negative_choice(self) -> bool:
+        """Of ``where(condition, input, other)``, or of one of them where the condition leaves only the other."""
+        condition, value, other = (self.arguments.get(name) for name in ("condition", "input", "other"))
+        low = self._lowest(value) < 0 and not self._is_above(condition, value)
+        return low or (self._lowest(other) < 0 and not self._is_above(condition, other, below=True))
+
+    def negative_power(self) -> bool:
+        exponent = self.arguments.get("exponent")
+        if _is_number(exponent) and (exponent % 2 == 0 or exponent % 1 != 0):
+            return False  # of a negative value a broken power is NaN
+        return self.negative("input")
+
+    def negative_clamp(self, low: str, high: str) -> bool:
+        if self.above(low, 0):
+            return self.negative(high)
+        given = self.arguments.get(low)
+        if isinstance(given, Node) and not self.negative(low) and not self.negative(high):
+            return False
+        return self.negative("input", high)
+
+    def negative_mean(self) -> bool:
+        """Of ``lerp``, which is between the two for weights from 0 to 1."""
+        weight = self.arguments.get("weight")
+        return not _is_number(weight) or not 0 <= weight <= 1 or self.negative("input", "end")
+
+    def _is_above(self, mask: Any, value: Any, *, below: bool = False) -> bool:
+        """Whether ``mask`` is true only where ``value`` is at least 0; or with ``below`` false only there."""
+        while isinstance(mask, Node):
+            name, args, kwargs = operation(self.gm, mask)
+            if name in ("to", "float", "type_as", "half"):
+                mask = args[0] if args else None
+                continue
+            arguments = named(name, args, kwargs) if name in (("lt", "le") if below else ("gt", "ge")) else None
+            bound = (arguments or {}).get("other")
+            return arguments is not None and arguments["input"] is value and _is_number(bound) and bound >= 0
+        return False
+
+    def _lowest(self, value: Any) -> float:
+        """What no value is below; minus infinity where that is not known."""
+        if value is None:
+            return 0.0
+        if not isinstance(value, Node):
+            return float(value) if _is_number(value) else -math.inf
+        if not self.flows[value].negative:
+            return 0.0
+        name, args, kwargs = operation(self.gm, value)
+        if name in ("elu", "celu"):
+            alpha = (named(name, args, kwargs) or {"alpha": math.inf}).get("alpha", 1.0)
+            return -abs(alpha) if _is_number(alpha) else -math.inf
+        return _LOWEST.get(str(name), -math.inf)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float))
+
+
+_PRODUCTS = words("mul imul multiply")
+_QUOTIENTS = words("div truediv itruediv divide true_divide")
+#: Below the least value of functions that have one.
+_LOWEST = {"tanh": -1.0, "sin": -1.0, "cos": -1.0, "erf": -1.0, "softsign": -1.0, "selu": -1.7581} | {
+    "silu": -0.2785,
+    "gelu": -0.17,
+    "mish": -0.3089,
+    "hardswish": -0.375,
+}
+#: Name -> whether its result may be negative.
+_SIGNS: dict[str, Callable[[_Call], bool]] = {
+    **dict.fromkeys(("add", "iadd"), _Call.negative_sum),
+    **dict.fromkeys(_PRODUCTS, _Call.negative_product),
+    **dict.fromkeys(_QUOTIENTS, lambda call: call.negative("input", "other")),
+    **dict.fromkeys(("maximum", "fmax"), lambda call: call.negative("input") and call.negative("other")),
+    **dict.fromkeys(("minimum", "fmin"), lambda call: call.negative("input", "other")),
+    "max": lambda call: (
+        call.negative("input") and (not isinstance(call.arguments.get("other"), Node) or call.negative("other"))
+    ),
+    "min": lambda call: (
+        call.negative("input") or (isinstance(call.arguments.get("other"), Node) and call.negative("other"))
+    ),
+    "where": _Call.negative_choice,
+    "threshold": lambda call: call.negative("value") or not (call.above("threshold", 0) or not call.negative("input")),
+    **dict.fromkeys(("pow", "ipow"), _Call.negative_power),
+    **dict.fromkeys(("clamp", "clip", "clamp_min"), lambda call: call.negative_clamp("min", "max")),
+    "hardtanh": lambda call: call.negative_clamp("min_val", "max_val"),
+    **dict.fromkeys(
+        ("interpolate", "upsample"),
+        lambda call: call.negative("input") or call.arguments.get("mode") == "bicubic",  # which overshoots
+    ),
+    "pad": lambda call: call.negative("input", "value"),
+    "lerp": _Call.negative_mean,
+    **dict.fromkeys(("addcmul", "addcdiv"), lambda call: call.negative("input", "tensor1", "tensor2", "value")),
+}
 
 
 def _any_negative(inputs: Iterable[Flow]) -> bool:

@@ -101,7 +101,7 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
         dataset = read_data(job)
         model = _float_model(job, dataset, ckpt)
         teacher = _teacher(job, dataset, model)
-        qmodel = prepare_qat(model, job.qat)
+        qmodel = prepare_qat(model, job.qat, _example(dataset, 2))
         card = card_of(qmodel)
         card.preprocessing, card.classes = dataset.preprocessing, dataset.classes
         train_data, val_data = _loaders(job, dataset)
@@ -178,7 +178,7 @@ def dry_run(job: JobConfig) -> Audit:
     if job.ckpt is None:
         raise ConfigError("quantize starts from an FP32 checkpoint: --ckpt FILE (`brfx train` makes one)")
     dataset = read_data(job)
-    qmodel = prepare_qat(_float_model(job, dataset, job.ckpt), job.qat)
+    qmodel = prepare_qat(_float_model(job, dataset, job.ckpt), job.qat, _example(dataset, 2))
     return audit(qmodel, _example(dataset, 1))
 
 
@@ -220,7 +220,8 @@ def inspect(job: JobConfig) -> Audit:
         model = build_model(job.model, job.num_classes, cifar_stem=job.cifar_stem)
         if job.ckpt is not None:
             load_float(model, job.ckpt)
-        qmodel, size = prepare_qat(model, job.qat), job.image_size or _own_image_size(job.model)
+        size = job.image_size or _own_image_size(job.model)
+        qmodel = prepare_qat(model, job.qat, example_inputs(job.model, size, 2))
     return audit(qmodel, *example_inputs(job.model, size))
 
 

@@ -114,23 +114,62 @@ PASSES_IF: dict[str, Callable[[Sequence[Any], Mapping[str, Any]], bool]] = {
     "interpolate": lambda args, kwargs: str(args[3] if len(args) > 3 else kwargs.get("mode", "nearest")).startswith(
         "nearest"
     ),
+    "to": lambda args, kwargs: (
+        not any(isinstance(value, torch.dtype) and not value.is_floating_point for value in (*args, *kwargs.values()))
+    ),
 }
 #: Several inputs become one: on a grid if all of them are on the same.
 JOINS = frozenset({"cat", "concat", "concatenate", "stack", "hstack", "vstack"})
-#: Never negative, whatever goes in.
+#: Never negative, whatever goes in (NaN is not negative).
 NONNEGATIVE = words(
     """
-    relu relu6 sigmoid softmax hardsigmoid softplus exp square abs norm softmin var std
+    relu relu6 sigmoid softmax hardsigmoid softplus exp exp2 square abs absolute norm softmin var std sqrt rsqrt
+    gt ge lt le eq ne logical_and logical_or logical_not isfinite isnan zeros ones zeros_like ones_like new_zeros
+    new_ones rand rand_like
     """
 )
-#: Not negative if nothing that goes in is.
+#: Not negative if the first argument is not, whatever the others are.
 KEEPS_SIGN = words(
     """
-    avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d mean sum add
-    iadd mul imul div truediv sqrt interpolate upsample silu gelu hardswish leaky_relu elu prelu mish maximum
-    minimum pow max min amax amin lp_pool2d pad
+    avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d mean sum silu gelu
+    hardswish leaky_relu elu celu prelu mish lp_pool2d
     """
-) | PASSES | JOINS  # fmt: skip
+) | PASSES  # fmt: skip
+#: The names of a call's arguments, in order, where a sign or a factor depends on more than the first.
+_PARAMETERS = {
+    "add iadd": "input other alpha",
+    "mul imul multiply": "input other",
+    "div truediv itruediv divide true_divide": "input other rounding_mode",
+    "maximum minimum fmax fmin": "input other",
+    "max min": "input other keepdim dim",  # other: or a dimension
+    "where": "condition input other",
+    "gt ge lt le": "input other",
+    "threshold": "input threshold value inplace",
+    "pow ipow": "input exponent",
+    "clamp clip": "input min max",
+    "clamp_min": "input min",
+    "hardtanh": "input min_val max_val inplace",
+    "elu celu": "input alpha inplace",
+    "interpolate upsample": "input size scale_factor mode align_corners recompute_scale_factor antialias",
+    "pad": "input pad mode value",
+    "lerp": "input end weight",
+    "addcmul addcdiv": "input tensor1 tensor2 value",
+}
+PARAMETERS = {name: parameters.split() for names, parameters in _PARAMETERS.items() for name in names.split()}
+
+
+def named(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The arguments of a call by their names, as far as :data:`PARAMETERS` knows them, and ``input``, the first.
+
+    Returns:
+        ``None`` if an argument is not known by its name: then nothing is known of the call.
+    """
+    parameters = PARAMETERS.get(name)
+    if parameters is None:
+        return {"input": args[0] if args else kwargs.get("input")}
+    if len(args) > len(parameters) or not set(kwargs) <= set(parameters):
+        return None
+    return dict(zip(parameters, args, strict=False)) | dict(kwargs)
 
 
 def name_of(target: Any) -> str | None:

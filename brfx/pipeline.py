@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_map
 
 from brfx.card import ModelCard, attach
 from brfx.config import QATConfig, matches
@@ -40,6 +43,7 @@ from brfx.passes import (
 )
 from brfx.passes.quantize_layers import quantized_layer
 from brfx.passes.quantize_relus import quantized_relu
+from brfx.proof import prove
 from brfx.python_calls import QuantizedFunction, rewrite_methods
 from brfx.trace import Tracing, trace_islands
 
@@ -89,7 +93,9 @@ def prepare_qat(
     Args:
         model: any FP32 module. It is left as it was. DataParallel, DDP and compiled wrappers are taken off.
         config: what to quantize; by default 2 bits everywhere.
-        example_inputs: a tensor or a tuple of inputs; if given, the model must run on it.
+        example_inputs: a tensor or a tuple of inputs, a batch of two or more for models with batch norms. The model
+            must run on it, and what it was rewritten to is compared with it, quantizers off: outputs and gradients, in
+            training and in eval. Without it nothing is compared.
         concrete_args: inputs of ``forward`` to hold fixed while tracing, by name.
         leaf_modules: types that are not to be traced into; nothing in them is quantized.
 
@@ -101,13 +107,36 @@ def prepare_qat(
     Raises:
         ConfigError: there is nothing in the model that ``config`` would quantize, a lazy module has not been run, an
             override matches nothing, or the model does not run on ``example_inputs``.
+        RewriteError: the rewritten model differs from the float one; names the first value that does, and its line.
     """
     config = config or QATConfig()
     model = unwrapped(model)
+    tracing = Tracing(concrete_args, tuple(leaf_modules))
     _require_initialized(model)
-    if example_inputs is not None:
-        _require_runs(model, example_inputs)
-    traced = trace_islands(model, Tracing(concrete_args, tuple(leaf_modules)))
+    if example_inputs is None:
+        _warn_of_no_proof()
+        return rewrite(model, config, tracing)
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    _require_runs(model, inputs)
+    qmodel = rewrite(model, config, tracing)
+    uncapped = config.without_clip()
+    rewritten = copy.deepcopy(qmodel) if uncapped == config else rewrite(model, uncapped, tracing)
+    prove(model, rewritten, inputs, concrete_args or {})
+    return qmodel
+
+
+@functools.cache
+def _warn_of_no_proof() -> None:
+    """Once in a process."""
+    log.warning(
+        "prepare_qat: the rewritten model was not compared with the float one: give example_inputs=, a batch of two"
+    )
+
+
+def rewrite(model: nn.Module, config: QATConfig, tracing: Tracing) -> nn.Module:
+    """What :func:`prepare_qat` does, with no proof that the two models are one."""
+    leaf_modules = tracing.leaf_modules
+    traced = trace_islands(model, tracing)
     config = _with_first_and_last(traced.model, config)
     for name, reason in traced.stopped.items():
         log.info("%s: %s; its traceable submodules are rewritten instead", name or "the model", reason)
@@ -120,7 +149,7 @@ def prepare_qat(
         apply(island, passes(config, scope))
     swapped = 0
     if not isinstance(traced.model, GraphModule):
-        swapped = swap_called_by_python(traced.model, config, leaf_modules=tuple(leaf_modules))
+        swapped = swap_called_by_python(traced.model, config, leaf_modules=leaf_modules)
         for module in traced.model.modules():
             if isinstance(module, LSQQuantizer):
                 module.optional = True
@@ -158,11 +187,10 @@ def _require_initialized(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _require_runs(model: nn.Module, example_inputs: Any) -> None:
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+def _require_runs(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     training = {module: module.training for module in model.modules()}
     try:
-        model.eval()(*inputs)
+        model.eval()(*tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, inputs))
     except Exception as error:
         first = (str(error).splitlines() or [repr(error)])[0]
         raise ConfigError(f"{type(model).__name__} does not run on example_inputs: {first}") from error

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import logging
+import operator
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import fx, nn
 from torch.fx import Node
 
 from brfx.errors import TraceError
+from brfx.functional import functionalize
 from brfx.nn import QUANTIZED_LAYERS, ActivationObserver, LSQQuantizer, QuantizedLayer
+
+log = logging.getLogger(__name__)
+
+_Kind = TypeVar("_Kind", bound=nn.Module)
 
 _LEAVES = (LSQQuantizer, QuantizedLayer, ActivationObserver)
 
@@ -35,6 +43,27 @@ class Tracing:
 
     concrete_args: Mapping[str, Any] | None = None
     leaf_modules: tuple[type[nn.Module], ...] = ()
+
+
+class _Value(fx.Proxy):
+    """A proxy that records ``x += y`` and ``x[i] = y``, which fx takes for ``x = x + y`` and refuses."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in vars(self) and "node" in vars(self):
+            raise TraceError(f"sets the attribute {name} of a tensor")
+        super().__setattr__(name, value)
+
+
+def _in_place(name: str) -> Any:
+    function = getattr(operator, f"i{name}")
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {}, name=name)
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"):
+    setattr(_Value, f"__i{_name}__", _in_place(_name))
 
 
 class Tracer(fx.Tracer):
@@ -59,6 +88,13 @@ class Tracer(fx.Tracer):
             node.meta["source_line"] = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
         return node
 
+    def proxy(self, node: Node) -> fx.Proxy:
+        return _Value(node, self)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``conv(input=x)`` is recorded as ``conv(x)``: passes replace modules by ones with other parameter names."""
+        return super().call_module(m, forward, *_by_position(m, args, kwargs))
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, (*_LEAVES, *self.leaf_modules)) or is_plain_layer(m):
             return True
@@ -68,9 +104,25 @@ class Tracer(fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name)
 
 
+def _by_position(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    try:
+        bound = inspect.signature(m.forward).bind(*args, **kwargs)
+    except (TypeError, ValueError):  # the call itself says what is wrong
+        return args, kwargs
+    return bound.args, bound.kwargs
+
+
 def is_plain_layer(m: nn.Module) -> bool:
     """Whether the arithmetic of ``m`` is that of a float layer with a quantized form."""
-    return any(isinstance(m, kind) and type(m).forward is kind.forward for kind in QUANTIZED_LAYERS)
+    return any(computes_as(m, kind) for kind in QUANTIZED_LAYERS)
+
+
+def computes_as(m: nn.Module, kind: type[_Kind]) -> TypeGuard[_Kind]:
+    """Whether ``m`` is a ``kind`` that no subclass, and no method put on the instance, makes compute something else."""
+    return isinstance(m, kind) and all(
+        getattr(type(m), name, None) is getattr(kind, name, None) and name not in vars(m)
+        for name in ("__call__", "forward", "_conv_forward", "_output_padding")
+    )
 
 
 def by_mode(training: Any, evaluation: Any) -> Any:
@@ -227,7 +279,7 @@ def _place_islands(parent: nn.Module, prefix: str, traced: Traced, tracing: Trac
         if Tracer(tracing).is_leaf_module(child, path) or not any(True for _ in child.parameters()):
             continue
         try:
-            island = _trace(child, tracing)
+            island = _trace(child, tracing, write_back=True)
         except TraceError as error:
             traced.stopped[path] = str(error)
             _place_islands(child, f"{path}.", traced, tracing)
@@ -236,7 +288,7 @@ def _place_islands(parent: nn.Module, prefix: str, traced: Traced, tracing: Trac
         traced.islands[path] = island
 
 
-def _trace(model: nn.Module, tracing: Tracing) -> TracedModule:
+def _trace(model: nn.Module, tracing: Tracing, *, write_back: bool = False) -> TracedModule:
     graphs = []
     with _modes_kept(model):
         for training in (True, False):
@@ -245,6 +297,9 @@ def _trace(model: nn.Module, tracing: Tracing) -> TracedModule:
                 graphs.append(Tracer(tracing).trace(model, concrete_args=tracing.concrete_args))  # type: ignore[arg-type]
             except Exception as error:  # whatever the user's forward raises when fed with proxies
                 raise TraceError(f"cannot trace {type(model).__name__}: {_where(error)}: {error}") from error
+    changed = functionalize(graphs, model, write_back=write_back)
+    if changed:
+        log.info("%s: %d operations in place", type(model).__name__, changed)
     _merge(*graphs)
     return TracedModule.of(model, graphs[0])
 

@@ -18,7 +18,7 @@ def main(epochs: int = 8) -> float:
     net = brfx.build_model("resnet20", num_classes=10)
     brfx.fit(net, train, test, brfx.TrainConfig(epochs=4, lr=0.1))  # an FP32 network; yours comes from a file
 
-    qmodel = brfx.prepare_qat(net, brfx.QATConfig(bits=2))
+    qmodel = brfx.prepare_qat(net, brfx.QATConfig(bits=2), next(iter(train))[0][:2])
     brfx.calibrate(qmodel, [images for images, _ in train][:8], batch_statistics=True)
 
     model = brfx.BinPenalty(qmodel, weight=0.1, act=0.01)  # wrap this, not qmodel, in DDP or torch.compile

@@ -78,8 +78,8 @@ def has_integer_form(layer: Any) -> bool:
 
 
 class _QuantizedConv(QuantizedLayer):
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)  # type: ignore[operator, no-any-return]
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)  # type: ignore[operator, no-any-return]
 
 
 class QuantizedConv1d(_QuantizedConv, nn.Conv1d):
@@ -97,9 +97,9 @@ class QuantizedConv3d(_QuantizedConv, nn.Conv3d):
 class _QuantizedConvTranspose(QuantizedLayer):
     channel_dim = 1
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         dims: int = self.weight.dim() - 2
-        x = self.quantized_input(x)
+        x = self.quantized_input(input)
         layer: Any = self
         padding = layer._output_padding(
             x, output_size, layer.stride, layer.padding, layer.kernel_size, dims, layer.dilation
@@ -125,8 +125,8 @@ class QuantizedConvTranspose3d(_QuantizedConvTranspose, nn.ConvTranspose3d):
 class QuantizedLinear(QuantizedLayer, nn.Linear):
     """``nn.Linear`` with an LSQ-quantized weight."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
 #: Float layer -> its quantized form.

@@ -153,7 +153,8 @@ class LSQQuantizer(nn.Module):
     def signed(self) -> bool:
         return self.grid.signed
 
-    def forward(self, values: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # named as a ReLU's, which it may stand for
+        values = input
         if self.mode == "pass":
             return self.prepare(values)
         if self.mode == "calibrate" and values.numel():

@@ -8,6 +8,7 @@ from torch.fx import GraphModule
 from brfx.config import QATConfig
 from brfx.graph import module_calls, set_module
 from brfx.nn import QUANTIZED_LAYERS, QuantizedLayer, QuantizedMultiheadAttention
+from brfx.trace import computes_as
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,8 @@ class QuantizeLayers:
         y = Conv2d(x)                      ->    y = QuantizedConv2d(x)
         y, p = MultiheadAttention(q, k, v) ->    y, p = QuantizedMultiheadAttention(q, k, v)
 
-    The quantized layer adopts the float one's parameters, so FP32 keys stay. A subclass with a ``forward`` of its
-    own is declined: its arithmetic is not the parent's.
+    The quantized layer adopts the float one's parameters, so FP32 keys stay. A subclass with a ``forward`` or
+    ``_conv_forward`` of its own is declined: its arithmetic is not the parent's.
 
     Requires: nothing.
     Ensures: no swappable layer remains in FP32; a second run changes 0 sites.
@@ -45,11 +46,11 @@ def quantized_layer(layer: nn.Module, config: QATConfig, name: str) -> nn.Module
     if own is None or isinstance(layer, (QuantizedLayer, QuantizedMultiheadAttention)):
         return None
     bits = own.weight_bits_or_none
-    if isinstance(layer, nn.MultiheadAttention) and type(layer).forward is nn.MultiheadAttention.forward:
+    if computes_as(layer, nn.MultiheadAttention):
         if bits is None and own.inner_act_bits is None:
             return None
         return QuantizedMultiheadAttention.from_float(layer, bits, own.inner_act_bits, **own.weight_settings)
     for float_type, quantized_type in QUANTIZED_LAYERS.items():
-        if bits is not None and isinstance(layer, float_type) and type(layer).forward is float_type.forward:
+        if bits is not None and computes_as(layer, float_type):
             return quantized_type.from_float(layer, bits, **own.weight_settings)
     return None
