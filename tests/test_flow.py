@@ -133,6 +133,7 @@ SIGNS = {
     "clamp from above": (lambda p, q, x: p.clamp(max=1), False),
     "clamp to below": (lambda p, q, x: p.clamp(max=-1), True),
     "clamp crossed": (lambda p, q, x: x.clamp(min=0, max=-1), True),
+    "clamp by two": (lambda p, q, x: torch.clamp(x, min=p, max=x), True),
     "clamp by a value": (lambda p, q, x: torch.clamp(x, p), False),
     "hardtanh": (lambda p, q, x: F.hardtanh(p), False),
     "hardtanh, signed": (lambda p, q, x: F.hardtanh(x), True),

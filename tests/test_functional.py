@@ -152,6 +152,7 @@ CASES = {
     "gt_": statement(lambda m, x: x[:, :2].gt_(0)),
     "data": statement(lambda m, x: x.data.mul_(0.5)),
     "detached": statement(lambda m, x: x.detach().mul_(0.5)),
+    "bernoulli_": statement(lambda m, x: x[:, :2].bernoulli_(0.5)),
     "noise": statement(lambda m, x: x[:, :2].uniform_(-1, 1)),
     "input": statement(lambda m, x: (x.sub_(0.4), x.div_(0.2)), first=False),
     "input, a chain": statement(lambda m, x: x.sub_(0.4).div_(0.2), first=False),
@@ -206,7 +207,7 @@ def test_the_graph_computes_what_the_model_does(case, training, x):
             assert all(torch.equal(a, b) for a, b in results)
 
 
-@pytest.mark.parametrize("case", sorted(CASES.keys() - {"noise", "gt_", "an index", "masked_fill_"}))
+@pytest.mark.parametrize("case", sorted(CASES.keys() - {"noise", "bernoulli_", "gt_", "an index", "masked_fill_"}))
 def test_eight_bits_keep_the_signal_and_training_computes_the_same(case, x):
     model = made(case).eval()
     qmodel = brfx.prepare_qat(model, brfx.QATConfig(bits=8)).eval()

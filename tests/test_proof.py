@@ -37,6 +37,11 @@ def without_gradient(m, x):
     return x * gate
 
 
+def all_without_gradient(m, x):
+    with torch.no_grad():
+        return x * 1
+
+
 def drawn(m, x):
     return x * 2 if random.random() < 0.5 else x
 
@@ -50,6 +55,7 @@ def counted(m, x):
 WRONG = {
     "a constant of a buffer": (lambda m, x: x * (m.kernel / m.kernel.sum()), "mode, after .* changed: first at mul, "),
     "no_grad": (without_gradient, "training mode: the gradient first.weight, of first, .* differs"),
+    "no_grad for all": (all_without_gradient, "training mode: the gradient first.weight, of first, .* differs"),
     "one draw of torch": (lambda m, x: x * torch.rand(1), "training mode: first at mul, "),
     "one draw of NumPy": (lambda m, x: x * float(np.random.rand()), "training mode: first at mul, "),
     "one draw of Python": (drawn, "mode: first at "),
@@ -70,6 +76,25 @@ def test_what_differs_is_an_error_with_its_line(case, x):
     assert "\n" not in str(caught.value) and "rewritten Net" in str(caught.value)
     if case != "state":
         assert "test_proof.py:" in str(caught.value)
+
+
+def test_what_it_runs_on(x):
+    seen = []
+
+    class Watched(nn.Linear):
+        def forward(self, input):
+            seen.append((self.training, input.clone(), float(self.weight.detach().sum())))
+            return super().forward(input)
+
+    torch.manual_seed(0)
+    model, rewritten = Watched(4, 2), nn.Linear(4, 2)
+    rewritten.load_state_dict(model.state_dict())
+    x = torch.randn(3, 4)
+    prove(model, rewritten, (x,), {})
+    assert [training for training, *_ in seen] == [True, False, True, False]
+    (_, first, weight), *_, (_, second, changed_weight) = seen
+    assert torch.equal(first, x) and not torch.equal(second, x) and weight != changed_weight
+    assert torch.equal(second.flatten().sort().values, x.flatten().sort().values)
 
 
 def test_a_train_method_that_freezes_is_seen(x):
