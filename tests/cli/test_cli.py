@@ -160,7 +160,8 @@ def test_inspect_a_model_by_name():
     done = brfx("inspect", "--model", "resnet20", "--weight-bits", 2, "--act-bits", 4)
     lines = done.stdout.splitlines()
     assert sum("QuantizedConv2d" in line for line in lines) == 19
-    assert sum("QuantizedClippedReLU" in line for line in lines) == 19
+    assert sum("QuantizedClippedReLU" in line for line in lines) == 9
+    assert sum("StreamQuantizer" in line and "8  unsigned" in line for line in lines) == 1
     assert lines[-1] == "100.0 % of 40.6 M MACs quantized; left: nothing"
     paper = brfx("inspect", "--model", "resnet20", "--placement", "paper").stdout.splitlines()[-1]
     assert paper.endswith("left: conv1, linear")
