@@ -3,8 +3,8 @@
     python benchmarks/accuracy.py run TABLE --ckpt FILE --data DIR --runs DIR [--seeds 0 1 2] [--jobs N] [--device cuda]
     python benchmarks/accuracy.py page docs/results.md
 
-``run`` starts `brfx quantize` for each variant and seed of a table, several at a time. It goes on with runs that were cut
-off, and leaves out complete ones. What a run told (`config.json`, `metrics.jsonl`, `result.json`) is copied to
+``run`` starts `brfx quantize` for each variant and seed of a table, several at a time. It goes on with runs that were
+cut off, and leaves out complete ones. What a run told (`config.json`, `metrics.jsonl`, `result.json`) is copied to
 ``docs/results/TABLE/VARIANT-seedN``. ``page`` writes every table of the page from these files alone.
 """
 
