@@ -266,9 +266,8 @@ def differences(report: OnnxReport) -> list[str]:
         cure = "; look at `sites` of the report for where it arises"
         if report.unsnapped:
             cure = f": {report.unsnapped} biases are not integers yet; call brfx.snap_biases(qmodel), then export again"
-        lines.append(
-            f"outputs differ from the trained model's by up to {size:.2g}, {size / report.output_range:.1%} of their range{cure}"
-        )
+        share = f"{size:.2g}, {size / report.output_range:.1%} of their range"
+        lines.append(f"outputs differ from the trained model's by up to {share}{cure}")
     if report.wrong:
         lines.append(
             f"ONNX Runtime on this machine computes something else than the integers in the file: outputs differ by up "
