@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from brfx.calibration import calibrate, quantizers, uncalibrated
 from brfx.card import card_of
@@ -128,6 +130,52 @@ class _Record:
     sources: tuple[str, str] = ("", "")
 
 
+class _Inside(TorchDispatchMode):
+    """Counts the multiply-accumulates of all that runs, whatever function of torch's it runs inside of."""
+
+    macs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        if packet in _FUSED:
+            self.macs += _FUSED[packet](args, out)
+        elif packet in flop_registry:
+            self.macs += flop_registry[packet](*args, **(kwargs or {}), out_val=out) // 2
+        return out
+
+
+def _trilinear(args: Any, out: Any) -> int:
+    """Of ``bilinear``: a batch of outer products, times the weight."""
+    left, weight, right = (args[place] for place in (0, 1, 2))
+    return left.shape[0] * (left.shape[-1] * right.shape[-1] + weight.numel())
+
+
+def _attention(args: Any, out: Any) -> int:
+    """Of ``softmax(q @ k.T) @ v``."""
+    query, key, value = args[:3]
+    return math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+def _recurrent(args: Any, out: Any) -> int:
+    """Of one layer and direction: its input and its state times their weights, at each time of each sequence."""
+    return math.prod(args[0].shape[:-1]) * (args[1].numel() + args[2].numel())
+
+
+#: Kernels that multiply and that torch's own counter does not know: ``(arguments, output) -> multiply-accumulates``.
+_FUSED: dict[Any, Callable[[Any, Any], int]] = {
+    torch.ops.aten._trilinear: _trilinear,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten.mkldnn_rnn_layer: _recurrent,
+    torch.ops.aten.dot: lambda args, out: args[0].numel(),
+    torch.ops.aten.vdot: lambda args, out: args[0].numel(),
+    torch.ops.aten.mv: lambda args, out: args[0].numel(),
+    torch.ops.aten.addmv: lambda args, out: args[1].numel(),
+    torch.ops.aten._cdist_forward: lambda args, out: out.numel() * args[0].shape[-1],
+    torch.ops.torchvision.deform_conv2d: lambda args, out: out.numel() * math.prod(args[1].shape[1:]),
+}
+
+
 class _Provenance(TorchFunctionMode):
     """Follows quantized values through torch's functions; ``records`` has what multiplied them."""
 
@@ -137,6 +185,7 @@ class _Provenance(TorchFunctionMode):
         self.records: dict[tuple[str, str], _Record] = {}
         self.hit: Counter[str] = Counter()
         self._stack: list[str] = []
+        self._inside = _Inside()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -147,7 +196,7 @@ class _Provenance(TorchFunctionMode):
             if isinstance(module, LSQQuantizer):
                 handles.append(module.register_forward_hook(self._quantized(name)))
         try:
-            with self:
+            with self._inside, self:
                 yield
         finally:
             for handle in handles:
@@ -172,13 +221,13 @@ class _Provenance(TorchFunctionMode):
         name = name_of(func) or ""
         inputs = [value for value in _flat((args, kwargs)) if isinstance(value, Tensor)]
         grids = [_grid(value) for value in inputs]
+        before = self._inside.macs
         out = func(*args, **kwargs)
-        if name in LINEAR and isinstance(out, Tensor):
+        inside = self._inside.macs - before
+        if name in LINEAR and isinstance(out, Tensor) and (name != "einsum" or len(inputs) == 2):
             self._multiplied(name, args, kwargs, out)
-        elif name in ("scaled_dot_product_attention", "multi_head_attention_forward"):
-            self._attended(name, inputs)
-        elif name.startswith(("lstm", "gru", "rnn")):
-            self._record(name, 1, (None, None), (name, name))
+        elif inside:
+            self._record(name, inside, (None, None), (name, name))
         for value in _flat(out):
             if isinstance(value, Tensor):
                 grid = self._carried(name, args, kwargs, inputs, grids, value)
@@ -213,19 +262,11 @@ class _Provenance(TorchFunctionMode):
         op = LINEAR[name]
         left, right = op.operands(args, kwargs)
         if name == "einsum":
-            operands = [value for value in _flat(args[1:]) if isinstance(value, Tensor)]
-            if len(operands) != 2:
-                return
-            left, right = operands
+            left, right = (value for value in _flat(args[1:]) if isinstance(value, Tensor))
             macs = einsum_macs(args[0], left, right)
         else:
             macs = op.macs(left, right, out)
         self._record(name, macs, (_grid(left), _grid(right)), (_made_by(left), _made_by(right)))
-
-    def _attended(self, name: str, inputs: list[Tensor]) -> None:
-        query, key, value = inputs[:3]
-        macs = math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
-        self._record(name, macs, (None, None), (name, name))
 
     def _record(
         self,

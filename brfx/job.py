@@ -6,7 +6,6 @@ import json
 import logging
 import sys
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import count, islice
@@ -22,7 +21,7 @@ from brfx.card import card_of
 from brfx.checkpoint import is_brfx_file, load, load_float, read_state_dict, save
 from brfx.config import JobConfig
 from brfx.data import DEFAULTS, BatchLoader, Dataset, Preprocessing, load_dataset, with_overrides
-from brfx.errors import ConfigError, DataError, ExportError, TrainingError
+from brfx.errors import BrfxError, ConfigError, DataError, TrainingError, first_line
 from brfx.export import OnnxReport, export_onnx, snap_biases
 from brfx.grid import Grid
 from brfx.models import CIFAR_RESNETS, build_model, example_inputs, require_model
@@ -127,11 +126,15 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
                 resume=resume,
                 callbacks=callbacks,
             )
-        with suppress(ExportError):  # the export below says why
+        _write_model(qmodel, run_dir)
+        try:
             snap_biases(qmodel)
+        except Exception as error:  # the network is not to be lost for the sake of a file
+            log.warning("biases stay as they are: %s", first_line(error))
+        _write_model(qmodel, run_dir)
         onnx_report, problem = None, None
         if rank() == 0:
-            onnx_report, problem = _write_model(qmodel, run_dir, _example(dataset, 8).to(device))
+            onnx_report, problem = _write_onnx(qmodel, run_dir, _example(dataset, 8).to(device))
         test_data = _test_loader(job, dataset)
         test, test_float = evaluate(qmodel, test_data), evaluate(model, test_data)
         return _close_run(JobResult(run_dir, result, test, test_float, onnx_report, problem))
@@ -155,16 +158,21 @@ def _calibrate(
     log.info("Calibrated on %d batches%s", job.calibration_batches, came_to)
 
 
-def _write_model(qmodel: nn.Module, run_dir: Path, example: Tensor) -> tuple[OnnxReport | None, str | None]:
-    """Write ``model.pt`` and ``model.onnx``; the report, or why there is no ONNX file."""
-    with written_into(run_dir):
-        save(qmodel, run_dir / "model.pt")
+def _write_model(qmodel: nn.Module, run_dir: Path) -> None:
+    """Write ``model.pt``; rank 0 alone."""
+    if rank() == 0:
+        with written_into(run_dir):
+            save(qmodel, run_dir / "model.pt")
+
+
+def _write_onnx(qmodel: nn.Module, run_dir: Path, example: Tensor) -> tuple[OnnxReport | None, str | None]:
+    """Write ``model.onnx``; the report, or why there is no such file, whatever went wrong."""
     try:
         return export_onnx(qmodel, run_dir / "model.onnx", example), None
-    except ExportError as error:
+    except Exception as error:
         if isinstance(error.__cause__, OSError):  # a full disk says nothing of the model
             raise TrainingError(f"{error}; free some space, then go on with --resume {run_dir}") from error
-        return None, str(error)
+        return None, str(error) if isinstance(error, BrfxError) else f"{type(error).__name__}: {first_line(error)}"
 
 
 def _with_tensorboard(job: JobConfig, run_dir: Path, callbacks: Iterable[Callback]) -> list[Callback]:

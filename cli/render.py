@@ -142,7 +142,8 @@ def exported(report: OnnxReport) -> None:
                 console.print(f"  {site.site}: {site.flipped:,} of {site.codes:,}, by {site.largest}", markup=False)
     if report.reference_difference is not None:
         exact = "bit for bit" if report.reference_difference == 0 else f"difference {report.reference_difference:.2g}"
-        console.print(f"ONNX Runtime against the integer reference: {exact}")
+        style = "red" if report.wrong else None
+        console.print(f"ONNX Runtime against the integer reference: {'WRONG, ' * report.wrong}{exact}", style=style)
         same = "" if report.same_top1 is None else f", same class for {report.same_top1:.0%} of the example"
         console.print(f"ONNX Runtime against PyTorch: largest difference {report.max_difference:.2g}{same}")
 

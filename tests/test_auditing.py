@@ -86,3 +86,65 @@ def test_a_calibrated_model_is_audited_itself_though_a_branch_was_never_taken(ti
     monkeypatch.setattr("brfx.auditing.calibrate", lambda *args, **kwargs: pytest.fail("calibrated again"))
     with pytest.raises(brfx.BrfxError, match="no step yet"):  # the audit ran the model as it is
         brfx.audit(qmodel, images)
+
+
+class Recurrent(nn.Module):
+    """A convolution, and a layer that multiplies inside an operator."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.conv, self.inner = nn.Conv2d(3, 8, 1), inner
+
+    def forward(self, x):
+        y = self.inner(self.conv(x).relu().flatten(2).transpose(1, 2))
+        return y[0] if isinstance(y, tuple) else y
+
+
+@pytest.mark.parametrize(
+    ("inner", "macs"),
+    [
+        (nn.LSTM(8, 16, num_layers=2, bidirectional=True, batch_first=True), 2 * (4 * 16 * (8 + 16 + 32 + 16))),
+        (nn.GRU(8, 16, batch_first=True), 3 * 16 * (8 + 16)),
+        (nn.RNN(8, 16, batch_first=True), 16 * (8 + 16)),
+    ],
+)
+def test_a_recurrent_layer_counts_every_multiplication_that_it_makes(inner, macs):
+    images = torch.randn(2, 3, 4, 4)
+    qmodel = brfx.prepare_qat(Recurrent(inner))
+    brfx.calibrate(qmodel, [images])
+    report = brfx.audit(qmodel, images)
+    assert report.macs == 2 * 16 * (3 * 8 + macs) and report.quantized_macs == 2 * 16 * 3 * 8
+    (exception,) = report.exceptions
+    assert exception.startswith("inner (")
+
+
+def counted(function, *inputs):
+    """What the audit counts of a function behind one linear of 8 by 8, called on ``(2, 5, 8)``."""
+    qmodel = brfx.prepare_qat(nn.Sequential(nn.Linear(8, 8)))
+    brfx.calibrate(qmodel, [torch.randn(2, 5, 8)])
+    qmodel.register_forward_hook(lambda module, args, output: function(output))
+    report = brfx.audit(qmodel, torch.randn(2, 5, 8))
+    assert report.quantized_macs == 2 * 5 * 8 * 8
+    return report.macs - report.quantized_macs
+
+
+@pytest.mark.parametrize(
+    ("function", "macs"),
+    [
+        (lambda x: F.scaled_dot_product_attention(x, x, x), 2 * 5 * 5 * (8 + 8)),
+        (lambda x: F.scaled_dot_product_attention(x[:, :3], x, x), 2 * 3 * 5 * (8 + 8)),
+        (lambda x: torch.tensordot(x, torch.ones(8, 3), 1), 2 * 5 * 8 * 3),
+        (lambda x: torch.einsum("bnc,cd,de->bne", x, torch.ones(8, 3), torch.ones(3, 4)), 2 * 5 * (8 * 3 + 3 * 4)),
+        (lambda x: F.bilinear(x, x, torch.ones(3, 8, 8)), 2 * 5 * 8 * 8 + 2 * 5 * 3 * 8 * 8),
+        (lambda x: torch.mv(x[0], torch.ones(8)), 5 * 8),
+        (lambda x: torch.cdist(x, x), 2 * 5 * 5 * 8),
+        (lambda x: x + 1, 0),
+    ],
+)
+def test_whatever_multiplies_inside_an_operator_is_counted(function, macs):
+    assert counted(function) == macs
+
+
+def test_attention_left_in_fp32_counts_its_projections_and_its_products():
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    assert counted(lambda x: attention(x, x, x)[0]) == 2 * 5 * (4 * 8 * 8) + 2 * 5 * 5 * (8 + 8)

@@ -68,3 +68,25 @@ def test_settings_of_regularizer_and_filters_reach_the_run_and_its_figures_its_m
     for layer in ("0", "5"):
         assert weights["per value"][1][layer]["closed"] > 0.5
         assert weights["lsq"][1][layer]["closed"] < 0.2
+
+
+def test_an_export_that_fails_in_any_way_leaves_the_trained_network(job, monkeypatch, caplog):
+    def fails(*args):
+        raise AssertionError("no such form")
+
+    monkeypatch.setattr("brfx.job.snap_biases", fails)
+    monkeypatch.setattr("brfx.job.export_onnx", fails)
+    run = quantize(job("fails"))
+    assert run.onnx is None and run.onnx_problem == "AssertionError: no such form"
+    assert "biases stay as they are: no such form" in caplog.text
+    assert (run.run_dir / "model.pt").is_file() and (run.run_dir / "result.json").is_file()
+
+
+def test_the_trained_network_is_on_disk_before_anything_is_exported(job, monkeypatch):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("brfx.job.snap_biases", killed)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(job("killed"))
+    assert (job("killed").output_dir / "model.pt").is_file()

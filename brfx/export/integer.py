@@ -24,6 +24,7 @@ from brfx.export.layers import (
     IntegerProduct,
     Recode,
     Requantize,
+    can_fold,
     codes_of,
     codes_of_weight,
     float_layer,
@@ -46,10 +47,21 @@ from brfx.nn import (
 )
 from brfx.nn.layers import has_integer_form
 from brfx.observing import graphs
+from brfx.operators import LINEAR, is_attention
 from brfx.python_calls import QuantizedCall
 from brfx.trace import pruned
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
+
+#: Float layers that multiply.
+_MULTIPLY = (
+    nn.modules.conv._ConvNd,
+    nn.Linear,
+    nn.Bilinear,
+    nn.RNNBase,
+    nn.modules.rnn.RNNCellBase,
+    nn.MultiheadAttention,
+)
 
 #: What lets values through in eval mode.
 _IDENTITIES = (ActivationObserver, nn.Identity, nn.modules.dropout._DropoutNd, StochasticDepth)
@@ -62,7 +74,7 @@ class IntegerModel:
     Attributes:
         model: runs in PyTorch, in integers where ``layers`` says so.
         layers: by dotted name.
-        float_layers: what stays in floating point, and why.
+        float_layers: layers, and products written as functions, that stay in floating point, and why.
         biases: parameters of the trained model, and the values of theirs that the integer form has exactly.
     """
 
@@ -103,7 +115,7 @@ def integer_model(qmodel: nn.Module) -> IntegerModel:
 def _modules(result: IntegerModel) -> None:
     """Give attention, calls in Python code and layers outside every graph their integer forms, or say why not."""
     for name, module in list(result.model.named_modules()):
-        if isinstance(module, QuantizedMultiheadAttention):
+        if isinstance(module, (QuantizedMultiheadAttention, nn.MultiheadAttention)):
             continue  # all in it is its own
         for child_name, child in list(module.named_children()):
             path = f"{name}.{child_name}".lstrip(".")
@@ -120,6 +132,8 @@ def _modules(result: IntegerModel) -> None:
                     continue
                 setattr(module, child_name, float_layer(child))
                 result.float_layers[path] = "called by Python code, outside every graph"
+            elif isinstance(child, _MULTIPLY) and not isinstance(child, QuantizedLayer):
+                result.float_layers[path] = "it is not quantized"
 
 
 def _attention(result: IntegerModel, parent: nn.Module, name: str, path: str) -> None:
@@ -164,6 +178,7 @@ class _Rewriting:
             if isinstance(module, _IDENTITIES):
                 node.replace_all_uses_with(node.args[0])
                 self.gm.graph.erase_node(node)
+        _keep_what_is_read(self.gm)
         self.flows, self.calls = analyse(self.gm), call_counts(self.gm)
         self.sites = {node: f"{self.scope}{site}" for node, site in call_sites(self.gm.graph).items()}
         for node in list(self.gm.graph.nodes):
@@ -182,6 +197,8 @@ class _Rewriting:
             module = self._module(node)
             if isinstance(module, QuantizedLayer):
                 self._left_in_float(node, module)
+            elif node.op in ("call_function", "call_method"):
+                self._function(node)
         self.gm.graph.lint()
         self.gm.recompile()
         self.gm.delete_all_unused_submodules()
@@ -245,6 +262,8 @@ class _Rewriting:
         if isinstance(self._module(node), _BatchNorm) and len(node.users) == 1:
             norm, node = self._module(node), node.args[0]  # type: ignore[assignment]
         layer: Any = self._module(node)
+        if norm is not None and not can_fold(norm):
+            return None
         if not has_integer_form(layer) or len(node.users) != 1 or len(value.users) != 1:
             return None
         x = self._input_codes(node)
@@ -332,10 +351,20 @@ class _Rewriting:
             reason = "transposed convolutions and padding other than with zeros have no integer form"
         elif self._input_codes(node) is None:
             reason = "its input is on no grid: placement='deploy' puts it on one"
+        elif any(isinstance(norm := self._module(user), _BatchNorm) and not can_fold(norm) for user in node.users):
+            reason = "the batch norm behind it has no running statistics to fold"
         else:
             reason = "no quantizer takes its output alone"
         self.result.float_layers[name] = reason
         set_module(self.gm, str(node.target), float_layer(layer))
+
+    def _function(self, node: Node) -> None:
+        """A product that is left as a function."""
+        name = operation(self.gm, node)[0]
+        if name in (*PRODUCTS, "einsum"):
+            self.result.float_layers[f"{self.scope}{node.name}"] = "an operand of this product is on no grid"
+        elif name in LINEAR or is_attention(node.target):
+            self.result.float_layers[f"{self.scope}{node.name}"] = "a function, and layers alone have an integer form"
 
     def _step(self, node: object) -> Tensor:
         """A step that the graph reads."""
@@ -349,6 +378,19 @@ class _Rewriting:
         set_module(self.gm, place, module)
         with self.gm.graph.inserting_before(before):
             return self.gm.graph.call_module(place, (source,))  # type: ignore[arg-type]
+
+
+def _keep_what_is_read(gm: GraphModule) -> None:
+    """Give the graph, where it reads a parameter of a layer (``conv.weight.abs().mean()``), a float copy of its own:
+    the layer's becomes integers."""
+    for node in gm.graph.nodes:
+        owner, _, name = str(node.target).rpartition(".")
+        if node.op != "get_attr" or not owner or isinstance(gm.get_submodule(owner), LSQQuantizer):
+            continue
+        value = attribute(gm, node)
+        if isinstance(value, Tensor):
+            node.target = free_name(gm, f"{owner.replace('.', '_')}_{name}")
+            gm.register_buffer(node.target, value.detach().clone())
 
 
 def _taken(gm: GraphModule, name: str) -> bool:

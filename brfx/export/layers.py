@@ -51,6 +51,7 @@ class IntegerConv(nn.Module):
         self.stride, self.dilation, self.groups = list(layer.stride), list(layer.dilation), int(layer.groups)  # type: ignore[arg-type]
         self.padding = list(layer.padding)  # type: ignore[arg-type]
         self.largest_sum = largest_sum(parts.weight, x) + int(parts.bias.abs().max())
+        self.saturates = saturates(parts.weight, x)
 
     def forward(self, x: Tensor) -> Tensor:
         return convolution(  # type: ignore[no-any-return]
@@ -86,7 +87,7 @@ class IntegerLinear(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
         self.x, self.storage, self.headroom = x, storage, 1
-        self.largest_sum = largest_sum(weight, x)
+        self.largest_sum, self.saturates = largest_sum(weight, x), saturates(weight, x)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.transposed, self.scale, self.bias, self.x.scale, self.x.zero_point)  # type: ignore[no-any-return]
@@ -118,9 +119,9 @@ class FloatLayer(nn.Module):
         layer.weight_quantizer = None
         del layer._parameters["weight"]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         vars(self.layer)["weight"] = self.weight.float() * self.scale
-        return self.layer(x)  # type: ignore[no-any-return]
+        return self.layer(x, *args, **kwargs)  # type: ignore[no-any-return]
 
 
 def codes_of(quantizer: LSQQuantizer) -> Codes | None:
@@ -173,6 +174,15 @@ def largest_sum(weight: Tensor, x: Codes) -> int:
     return int(weight.flatten(1).int().abs().sum(1).max()) * reach
 
 
+def saturates(weight: Tensor, x: Codes) -> bool:
+    """Whether a sum of two products can leave 16 bits, in which x86 kernels without VNNI keep it; the input's codes are
+    multiplied as they are stored, with the zero point in them."""
+    pairs = weight.flatten(1).int()
+    pairs = torch.cat([pairs.clamp(min=0), -pairs.clamp(max=0)])  # two of one sign reach farthest
+    largest = pairs.topk(min(2, pairs.shape[1]), dim=1).values.sum(1).max()
+    return int(largest) * x.high > 2**15 - 1
+
+
 def integer_linear(weight: Tensor, scale: Tensor, bias: Tensor | None, x: Codes, grid: Grid) -> IntegerLinear:
     """A linear of integers ``weight`` from ``grid``; ``scale`` is one, or one a row."""
     scale = (scale.flatten() * torch.tensor(x.scale)).float()
@@ -200,6 +210,11 @@ class Folded:
     headroom: int
     storage: Storage
     snapped: Tensor | None
+
+
+def can_fold(norm: nn.Module) -> bool:
+    """Whether a batch norm is a factor and a shift in eval mode, not the statistics of the batch at hand."""
+    return isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None
 
 
 def fold(layer: Any, norm: nn.Module | None, x: Codes) -> Folded:

@@ -24,12 +24,21 @@ from brfx.export.destination import as_inputs, destination, replacing
 from brfx.export.integer import IntegerModel, integer_model
 from brfx.export.operators import translations
 from brfx.export.parity import SiteParity, compare_codes
-from brfx.export.proto import share_codes, store_quantized, store_weights, strip
+from brfx.export.proto import own_zero_points, share_codes, store_quantized, store_weights, strip
 from brfx.flow import operation
+from brfx.nn import QuantizedLayer
 from brfx.observing import graphs
+
+log = logging.getLogger(__name__)
 
 #: What a profile is for: the opset it needs, and the narrowest type that weights are stored in.
 PROFILES = {"compact": (25, 2), "fast": (21, 8), "portable": (21, 4)}
+
+#: The entry of a file's metadata with the layers that kernels without VNNI saturate in.
+_SATURATING = "brfx_saturating"
+
+#: Up to this share of the outputs' range a difference is that of the order in which floats are summed.
+NEGLIGIBLE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,10 @@ class OnnxReport:
             interpreter's; 0.0 means bit for bit. ``None`` where ONNX Runtime is not installed.
         max_difference: the same between ONNX Runtime and the trained model.
         same_top1: the share of samples with the same best class as the trained model's.
+        output_range: the largest absolute value of the trained model's outputs.
+        rounding_difference: the largest absolute difference between the reference interpreter and the trained model.
+        unsnapped: how many biases are not what the integer form has, see :func:`brfx.snap_biases`.
+        saturating: integer layers whose sum of two products can leave 16 bits, see :func:`differences`.
     """
 
     path: Path
@@ -57,11 +70,20 @@ class OnnxReport:
     reference_difference: float | None = None
     max_difference: float | None = None
     same_top1: float | None = None
+    output_range: float = 0.0
+    rounding_difference: float = 0.0
+    unsnapped: int = 0
+    saturating: tuple[str, ...] = ()
 
     @property
     def flipped(self) -> tuple[int, int]:
         """How many codes differ between the trained model and its integer form, of how many."""
         return sum(site.flipped for site in self.sites), sum(site.codes for site in self.sites)
+
+    @property
+    def wrong(self) -> bool:
+        """Whether ONNX Runtime computed something else than the reference, by more than the order of summing floats."""
+        return (self.reference_difference or 0.0) > NEGLIGIBLE * self.output_range
 
 
 def export_onnx(
@@ -90,6 +112,7 @@ def export_onnx(
     except ImportError as error:
         raise ExportError("ONNX export needs the extra: pip install 'brfx[onnx]'") from error
     integer = integer_model(qmodel)
+    trained = _trained(qmodel, inputs)
     expected = _reference(integer, inputs)
     opset, narrowest = PROFILES[profile]
     try:
@@ -113,11 +136,17 @@ def export_onnx(
     store_weights(proto, integer, narrowest)
     store_quantized(proto, narrowest)
     strip(proto)
-    _describe(proto, qmodel)
+    saturating = tuple(name for name, layer in integer.layers.items() if layer.saturates)
+    if saturating:
+        own_zero_points(proto)
+    _describe(proto, qmodel, saturating)
     with replacing(path) as partial:
         onnx.checker.check_model(proto, full_check=True)
         onnx.save(proto, partial)
-    return _compare(path, inputs, qmodel, integer, expected)
+    report = _compare(path, inputs, qmodel, integer, trained, expected)
+    for line in differences(report):
+        log.warning("%s: %s", path, line)
+    return report
 
 
 def _told(error: BaseException, model: nn.Module) -> str:
@@ -135,52 +164,133 @@ def _told(error: BaseException, model: nn.Module) -> str:
     return f"ONNX has no operator for {unknown[1]}{where}; replace it in the model, or export a part of the model"
 
 
-def _describe(proto: Any, qmodel: nn.Module) -> None:
+def _describe(proto: Any, qmodel: nn.Module, saturating: tuple[str, ...]) -> None:
     card = card_of(qmodel)
     for key, value in (
         ("brfx_version", version("brfx")),
         ("brfx_config", asdict(card.config)),
         ("preprocessing", card.preprocessing and asdict(card.preprocessing)),
         ("classes", card.classes),
+        *([(_SATURATING, saturating)] if saturating else []),
     ):
         proto.metadata_props.add(key=key, value=json.dumps(value))
 
 
 @torch.no_grad()
-def _reference(integer: IntegerModel, inputs: tuple[Tensor, ...]) -> Any:
-    return integer.model(*inputs)
+def _trained(qmodel: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """The trained model's outputs in eval mode; ExportError if it does not run, or a layer's input has no batch."""
+    device, training = next(qmodel.parameters()).device, qmodel.training
+    unbatched: dict[str, tuple[int, ...]] = {}
+
+    def look(name: str, dims: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor) and args[0].dim() < dims:
+                unbatched.setdefault(name, tuple(args[0].shape))
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(look(name, 2 if isinstance(module, nn.Linear) else module.weight.dim()))
+        for name, module in qmodel.named_modules()
+        if isinstance(module, QuantizedLayer)
+    ]
+    try:
+        output = tensors(qmodel.eval()(*(value.to(device) for value in inputs)))
+    except Exception as error:
+        raise ExportError(f"the model does not run on example_inputs ({first_line(error)})") from error
+    finally:
+        qmodel.train(training)
+        for handle in handles:
+            handle.remove()
+    for name, shape in unbatched.items():
+        raise ExportError(
+            f"{name}: its input of shape {shape} has no batch dimension, which a file needs: give example_inputs a "
+            "batch of two or more, as x[None].repeat(2, ...) does"
+        )
+    return [value.cpu() for value in output]
+
+
+@torch.no_grad()
+def _reference(integer: IntegerModel, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    try:
+        return tensors(integer.model(*inputs))
+    except Exception as error:
+        raise ExportError(f"the integer form of this model does not run ({first_line(error)})") from error
 
 
 @torch.no_grad()
 def _compare(
-    path: Path, inputs: tuple[Tensor, ...], qmodel: nn.Module, integer: IntegerModel, reference: Any
+    path: Path,
+    inputs: tuple[Tensor, ...],
+    qmodel: nn.Module,
+    integer: IntegerModel,
+    trained: list[Tensor],
+    reference: list[Tensor],
 ) -> OnnxReport:
     device = next(qmodel.parameters()).device
-    sites = tuple(compare_codes(qmodel, integer, *inputs)) if device.type == "cpu" else ()
-    size, layers = path.stat().st_size, len(integer.layers)
-    report = OnnxReport(path, size, layers, integer.float_layers, integer.largest_sum, sites)
+    report = OnnxReport(
+        path,
+        path.stat().st_size,
+        len(integer.layers),
+        integer.float_layers,
+        integer.largest_sum,
+        tuple(compare_codes(qmodel, integer, *inputs)) if device.type == "cpu" else (),
+        output_range=max((float(value.abs().max()) for value in trained if value.numel()), default=0.0),
+        rounding_difference=distance(reference, trained),
+        unsnapped=sum(
+            not torch.equal(qmodel.get_parameter(name).cpu(), value.to(qmodel.get_parameter(name).dtype))
+            for name, value in integer.biases.items()
+        ),
+        saturating=tuple(name for name, layer in integer.layers.items() if layer.saturates),
+    )
     try:
         found = tensors(onnx_runner(path)(*inputs))
     except ImportError:
         return report
-    training = qmodel.training
-    try:
-        trained = [value.cpu() for value in tensors(qmodel.eval()(*(value.to(device) for value in inputs)))]
-    finally:
-        qmodel.train(training)
     same = None
     if found[0].dim() == 2:
         same = float((found[0].argmax(1) == trained[0].argmax(1)).double().mean())
     return dataclasses.replace(
         report,
-        reference_difference=distance(found, tensors(reference)),
+        reference_difference=distance(found, reference),
         max_difference=distance(found, trained),
         same_top1=same,
     )
 
 
+def differences(report: OnnxReport) -> list[str]:
+    """What the user of a file has to know or do, a line each: the file computes something else, or may elsewhere."""
+    lines = []
+    if report.rounding_difference > NEGLIGIBLE * report.output_range:
+        size = report.rounding_difference
+        cure = "; look at `sites` of the report for where it arises"
+        if report.unsnapped:
+            cure = f": {report.unsnapped} biases are not integers yet; call brfx.snap_biases(qmodel), then export again"
+        share = f"{size:.2g}, {size / report.output_range:.1%} of their range"
+        lines.append(f"outputs differ from the trained model's by up to {share}{cure}")
+    if report.wrong:
+        lines.append(
+            f"ONNX Runtime on this machine computes something else than the integers in the file: outputs differ by up "
+            f"to {report.reference_difference:.2g}, {report.reference_difference / report.output_range:.1%} of their "
+            "range; " + _why(report)
+        )
+    if report.saturating:
+        lines.append(
+            f"{len(report.saturating)} layers of 8-bit weights and inputs need the session option "
+            'add_session_config_entry("session.x64quantprecision", "1") on x86 CPUs without VNNI, whose kernels '
+            f"saturate otherwise (brfx sets it); fewer weight bits do not, the first is {report.saturating[0]}"
+        )
+    return lines
+
+
+def _why(report: OnnxReport) -> str:
+    if report.float_layers:
+        return "a layer in floating point is rounded differently there, and a quantizer behind it tells another code"
+    return "compare on the machine that is to run it: brfx verify model.pt model.onnx"
+
+
 def onnx_session(path: Path, threads: int = 0) -> Any:
-    """An ONNX Runtime session on the CPU, without threads that spin while they wait.
+    """An ONNX Runtime session on the CPU, exact on every CPU, and without threads that spin while they wait.
 
     Raises:
         ImportError: ONNX Runtime is not installed.
@@ -192,10 +302,25 @@ def onnx_session(path: Path, threads: int = 0) -> Any:
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if _saturates_here(path):
+        options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ExportError(f"{path}: ONNX Runtime does not load this file ({first_line(error)})") from error
+
+
+def _saturates_here(path: Path) -> bool:
+    """Whether a file of brfx's has layers that this CPU's kernels saturate in, unless told not to."""
+    if torch.cpu._is_vnni_supported():
+        return False
+    try:
+        import onnx
+
+        entries = onnx.load(path, load_external_data=False).metadata_props
+    except Exception:  # the runtime says what is wrong with the file
+        return False
+    return any(entry.key == _SATURATING for entry in entries)
 
 
 def onnx_runner(path: Path) -> Callable[..., list[Tensor]]:

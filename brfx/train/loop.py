@@ -6,7 +6,7 @@ import json
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
@@ -151,13 +151,25 @@ def fit(
         raise ConfigError(f"{run_dir}: holds a run that can be resumed: resume it, or give another folder")
     if statistics is not None and (run.epoch, run.batch) == (1, 0):
         statistics.begin()
-    with stop_requests() as stop, lost_ranks_named(), batch_norms_synced(model), memory_kept():
+    with stop_requests() as stop, lost_ranks_named(), batch_norms_synced(model), memory_kept(), _frozen_for_now(model):
         while run.epoch <= config.epochs:
             stage = "plain" if penalty is None else "penalty" if run.epoch > warmup else "warm-up"
             run.train_epoch(stage, stop)
             run.end_epoch(stage, val_data)
             run.stop_if_asked(stop)
     return run.result()
+
+
+@contextmanager
+def _frozen_for_now(model: nn.Module) -> Iterator[None]:
+    """What a penalty freezes when it begins is trained again by the next run, as from the start: this one may have been
+    cut off, and go on in the same process from a checkpoint of before."""
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield
+    finally:
+        for parameter, before in trained.items():
+            parameter.requires_grad_(before)
 
 
 class _Run:

@@ -4,12 +4,16 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torchvision.models.swin_transformer import SwinTransformer
 
 import brfx
 from brfx.card import card_of
 from brfx.data import Preprocessing
 from brfx.export.integer import integer_model
+from brfx.export.layers import saturates
+from brfx.export.onnx import onnx_runner
+from brfx.export.operators import Codes
 from brfx.models import build_model
 
 onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
@@ -182,3 +186,167 @@ def test_symmetric_weights_are_stored_as_codes_and_run_as_odd_integers(tmp_path,
     container = {"compact": {2: "INT2"}, "portable": {}, "fast": dict.fromkeys((2, 3, 4), "INT8")}[profile]
     weights = [value for value in onnx.load(report.path).graph.initializer if len(value.dims) > 1]
     assert {onnx.TensorProto.DataType.Name(value.data_type) for value in weights} == {container.get(bits, "INT4")}
+
+
+def told(caplog):
+    return "\n".join(record.getMessage() for record in caplog.records if record.name == "brfx.export.onnx")
+
+
+def exported_to(path, model, inputs, **config):
+    torch.manual_seed(0)
+    qmodel = brfx.prepare_qat(model, brfx.QATConfig(**config), inputs)
+    brfx.calibrate(qmodel, [inputs])
+    report = brfx.export_onnx(qmodel, path / "model.onnx", inputs)
+    assert report.max_difference <= 2e-7 + 1e-5 * report.output_range
+    return report
+
+
+class UpTo(nn.Module):
+    """Is told the size that its transposed convolution has to give."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(8, 4, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.up(self.down(x).relu(), output_size=x.shape[-2:])
+
+
+def test_a_transposed_convolution_that_is_given_its_size(tmp_path):
+    report = exported_to(tmp_path, UpTo(), torch.randn(2, 3, 8, 8), bits=4)
+    assert list(report.float_layers) == ["up"] and onnx.load(report.path)
+
+
+class ReadTwice(nn.Module):
+    """Reads its convolution's weight besides, and multiplies by its linear's once more."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.inner = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.inner(self.conv(x).relu().mean((2, 3))).relu()
+        return F.linear(y, self.inner.weight) * self.conv.weight.abs().mean()
+
+
+def test_a_weight_that_is_read_besides_stays_what_it_was_there_and_products_as_functions_are_counted(tmp_path):
+    report = exported_to(tmp_path, ReadTwice(), torch.randn(4, 3, 8, 8), bits=4)
+    assert report.integer_layers == 2 and list(report.float_layers) == ["linear"]
+    assert "function" in report.float_layers["linear"]
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.rnn = nn.Parameter(torch.randn(8, 3, 3, 3)), nn.GRU(8, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.rnn(F.conv2d(x, self.weight).relu().flatten(2).transpose(1, 2))[0]
+
+
+def test_what_multiplies_in_floating_point_is_named_though_it_is_no_quantized_layer():
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 6, 6)
+    qmodel = brfx.prepare_qat(Functional(), example_inputs=images)
+    brfx.calibrate(qmodel, [images])
+    assert set(integer_model(qmodel).float_layers) == {"conv2d", "rnn"}
+
+
+def test_a_batch_norm_without_running_statistics_stays_a_float_layer(tmp_path):
+    norm = nn.BatchNorm2d(8, track_running_stats=False)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU())
+    report = exported_to(tmp_path, model, torch.randn(4, 3, 8, 8), bits=4)
+    assert list(report.float_layers) == ["0"] and "running statistics" in report.float_layers["0"]
+
+
+def test_a_cast_to_integers_takes_values_off_their_grid(tmp_path):
+    class Cast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x):
+            return self.last((self.first(x).relu() * 3).to(torch.int32).to(torch.float32))
+
+    exported_to(tmp_path, Cast(), torch.randn(4, 3, 8, 8), bits=8)
+
+
+def test_inputs_without_a_batch_are_refused_by_the_layer_that_sees_them(tmp_path):
+    convolution, linear = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), nn.Sequential(nn.Linear(6, 3), nn.ReLU())
+    for model, inputs in ((convolution, torch.randn(3, 8, 8)), (linear, torch.randn(6))):
+        qmodel = brfx.prepare_qat(model)
+        brfx.calibrate(qmodel, [inputs])
+        with pytest.raises(brfx.BrfxError, match=r"^0: its input of shape \(.*\) has no batch dimension"):
+            brfx.export_onnx(qmodel, tmp_path / "model.onnx", inputs)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(brfx.BrfxError, match="does not run on example_inputs"):
+        brfx.export_onnx(qmodel, tmp_path / "model.onnx", torch.randn(2, 7))
+
+
+def test_biases_that_were_not_snapped_are_told_with_the_figure_and_the_cure(tmp_path, caplog):
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 8, 8)
+    images[0] = 0.0
+    qmodel = brfx.prepare_qat(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), brfx.QATConfig(bits=4), images)
+    brfx.calibrate(qmodel, [images])
+    layer = integer_model(qmodel).layers["0"]
+    unit, half = layer.x.scale * layer.weight_scale, 0.5 * layer.y.scale
+    fraction = (half / unit) % 1
+    with torch.no_grad():  # an image of zeros gives half a code, and a little more or less: rounding the bias decides
+        qmodel.get_parameter("0.bias").copy_(half + torch.where(fraction < 0.5, 0.02, -0.02) * unit)
+    report = brfx.export_onnx(qmodel, tmp_path / "model.onnx", images)
+    share = f"{report.rounding_difference / report.output_range:.1%} of their range"
+    assert report.unsnapped == 1 and report.rounding_difference == pytest.approx(layer.y.scale)
+    assert f"{share}: 1 biases are not integers yet; call brfx.snap_biases(qmodel)" in told(caplog)
+    caplog.clear()
+    brfx.snap_biases(qmodel)
+    report = brfx.export_onnx(qmodel, tmp_path / "model.onnx", images)
+    assert report.unsnapped == 0 and report.rounding_difference < 1e-6 and "differ" not in told(caplog)
+
+
+@pytest.mark.parametrize(("bits", "saturating"), [(8, ("0", "2", "5", "7")), (4, ())])
+def test_layers_that_saturate_without_vnni_are_named_and_brfx_s_sessions_are_exact(
+    tmp_path, caplog, monkeypatch, bits, saturating
+):
+    torch.manual_seed(0)
+    convolutions = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()
+    model = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(128, 16), nn.ReLU(), nn.Linear(16, 4))
+    images = torch.randn(4, 3, 8, 8)
+    qmodel = brfx.prepare_qat(model, brfx.QATConfig(bits=bits), images)
+    brfx.calibrate(qmodel, [images])
+    report = brfx.export_onnx(qmodel, tmp_path / "model.onnx", images)
+    assert report.saturating == saturating
+    assert ('"session.x64quantprecision", "1"' in told(caplog)) == bool(saturating)
+    entries = {}
+    plain = ort.SessionOptions.add_session_config_entry
+    monkeypatch.setattr(
+        ort.SessionOptions, "add_session_config_entry", lambda o, k, v: entries.update({k: v}) or plain(o, k, v)
+    )
+    for vnni in (False, True):
+        entries.clear()
+        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda vnni=vnni: vnni)
+        (found,) = onnx_runner(report.path)(images)
+        assert ("session.x64quantprecision" in entries) == (bool(saturating) and not vnni)
+        if not vnni:
+            assert torch.equal(found, integer_model(qmodel).model(images))
+
+
+def test_a_sum_of_two_products_leaves_16_bits():
+    codes = Codes(1.0, 0, 0, 255)
+    assert not saturates(torch.tensor([[64, -64, 64, -64]]), codes)  # 128 * 255 = 32640
+    assert saturates(torch.tensor([[64, -64, 65, -64]]), codes)
+    assert saturates(torch.tensor([[1, 1], [-100, -100]]), codes)
+    assert not saturates(torch.tensor([[127]]), codes)
+
+
+def test_a_runtime_that_computes_something_else_is_told(tmp_path, caplog, monkeypatch):
+    model, images = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU()), torch.randn(2, 3, 8, 8)
+    qmodel = brfx.prepare_qat(model, example_inputs=images)
+    brfx.calibrate(qmodel, [images])
+    brfx.snap_biases(qmodel)
+    assert not brfx.export_onnx(qmodel, tmp_path / "model.onnx", images).wrong and not told(caplog)
+    right = onnx_runner(tmp_path / "model.onnx")
+    monkeypatch.setattr("brfx.export.onnx.onnx_runner", lambda path: lambda x: [1.1 * y for y in right(x)])
+    report = brfx.export_onnx(qmodel, tmp_path / "model.onnx", images)
+    assert report.wrong and "ONNX Runtime on this machine computes something else" in told(caplog)

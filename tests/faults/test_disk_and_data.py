@@ -104,7 +104,7 @@ def test_no_room_for_the_onnx_file_is_not_taken_for_a_model_without_one(digits, 
 
     monkeypatch.setattr(onnx, "save", full)
     with pytest.raises(TrainingError, match=r"model\.onnx: .*No space left on device.* --resume"):
-        jobs._write_model(qmodel, tmp_path, torch.zeros(1, 3, 16, 16))
+        jobs._write_onnx(qmodel, tmp_path, torch.zeros(1, 3, 16, 16))
 
 
 # Numbers that are not finite.

@@ -1,5 +1,9 @@
+import io
 import json
+import random
+from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,6 +14,7 @@ from brfx.models import build_model
 from brfx.train import Callback, Evaluation, fit, step
 from brfx.train.checkpoint import Checkpoints
 from brfx.train.optim import build_optimizer, rate_factor
+from brfx.train.random_state import random_state, set_random_state
 from brfx.train.step import how_to_compile
 
 from .helpers import small_net
@@ -248,3 +253,93 @@ def test_a_resnet_step_has_finite_gradients_everywhere():
     output, br = brfx.BinPenalty(qmodel.train())(x)
     (output.square().mean() + br.total).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in qmodel.parameters())
+
+
+class Cut(Exception):
+    """Ends a run between two batches."""
+
+
+def test_a_run_with_frozen_steps_goes_on_in_the_same_process_bit_for_bit(digits, tmp_path):
+    config = brfx.TrainConfig(epochs=2, warmup_epochs=1, compile="off", checkpoint_minutes=1e-9)
+    batches = list(islice(loaders(digits)[0], 6))
+
+    def trained(run_dir, cut=0):
+        """The weights of a run, cut off at ``cut`` batches before it goes on."""
+        qmodel = quantized(digits)
+
+        class Cutting(Callback):
+            def on_batch(self, progress):
+                if (progress.epoch, progress.batch) == (2, 6) and cut:
+                    raise Cut
+
+        settings = {"penalty": brfx.BinPenalty(qmodel, freeze_weight_steps=True, freeze_act_steps=True)}
+        if cut:
+            with pytest.raises(Cut):
+                fit(qmodel, batches, None, config, run_dir=run_dir, callbacks=[Cutting()], **settings)
+        assert all(parameter.requires_grad for parameter in qmodel.parameters())
+        fit(qmodel, batches, None, config, run_dir=run_dir, resume=bool(cut), **settings)
+        assert all(parameter.requires_grad for parameter in qmodel.parameters())
+        return qmodel.state_dict()
+
+    (tmp_path / "whole").mkdir(), (tmp_path / "cut").mkdir()
+    whole, cut = trained(tmp_path / "whole"), trained(tmp_path / "cut", cut=1)
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_python_and_numpy_draw_on_where_a_run_was_cut_off():
+    random.seed(3), np.random.seed(4), torch.manual_seed(5)
+    random.gauss(0, 1), np.random.standard_normal()  # each of these keeps a second value for the next call
+    state = random_state()
+
+    def drawn():
+        return [
+            (random.gauss(0, 1), random.random(), np.random.standard_normal(), np.random.rand(), float(torch.rand(())))
+            for _ in range(3)
+        ]
+
+    first = drawn()
+    assert drawn() != first
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    set_random_state(torch_read(state))
+    assert drawn() == first
+
+
+def torch_read(state):
+    """``state`` written to a checkpoint and read again."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_a_resumed_run_draws_the_numbers_of_python_and_numpy_that_it_would_have_drawn(digits, tmp_path):
+    """Its loader jitters the images by both."""
+
+    class Jittering:
+        def __init__(self, batches):
+            self.batches = batches
+
+        def __len__(self):
+            return len(self.batches)
+
+        def __iter__(self):
+            for images, labels in self.batches:
+                yield images * random.uniform(0.9, 1.1) + np.random.uniform(-0.1, 0.1), labels
+
+    batches = list(islice(loaders(digits)[0], 4))
+    config = brfx.TrainConfig(epochs=3, compile="off", checkpoint_minutes=1e-9)
+
+    class Cutting(Callback):
+        def on_epoch(self, metrics):
+            if metrics.epoch == 2:
+                raise Cut
+
+    whole = small_net()
+    fit(whole, Jittering(batches), None, config)
+    with pytest.raises(Cut):
+        fit(small_net(), Jittering(batches), None, config, run_dir=tmp_path, callbacks=[Cutting()])
+    random.seed(99), np.random.seed(99)
+    resumed = small_net()
+    fit(resumed, Jittering(batches), None, config, run_dir=tmp_path, resume=True)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
