@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+import itertools
 import logging
 import operator
 import sys
@@ -11,15 +13,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, Self, TypeGuard, TypeVar
 
 import torch
 from torch import fx, nn
 from torch.fx import Node
 
 from brfx.errors import TraceError
-from brfx.functional import functionalize
+from brfx.functional import _named_in_place, functionalize
 from brfx.nn import QUANTIZED_LAYERS, ActivationObserver, LSQQuantizer, QuantizedLayer
+from brfx.nn.hooks import has_hooks
+from brfx.recording import Surroundings, recording
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +33,7 @@ _LEAVES = (LSQQuantizer, QuantizedLayer, ActivationObserver)
 
 
 #: Files whose frames are not lines of the user's code.
-_NOT_THE_USER_S = (str(Path(torch.__file__).parent), __file__)
+_NOT_THE_USER_S = (str(Path(torch.__file__).parent), __file__, str(Path(__file__).with_name("recording.py")))
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,19 @@ class Tracer(fx.Tracer):
     def __init__(self, tracing: Tracing) -> None:
         super().__init__()
         self.leaf_modules = tracing.leaf_modules
+        self.surroundings = Surroundings()
+
+    def record(self, root: nn.Module, concrete_args: Mapping[str, Any] | None) -> fx.Graph:
+        """The graph of one symbolic run of ``root``, in the mode that it is in."""
+        with recording(self, root):
+            graph = self.trace(root, concrete_args=concrete_args)  # type: ignore[arg-type]
+            self.surroundings.require_no_draws()
+        return graph
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> Node:
         """A node that knows its line of the user's code, as ``"net.py:12"``; fx's own record is the whole stack."""
+        if kind.startswith("call_"):
+            self.surroundings.require_same()
         node = super().create_node(kind, *args, **kwargs)
         frame = sys._getframe(1) if kind.startswith("call_") else None
         while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_USER_S):
@@ -93,6 +107,8 @@ class Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``conv(input=x)`` is recorded as ``conv(x)``: passes replace modules by ones with other parameter names."""
+        if has_hooks(m) and not self.is_leaf_module(m, self.path_of_module(m)):
+            raise TraceError(f"{self.path_of_module(m)} has hooks, which would run in the trace and never again")
         return super().call_module(m, forward, *_by_position(m, args, kwargs))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -145,7 +161,19 @@ class TracedModule(fx.GraphModule):
     def of(cls, root: nn.Module, graph: fx.Graph) -> TracedModule:
         new = cls(root, graph, type(root).__name__)
         new._adopt(vars(root))
+        if type(root).train is not nn.Module.train and not isinstance(root, fx.GraphModule):
+            vars(new)["_float_class"] = type(root)
         return new
+
+    def train(self, mode: bool = True) -> Self:
+        """As the float model's own ``train`` does, which may keep batch norms in eval."""
+        float_class = vars(self).get("_float_class")
+        if float_class is None:
+            return super().train(mode)
+        model = object.__new__(float_class)
+        model.__dict__ = vars(self)  # one state under both classes
+        model.train(mode)
+        return self
 
     @property
     def twin(self) -> bool:
@@ -290,11 +318,14 @@ def _place_islands(parent: nn.Module, prefix: str, traced: Traced, tracing: Trac
 
 def _trace(model: nn.Module, tracing: Tracing, *, write_back: bool = False) -> TracedModule:
     graphs = []
+    own = [name for name in ("train", "eval") if name in vars(model)]
+    if own or (type(model).eval is not nn.Module.eval and not isinstance(model, fx.GraphModule)):
+        raise TraceError(f"cannot trace {type(model).__name__}: it has {own[0] if own else 'eval'}() of its own")
     with _modes_kept(model):
         for training in (True, False):
             model.train(training)
             try:
-                graphs.append(Tracer(tracing).trace(model, concrete_args=tracing.concrete_args))  # type: ignore[arg-type]
+                graphs.append(Tracer(tracing).record(model, tracing.concrete_args))
             except Exception as error:  # whatever the user's forward raises when fed with proxies
                 raise TraceError(f"cannot trace {type(model).__name__}: {_where(error)}: {error}") from error
     changed = functionalize(graphs, model, write_back=write_back)
@@ -323,6 +354,7 @@ def _merge(train: fx.Graph, evaluation: fx.Graph) -> None:
     merge = _Merge(train)
     for node in evaluation.nodes:
         merge.take(node)
+    merge.require_one_state()
 
 
 class _Merge:
@@ -339,6 +371,7 @@ class _Merge:
         for node in train.nodes:
             self.unclaimed.setdefault((node.op, str(node.target)), []).append(node)
         self.mapping: dict[Node, Node] = {}
+        self.added: list[Node] = []
         self.last = next(iter(train.nodes))
 
     def take(self, node: Node) -> None:
@@ -350,12 +383,19 @@ class _Merge:
         if found is None:
             with self.train.inserting_after(self.last):
                 found = self.train.node_copy(node, lambda other: self.mapping[other])
+            self.added.append(found)
             place, added = self.order[self.last]
             self.order[found] = (place, added + 1)
         else:
             candidates.remove(found)
         self.mapping[node] = found
         self.last = max(self.last, found, key=lambda other: self.order[other])
+
+    def require_one_state(self) -> None:
+        """Raise TraceError for a change of the model's state in one mode alone: no value of the other leaves it out."""
+        for node in itertools.chain(self.added, *self.unclaimed.values()):
+            if node.op.startswith("call_") and _named_in_place(node):
+                raise TraceError(f"{node.meta.get('source_line', node)}: {node} changes a tensor in place in one mode only")
 
     def _pair(self, candidate: Node, arguments: Any) -> bool:
         """Make ``candidate`` take ``arguments`` in eval, if it comes late enough for them."""
@@ -411,7 +451,7 @@ def _where(error: BaseException) -> str:
     traceback = error.__traceback__
     while traceback is not None:
         file = traceback.tb_frame.f_code.co_filename
-        if "torch/fx" not in file and "torch/nn/modules/module.py" not in file and file != __file__:
+        if not file.startswith(_NOT_THE_USER_S) and file != contextlib.__file__:
             place = f"{file}:{traceback.tb_lineno}"
         traceback = traceback.tb_next
     return place
