@@ -8,6 +8,7 @@ import inspect
 import itertools
 import logging
 import operator
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ _LEAVES = (LSQQuantizer, QuantizedLayer, ActivationObserver)
 
 
 #: Files whose frames are not lines of the user's code.
-_NOT_THE_USER_S = (str(Path(torch.__file__).parent), __file__, str(Path(__file__).with_name("recording.py")))
+_NOT_THE_USER_S = (f"{Path(torch.__file__).parent}{os.sep}", __file__, str(Path(__file__).with_name("recording.py")))
 
 
 @dataclass(frozen=True)
