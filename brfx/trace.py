@@ -216,15 +216,18 @@ def pruned(gm: fx.GraphModule, training: bool) -> fx.Graph:
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     rejected: set[Node] = set()
+    changes: set[Node] = set()
     for node in list(graph.nodes):
         if node.target is by_mode:
             chosen, other = node.args if training else node.args[::-1]
+            changes |= {other} if not node.users and isinstance(other, Node) else set()
             rejected |= _ancestors(other)
             for user in list(node.users):
                 user.args = _replaced(user.args, node, chosen)
                 user.kwargs = _replaced(user.kwargs, node, chosen)
             graph.erase_node(node)
-    rejected -= _ancestors([node for node in graph.nodes if node.op in ("output", "placeholder")])
+    ends = [node for node in graph.nodes if node.op in ("output", "placeholder") or _changes_state(node)]
+    rejected -= _ancestors([node for node in ends if node not in changes])
     for node in graph.nodes:
         if node.op != "output" and rejected.intersection(node.all_input_nodes):
             rejected.add(node)
@@ -232,6 +235,11 @@ def pruned(gm: fx.GraphModule, training: bool) -> fx.Graph:
         if node in rejected:
             graph.erase_node(node)
     return graph
+
+
+def _changes_state(node: Node) -> bool:
+    """Whether a node changes something in place: in a graph without such operations, the model's state."""
+    return node.op.startswith("call_") and node.op != "call_module" and _named_in_place(node)
 
 
 def _replaced(arguments: Any, old: Node, new: Any) -> Any:
@@ -351,11 +359,12 @@ def _merge(train: fx.Graph, evaluation: fx.Graph) -> None:
 
     y = dropout(x, 0.5, True) / y = dropout(x, 0.5, False)  ->  t = by_mode(True, False); y = dropout(x, 0.5, t)
     return pair(y, aux)       / return y                    ->  return by_mode(pair(y, aux), y)
+    c = add_(count, 1)        /                             ->  c = add_(count, 1); by_mode(c, None)
     """
     merge = _Merge(train)
     for node in evaluation.nodes:
         merge.take(node)
-    merge.require_one_state()
+    merge.mark_changes()
 
 
 class _Merge:
@@ -392,11 +401,12 @@ class _Merge:
         self.mapping[node] = found
         self.last = max(self.last, found, key=lambda other: self.order[other])
 
-    def require_one_state(self) -> None:
-        """Raise TraceError for a change of the model's state in one mode alone: no value of the other leaves it out."""
-        for node in itertools.chain(self.added, *self.unclaimed.values()):
-            if node.op.startswith("call_") and _named_in_place(node):
-                raise TraceError(f"{node.meta.get('source_line', node)}: {node} changes a tensor in place in one mode only")
+    def mark_changes(self) -> None:
+        """A change of the model's state that is in one mode alone gets a node that says so, which nothing uses."""
+        for node in self.added + list(itertools.chain(*self.unclaimed.values())):
+            if _changes_state(node):
+                with self.train.inserting_after(node):
+                    self.train.call_function(by_mode, (None, node) if node in self.added else (node, None))
 
     def _pair(self, candidate: Node, arguments: Any) -> bool:
         """Make ``candidate`` take ``arguments`` in eval, if it comes late enough for them."""

@@ -96,10 +96,36 @@ def averaged_in_place(m, x):
     return x * column(m.m)
 
 
+def counted_in_training(m, x):
+    if m.training:
+        m.n.add_(1)
+    return m.block(x) * m.n
+
+
+def counted_in_eval(m, x):
+    if not m.training:
+        m.n.add_(1)
+    return m.block(x) * m.n
+
+
+def norm_of_its_own(m, x):
+    if m.training:
+        m.n += 1
+        mean = x.mean((0, 2, 3))
+        m.m.mul_(0.9).add_(mean.detach() * 0.1)
+    else:
+        mean = m.m
+    m.inner.m.mul_(0.5).add_(x.detach().amax((0, 2, 3)))
+    return x - column(mean) + column(m.inner.m)
+
+
 #: They change it in place, or draw numbers by torch: in the graph as well.
 ALIVE = {
     "counted": counted,
     "averaged in place": averaged_in_place,
+    "counted in training": counted_in_training,
+    "counted in eval": counted_in_eval,
+    "a norm of its own": norm_of_its_own,
     "a number of torch": lambda m, x: x * torch.rand(1),
     "numbers of torch": lambda m, x: x + torch.empty(8, 1, 1).uniform_() * torch.randn((x.shape[0], 1, 1, 1)),
     "dropped layers": lambda m, x: x + m.block(x) * torch.bernoulli(torch.full((1,), 0.5)),
@@ -153,12 +179,6 @@ def by_own_dict(m, x):
     return m.block(x) * m.calls
 
 
-def in_training(m, x):
-    if m.training:
-        m.n.add_(1)
-    return m.block(x) * m.n
-
-
 class Reversed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -191,7 +211,6 @@ PYTHON = {
     "its dict": (by_own_dict, "forward changes Net.calls"),
     "a cached table": (cached, "sets Net.table"),
     "a layer's mode": (switched, "sets BatchNorm2d.training"),
-    "in one mode": (in_training, "in one mode only"),
     "Python's random": (lambda m, x: m.block(x) * random.random(), "Python's random"),
     "a layer dropped by Python": (lambda m, x: x if random.random() < 0.5 else m.block(x), "random"),
     "NumPy's random": (lambda m, x: m.block(x) * float(np.random.rand()), "numpy.random"),
