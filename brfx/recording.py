@@ -6,14 +6,18 @@ number drawn, a product of buffers, a counter of batches would be what they were
 
 from __future__ import annotations
 
+import inspect
+import logging
 import operator
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils._pytree import tree_leaves, tree_map
@@ -21,6 +25,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from brfx.errors import TraceError
 from brfx.functional import _named_in_place
 from brfx.operators import words
+
+log = logging.getLogger(__name__)
 
 #: What a tensor of the model says of itself that loading or moving it does not change.
 _FIXED = words(
@@ -90,14 +96,14 @@ class _Calls(TorchFunctionMode):
     def _constant(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         before = _torch_generators()
         result = function(*args, **kwargs)
+        if isinstance(kwargs.get("generator"), torch.Generator):
+            raise TraceError("draws from a generator of its own, and the draw would be the same in every call")
         if _same(before, _torch_generators()) or not any(isinstance(value, Tensor) for value in tree_leaves(result)):
             return result
         name = str(function.__name__)
         return self._recorded(function, name, args, kwargs)
 
-    def _recorded(
-        self, function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _recorded(self, function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name in _REFLECTED:
             return _REFLECTED[name](args[1], args[0])
         if name.startswith("__") and isinstance(args[0], fx.Proxy) and hasattr(operator, name):
@@ -120,7 +126,7 @@ class Surroundings:
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             raise TraceError("runs without gradients (no_grad, inference_mode, autograd.Function), which no graph says")
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-            raise TraceError("runs in a checkpoint or under hooks of saved tensors, which no graph says")
+            raise TraceError("runs under hooks of saved tensors, which no graph says")
         self.require_no_draws()
 
     def require_no_draws(self) -> None:
@@ -140,7 +146,29 @@ def recording(tracer: fx.Tracer, root: nn.Module) -> Iterator[None]:
     """
     state = _State(root)
     torch_generators, python, numpy = _torch_generators(), random.getstate(), np.random.get_state()
-    set_attribute, enter_autocast = nn.Module.__setattr__, torch.amp.autocast.__enter__
+    with ExitStack() as kept:
+        kept.callback(random.setstate, python)
+        kept.callback(np.random.set_state, numpy)
+        kept.callback(torch.set_rng_state, torch_generators[0])
+        if len(torch_generators) > 1:
+            kept.callback(torch.cuda.set_rng_state_all, list(torch_generators[1:]))
+        kept.enter_context(_patched(tracer, root, state))
+        try:
+            with torch.inference_mode(False), torch.enable_grad(), _Calls(tracer, root):
+                yield
+        except BaseException:
+            state.restore()
+            raise
+    changed = state.changed()
+    if changed is not None:
+        state.restore()
+        raise TraceError(f"forward changes {changed}, which the next call would read")
+
+
+@contextmanager
+def _patched(tracer: fx.Tracer, root: nn.Module, state: _State) -> Iterator[None]:
+    """Let what goes round a symbolic run end it; checkpoints, which save memory alone, are as if they were not there."""
+    set_attribute = nn.Module.__setattr__
 
     def guarded(module: nn.Module, name: str, value: Any) -> None:
         if name.startswith("_tensor_constant") or _unchanged(state.attribute(module, name), value):
@@ -151,24 +179,32 @@ def recording(tracer: fx.Tracer, root: nn.Module) -> Iterator[None]:
     def refused(self: Any) -> Any:
         raise TraceError("runs under autocast of its own, which no graph says")
 
-    nn.Module.__setattr__, torch.amp.autocast.__enter__ = guarded, refused  # type: ignore[method-assign, assignment]
-    try:
-        with torch.inference_mode(False), torch.enable_grad(), _Calls(tracer, root):
-            yield
-    except BaseException:
-        state.restore()
-        raise
-    finally:
-        nn.Module.__setattr__, torch.amp.autocast.__enter__ = set_attribute, enter_autocast  # type: ignore[method-assign]
-        torch.set_rng_state(torch_generators[0])
-        if len(torch_generators) > 1:
-            torch.cuda.set_rng_state_all(list(torch_generators[1:]))
-        random.setstate(python)
-        np.random.set_state(numpy)
-    changed = state.changed()
-    if changed is not None:
-        state.restore()
-        raise TraceError(f"forward changes {changed}, which the next call would read")
+    checkpoints: list[str] = []
+
+    def reentrant(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        checkpoints.append("reentrant")
+        return function(*args)
+
+    def not_reentrant(*args: Any) -> Any:
+        checkpoints.append("not reentrant")
+        return nullcontext()
+
+    places: list[tuple[Any, str, Any]] = [
+        (nn.Module, "__setattr__", guarded),
+        (torch.amp.autocast, "__enter__", refused),
+        (torch.utils.checkpoint.CheckpointFunction, "apply", staticmethod(reentrant)),
+        (torch.utils.checkpoint, "_checkpoint_hook", not_reentrant),
+    ]
+    with ExitStack() as stack:
+        for place, name, new in places:
+            stack.enter_context(mock.patch.object(place, name, new))
+        yield
+    if checkpoints and root.training:
+        log.warning(
+            "%s: %d calls of torch.utils.checkpoint are gone: the same numbers, but their activations are kept",
+            type(root).__name__,
+            len(checkpoints),
+        )
 
 
 def _torch_generators() -> tuple[Tensor, ...]:
@@ -200,18 +236,34 @@ _ABSENT = object()
 
 
 class _State:
-    """What the modules below ``root`` hold: their attributes, and what is in containers and plain objects there."""
+    """What the modules below ``root`` hold: their attributes, and what is in containers and plain objects there.
+
+    The globals that their code reads belong to it, as far as they are numbers, tensors and random generators.
+    """
 
     def __init__(self, root: nn.Module) -> None:
         self.kept: dict[int, tuple[str, Any, Any]] = {}
         for name, module in root.named_modules():
             path = f"{type(root).__name__}.{name}" if name else type(root).__name__
             self._keep(path, vars(module))
+            code = inspect.unwrap(type(module).forward)
+            if not str(code.__module__).startswith("torch."):
+                self._keep_globals(str(code.__module__), code.__globals__)
+
+    def _keep_globals(self, path: str, values: dict[str, Any]) -> None:
+        if id(values) not in self.kept:
+            kinds = (bool, int, float, Tensor, type(None))
+            self.kept[id(values)] = path, values, {k: v for k, v in values.items() if isinstance(v, kinds)}
+            for name, value in values.items():
+                if isinstance(value, _GENERATORS):
+                    self._keep(f"{path}.{name}", value)
 
     def _keep(self, path: str, value: Any) -> None:
         waiting = [(path, value)]
         while waiting:
             path, value = waiting.pop()
+            if isinstance(value, _GENERATORS):
+                self.kept[id(value)] = path, value, _position(value)
             if id(value) in self.kept or not isinstance(value, (dict, list, set, tuple)):
                 continue
             copied = value.copy() if not isinstance(value, tuple) else value
@@ -227,24 +279,60 @@ class _State:
         return _ABSENT
 
     def changed(self) -> str | None:
-        """The first container that is not what it was."""
-        for path, value, before in self.kept.values():
-            if isinstance(value, dict):
-                keys = [key for key in value if key not in before and not str(key).startswith("_tensor_constant")]
-                keys += [key for key in before if value.get(key, _ABSENT) is not before[key]]
-                if keys:
-                    return f"{path}.{keys[0]}"
-            elif len(value) != len(before) or any(a is not b for a, b in zip(value, before, strict=True)):
-                return path
-        return None
+        """The first that is not what it was."""
+        return next(
+            (name for path, value, before in self.kept.values() if (name := _difference(path, value, before))), None
+        )
 
     def restore(self) -> None:
         for _, value, before in self.kept.values():
-            if isinstance(value, list):
+            if isinstance(value, dict):
+                for key in _changed_keys(value, before):
+                    if key in before:
+                        value[key] = before[key]
+                    else:
+                        del value[key]
+            elif isinstance(value, list):
                 value[:] = before
-            elif isinstance(value, (dict, set)):
+            elif isinstance(value, set):
                 value.clear()
                 value.update(before)
+            elif isinstance(value, _GENERATORS):
+                _put_back(value, before)
+
+
+def _difference(path: str, value: Any, before: Any) -> str | None:
+    if isinstance(value, _GENERATORS):
+        return path if repr(_position(value)) != repr(before) else None
+    if isinstance(value, dict):
+        keys = [key for key in _changed_keys(value, before) if not str(key).startswith("_tensor_constant")]
+        return f"{path}.{keys[0]}" if keys else None
+    same = len(value) == len(before) and all(a is b for a, b in zip(value, before, strict=True))
+    return None if same else path
+
+
+def _changed_keys(value: dict[Any, Any], before: dict[Any, Any]) -> list[Any]:
+    """Of module globals only those that were kept; what ``import`` and ``fx`` put there is no state."""
+    new = [] if "__builtins__" in value else [key for key in value if key not in before]
+    return new + [key for key in before if value.get(key, _ABSENT) is not before[key]]
+
+
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
+
+
+def _position(generator: Any) -> Any:
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    return generator.bit_generator.state if isinstance(generator, np.random.Generator) else generator.get_state()
+
+
+def _put_back(generator: Any, position: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(position)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = position
+    else:
+        generator.set_state(position)
 
 
 def _inside(value: Any) -> Any:

@@ -149,6 +149,11 @@ def autocast(m, x):
         return m.block(x)
 
 
+def saved_on_cpu(m, x):
+    with torch.autograd.graph.save_on_cpu():
+        return m.block(x)
+
+
 def sets(name, value):
     def how(m, x):
         y = m.block(x)
@@ -179,6 +184,15 @@ def by_own_dict(m, x):
     return m.block(x) * m.calls
 
 
+CALLS, GENERATOR, TORCH_GENERATOR = 0, random.Random(0), torch.Generator()
+
+
+def counted_globally(m, x):
+    global CALLS
+    CALLS += 1
+    return m.block(x) * CALLS
+
+
 class Reversed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -199,8 +213,7 @@ PYTHON = {
     "no_grad": (no_grad, "without gradients"),
     "no_grad as a decorator": (decorated, "without gradients"),
     "autocast": (autocast, "autocast"),
-    "checkpoint": (lambda m, x: checkpoint(m.block, x, use_reentrant=False), "checkpoint"),
-    "reentrant checkpoint": (lambda m, x: checkpoint(m.block, x, use_reentrant=True), ""),
+    "hooks of saved tensors": (saved_on_cpu, "hooks of saved tensors"),
     "a function with a gradient of its own": (lambda m, x: Reversed.apply(m.block(x)), ""),
     "a count in Python": (sets("calls", lambda m, y: m.calls + 1), "sets Net.calls"),
     "a kept value": (sets("aux", lambda m, y: y), "sets Net.aux"),
@@ -215,6 +228,13 @@ PYTHON = {
     "a layer dropped by Python": (lambda m, x: x if random.random() < 0.5 else m.block(x), "random"),
     "NumPy's random": (lambda m, x: m.block(x) * float(np.random.rand()), "numpy.random"),
     "a layer dropped by torch": (lambda m, x: x if torch.rand(1) < 0.5 else m.block(x), ""),
+    "a generator of the model": (lambda m, x: m.block(x) * float(m.rng.random()), "forward changes Net.rng"),
+    "a global generator": (lambda m, x: m.block(x) * GENERATOR.random(), "forward changes test_recording.GENERATOR"),
+    "a generator of torch": (
+        lambda m, x: m.block(x) * torch.rand(1, generator=TORCH_GENERATOR),
+        "draws from a generator",
+    ),
+    "a global count": (counted_globally, "forward changes test_recording.CALLS"),
     "a number of a buffer": (lambda m, x: m.block(x) * int(m.two), "takes a number out of two"),
     "a choice by a buffer": (lambda m, x: m.block(x) if m.flag else x, "takes a number out of flag"),
     "an array of a buffer": (lambda m, x: m.block(x) * float(m.m.numpy().sum()), "takes a number out of m"),
@@ -228,7 +248,11 @@ def x():
 
 def outcome(model, x):
     """Output, buffers and gradients; random numbers from one seed."""
+    global CALLS
+    CALLS = 0
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    GENERATOR.seed(1), TORCH_GENERATOR.manual_seed(1)
+    model.rng = np.random.default_rng(1)
     model.zero_grad()
     output = model(x)
     (output * torch.arange(output.numel(), dtype=output.dtype).view(output.shape).cos()).sum().backward()
@@ -337,6 +361,22 @@ def test_a_train_method_of_the_instance_is_not_traced(x):
     model.train = lambda mode=True: Frozen.__base__.train(model, mode)
     traced = trace_islands(model)
     assert "train() of its own" in traced.stopped[""] and "block" in traced.islands
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_is_gone_and_said(reentrant, x, caplog):
+    torch.manual_seed(0)
+    model = Net(lambda m, x: checkpoint(m.block, x, use_reentrant=reentrant) if m.training else m.block(x))
+    qmodel = require_sound(model, x, x)
+    assert isinstance(qmodel, GraphModule) and "1 calls of torch.utils.checkpoint are gone" in caplog.text
+    assert sum("checkpoint" in record.getMessage() for record in caplog.records) == 1
+    brfx.calibrate(qmodel.float(), [x])
+    output, br = brfx.BinPenalty(qmodel.train())(x)
+    (output.sum() + br.total).backward()
+    calls = []
+    model.block.register_forward_pre_hook(lambda *_: calls.append(1))
+    model.float().train()(x).sum().backward()
+    assert len(calls) == 2  # the float model's own are there
 
 
 @pytest.mark.parametrize("where", ["r", "block", "block.1", "block.0", "norm", ""])
