@@ -167,7 +167,7 @@ def recording(tracer: fx.Tracer, root: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _patched(tracer: fx.Tracer, root: nn.Module, state: _State) -> Iterator[None]:
-    """Let what goes round a symbolic run end it; checkpoints, which save memory alone, are as if they were not there."""
+    """Let what goes round a symbolic run end it; checkpoints, which save memory alone, are as if they were absent."""
     set_attribute = nn.Module.__setattr__
 
     def guarded(module: nn.Module, name: str, value: Any) -> None:
