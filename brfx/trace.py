@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+import itertools
 import logging
 import operator
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, Self, TypeGuard, TypeVar
 
 import torch
 from torch import fx, nn
 from torch.fx import Node
 
 from brfx.errors import TraceError
-from brfx.functional import functionalize
+from brfx.functional import _named_in_place, functionalize
 from brfx.nn import QUANTIZED_LAYERS, ActivationObserver, LSQQuantizer, QuantizedLayer
+from brfx.nn.hooks import has_hooks
+from brfx.recording import Surroundings, recording
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +34,7 @@ _LEAVES = (LSQQuantizer, QuantizedLayer, ActivationObserver)
 
 
 #: Files whose frames are not lines of the user's code.
-_NOT_THE_USER_S = (str(Path(torch.__file__).parent), __file__)
+_NOT_THE_USER_S = (f"{Path(torch.__file__).parent}{os.sep}", __file__, str(Path(__file__).with_name("recording.py")))
 
 
 @dataclass(frozen=True)
@@ -77,9 +82,19 @@ class Tracer(fx.Tracer):
     def __init__(self, tracing: Tracing) -> None:
         super().__init__()
         self.leaf_modules = tracing.leaf_modules
+        self.surroundings = Surroundings()
+
+    def record(self, root: nn.Module, concrete_args: Mapping[str, Any] | None) -> fx.Graph:
+        """The graph of one symbolic run of ``root``, in the mode that it is in."""
+        with recording(self, root):
+            graph = self.trace(root, concrete_args=concrete_args)  # type: ignore[arg-type]
+            self.surroundings.require_no_draws()
+        return graph
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> Node:
         """A node that knows its line of the user's code, as ``"net.py:12"``; fx's own record is the whole stack."""
+        if kind.startswith("call_"):
+            self.surroundings.require_same()
         node = super().create_node(kind, *args, **kwargs)
         frame = sys._getframe(1) if kind.startswith("call_") else None
         while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_USER_S):
@@ -93,6 +108,8 @@ class Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``conv(input=x)`` is recorded as ``conv(x)``: passes replace modules by ones with other parameter names."""
+        if has_hooks(m) and not self.is_leaf_module(m, self.path_of_module(m)):
+            raise TraceError(f"{self.path_of_module(m)} has hooks, which would run in the trace and never again")
         return super().call_module(m, forward, *_by_position(m, args, kwargs))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -145,7 +162,19 @@ class TracedModule(fx.GraphModule):
     def of(cls, root: nn.Module, graph: fx.Graph) -> TracedModule:
         new = cls(root, graph, type(root).__name__)
         new._adopt(vars(root))
+        if type(root).train is not nn.Module.train and not isinstance(root, fx.GraphModule):
+            vars(new)["_float_class"] = type(root)
         return new
+
+    def train(self, mode: bool = True) -> Self:
+        """As the float model's own ``train`` does, which may keep batch norms in eval."""
+        float_class = vars(self).get("_float_class")
+        if float_class is None:
+            return super().train(mode)
+        model = object.__new__(float_class)
+        model.__dict__ = vars(self)  # one state under both classes
+        model.train(mode)
+        return self
 
     @property
     def twin(self) -> bool:
@@ -187,15 +216,18 @@ def pruned(gm: fx.GraphModule, training: bool) -> fx.Graph:
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     rejected: set[Node] = set()
+    changes: set[Node] = set()
     for node in list(graph.nodes):
         if node.target is by_mode:
             chosen, other = node.args if training else node.args[::-1]
+            changes |= {other} if not node.users and isinstance(other, Node) else set()
             rejected |= _ancestors(other)
             for user in list(node.users):
                 user.args = _replaced(user.args, node, chosen)
                 user.kwargs = _replaced(user.kwargs, node, chosen)
             graph.erase_node(node)
-    rejected -= _ancestors([node for node in graph.nodes if node.op in ("output", "placeholder")])
+    ends = [node for node in graph.nodes if node.op in ("output", "placeholder") or _changes_state(node)]
+    rejected -= _ancestors([node for node in ends if node not in changes])
     for node in graph.nodes:
         if node.op != "output" and rejected.intersection(node.all_input_nodes):
             rejected.add(node)
@@ -203,6 +235,11 @@ def pruned(gm: fx.GraphModule, training: bool) -> fx.Graph:
         if node in rejected:
             graph.erase_node(node)
     return graph
+
+
+def _changes_state(node: Node) -> bool:
+    """Whether a node changes something in place: in a graph without such operations, the model's state."""
+    return node.op.startswith("call_") and node.op != "call_module" and _named_in_place(node)
 
 
 def _replaced(arguments: Any, old: Node, new: Any) -> Any:
@@ -290,11 +327,14 @@ def _place_islands(parent: nn.Module, prefix: str, traced: Traced, tracing: Trac
 
 def _trace(model: nn.Module, tracing: Tracing, *, write_back: bool = False) -> TracedModule:
     graphs = []
+    own = [name for name in ("train", "eval") if name in vars(model)]
+    if own or (type(model).eval is not nn.Module.eval and not isinstance(model, fx.GraphModule)):
+        raise TraceError(f"cannot trace {type(model).__name__}: it has {own[0] if own else 'eval'}() of its own")
     with _modes_kept(model):
         for training in (True, False):
             model.train(training)
             try:
-                graphs.append(Tracer(tracing).trace(model, concrete_args=tracing.concrete_args))  # type: ignore[arg-type]
+                graphs.append(Tracer(tracing).record(model, tracing.concrete_args))
             except Exception as error:  # whatever the user's forward raises when fed with proxies
                 raise TraceError(f"cannot trace {type(model).__name__}: {_where(error)}: {error}") from error
     changed = functionalize(graphs, model, write_back=write_back)
@@ -319,10 +359,12 @@ def _merge(train: fx.Graph, evaluation: fx.Graph) -> None:
 
     y = dropout(x, 0.5, True) / y = dropout(x, 0.5, False)  ->  t = by_mode(True, False); y = dropout(x, 0.5, t)
     return pair(y, aux)       / return y                    ->  return by_mode(pair(y, aux), y)
+    c = add_(count, 1)        /                             ->  c = add_(count, 1); by_mode(c, None)
     """
     merge = _Merge(train)
     for node in evaluation.nodes:
         merge.take(node)
+    merge.mark_changes()
 
 
 class _Merge:
@@ -339,6 +381,7 @@ class _Merge:
         for node in train.nodes:
             self.unclaimed.setdefault((node.op, str(node.target)), []).append(node)
         self.mapping: dict[Node, Node] = {}
+        self.added: list[Node] = []
         self.last = next(iter(train.nodes))
 
     def take(self, node: Node) -> None:
@@ -350,12 +393,20 @@ class _Merge:
         if found is None:
             with self.train.inserting_after(self.last):
                 found = self.train.node_copy(node, lambda other: self.mapping[other])
+            self.added.append(found)
             place, added = self.order[self.last]
             self.order[found] = (place, added + 1)
         else:
             candidates.remove(found)
         self.mapping[node] = found
         self.last = max(self.last, found, key=lambda other: self.order[other])
+
+    def mark_changes(self) -> None:
+        """A change of the model's state that is in one mode alone gets a node that says so, which nothing uses."""
+        for node in self.added + list(itertools.chain(*self.unclaimed.values())):
+            if _changes_state(node):
+                with self.train.inserting_after(node):
+                    self.train.call_function(by_mode, (None, node) if node in self.added else (node, None))
 
     def _pair(self, candidate: Node, arguments: Any) -> bool:
         """Make ``candidate`` take ``arguments`` in eval, if it comes late enough for them."""
@@ -411,7 +462,7 @@ def _where(error: BaseException) -> str:
     traceback = error.__traceback__
     while traceback is not None:
         file = traceback.tb_frame.f_code.co_filename
-        if "torch/fx" not in file and "torch/nn/modules/module.py" not in file and file != __file__:
+        if not file.startswith(_NOT_THE_USER_S) and file != contextlib.__file__:
             place = f"{file}:{traceback.tb_lineno}"
         traceback = traceback.tb_next
     return place

@@ -9,6 +9,7 @@ from brfx.config import QATConfig
 from brfx.flow import operation
 from brfx.graph import module_calls, set_module
 from brfx.nn import QuantizedClippedReLU
+from brfx.nn.hooks import give_hooks
 from brfx.operators import JOINS, passes
 
 
@@ -56,4 +57,6 @@ def quantized_relu(module: nn.Module, config: QATConfig, name: str) -> Quantized
     if own is None or own.act_bits in (None, 32) or type(module) not in (nn.ReLU, nn.ReLU6):
         return None
     ceilings = [c for c in (own.clip_value, 6.0 if type(module) is nn.ReLU6 else None) if c is not None]
-    return QuantizedClippedReLU(own.act_bits, clip_value=min(ceilings, default=None))
+    new = QuantizedClippedReLU(own.act_bits, clip_value=min(ceilings, default=None))
+    give_hooks(module, new)
+    return new
