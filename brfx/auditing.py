@@ -133,7 +133,9 @@ class _Record:
 class _Inside(TorchDispatchMode):
     """Counts the multiply-accumulates of all that runs, whatever function of torch's it runs inside of."""
 
-    macs = 0
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.macs = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -148,18 +150,18 @@ class _Inside(TorchDispatchMode):
 def _trilinear(args: Any, out: Any) -> int:
     """Of ``bilinear``: a batch of outer products, times the weight."""
     left, weight, right = (args[place] for place in (0, 1, 2))
-    return left.shape[0] * (left.shape[-1] * right.shape[-1] + weight.numel())
+    return int(left.shape[0] * (left.shape[-1] * right.shape[-1] + weight.numel()))
 
 
 def _attention(args: Any, out: Any) -> int:
     """Of ``softmax(q @ k.T) @ v``."""
     query, key, value = args[:3]
-    return math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+    return int(math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1]))
 
 
 def _recurrent(args: Any, out: Any) -> int:
     """Of one layer and direction: its input and its state times their weights, at each time of each sequence."""
-    return math.prod(args[0].shape[:-1]) * (args[1].numel() + args[2].numel())
+    return int(math.prod(args[0].shape[:-1]) * (args[1].numel() + args[2].numel()))
 
 
 #: Kernels that multiply and that torch's own counter does not know: ``(arguments, output) -> multiply-accumulates``.

@@ -268,7 +268,7 @@ def differences(report: OnnxReport) -> list[str]:
             cure = f": {report.unsnapped} biases are not integers yet; call brfx.snap_biases(qmodel), then export again"
         share = f"{size:.2g}, {size / report.output_range:.1%} of their range"
         lines.append(f"outputs differ from the trained model's by up to {share}{cure}")
-    if report.wrong:
+    if report.wrong and report.reference_difference is not None:
         lines.append(
             f"ONNX Runtime on this machine computes something else than the integers in the file: outputs differ by up "
             f"to {report.reference_difference:.2g}, {report.reference_difference / report.output_range:.1%} of their "

@@ -332,3 +332,39 @@ def test_codes_are_compared_before_an_activation_in_place_changes_them(images):
     sites = compare_codes(qmodel, integer_model(qmodel), images)
     assert [site.site for site in sites] == ["0_input", "0_output", "2_input", "2_output"]
     assert [site.flipped for site in sites] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_negative_factors_and_norms_without_any_fold(images, affine):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=affine), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    with torch.no_grad():
+        model[1].running_mean.uniform_(-0.5, 0.5)
+        model[1].running_var.uniform_(0.5, 2)
+        if affine:
+            model[1].weight.uniform_(-2, -0.5)
+    qmodel = trained(model, images)
+    brfx.snap_biases(qmodel)
+    (first, *_) = compare_codes(qmodel, integer_model(qmodel), images)
+    assert first.codes and all(
+        site.largest <= 1 and site.flipped <= 0.002 * site.codes
+        for site in compare_codes(qmodel, integer_model(qmodel), images)
+    )
+    signs = torch.sign(integer_model(qmodel).layers["0"].weight_scale)
+    assert (signs == (-1 if affine else 1)).all()
+
+
+@pytest.mark.parametrize(("inputs", "fits"), [(132_000, True), (132_200, False)])
+def test_a_sum_that_leaves_32_bits_is_refused_by_the_layer_s_name(inputs, fits):
+    model = nn.Sequential(nn.Linear(inputs, 1))
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+    qmodel = brfx.prepare_qat(model, brfx.QATConfig(bits=8))
+    brfx.calibrate(qmodel, [torch.rand(2, inputs)])
+    with torch.no_grad():
+        qmodel.get_submodule("0").weight_quantizer.step.fill_(1 / 127)
+    if fits:
+        assert integer_model(qmodel).largest_sum == 128 * 127 * inputs < 2**31
+    else:
+        with pytest.raises(brfx.BrfxError, match=r"^0: its sums can reach"):
+            integer_model(qmodel)

@@ -216,3 +216,45 @@ def test_a_nan_weight_stays_nan_with_its_gradient_to_the_step(bits: int, step_sh
     assert output.isnan().nonzero().tolist() == [[0, 0]]
     output.sum().backward()
     assert quantizer.step.grad.flatten().isnan().tolist() == ([True] if step_shape == () else [True, False])
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_values_exactly_at_the_ends_are_inside_and_the_next_floats_outside(signed: bool) -> None:
+    grid, s = Grid(2, signed), torch.tensor(0.5)
+    low, high = grid.low * 0.5, grid.high * 0.5
+    v = torch.tensor([low, high, math.nextafter(low - 1e-6, -9), high + 1e-6]).requires_grad_()
+    s = s.requires_grad_()
+    out = lsq_quantize(v, s, grid, gradient_scale=1.0)
+    assert out.tolist() == [low, high, low, high]
+    for place, (to_value, to_step) in enumerate([(1, 0), (1, 0), (0, grid.low), (0, grid.high)]):
+        grad_v, grad_s = torch.autograd.grad(out[place], (v, s), retain_graph=True)
+        assert (float(grad_v[place]), float(grad_s)) == (to_value, to_step)
+
+
+def test_at_a_floor_and_at_a_ceiling_no_gradient_reaches_the_values() -> None:
+    v, s = torch.tensor([0.0, 1e-6, 1.0, 1.0 - 1e-6]).requires_grad_(), torch.tensor(0.5)
+    lsq_quantize(v, s, Grid(2, False), gradient_scale=1.0, floor=0.0, ceiling=1.0).sum().backward()
+    assert v.grad is not None and v.grad.tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("start", ["lsq", "mse"])
+def test_zeros_alone_start_at_one_and_so_does_a_channel_of_zeros(start: str) -> None:
+    whole, channels = LSQWeightQuantizer(2), LSQWeightQuantizer(2, step_shape=(2, 1))
+    for quantizer, weight in ((whole, torch.zeros(2, 5)), (channels, torch.tensor([[0.0] * 5, [3.0] * 5]))):
+        quantizer.begin_calibration(start)
+        quantizer(weight)
+        assert quantizer.calibrated
+    assert whole.step.item() == 1.0 and channels.step[0].item() == 1.0 != channels.step[1].item()
+
+
+def test_when_the_sign_turns_out_negative_what_was_estimated_without_it_is_forgotten() -> None:
+    quantizer, alone = (LSQActivationQuantizer(2, signed=None) for _ in range(2))
+    first, second = 100 * torch.rand(50), torch.randn(50)
+    for one, batches in ((quantizer, (first, second)), (alone, (second,))):
+        one.begin_calibration()
+        for values in batches:
+            one(values)
+    assert quantizer.signed and torch.equal(quantizer.step, alone.step) and quantizer.batches_seen == 1
+    quantizer.begin_calibration()
+    quantizer(first)
+    assert not quantizer.signed and not quantizer.negative
