@@ -69,6 +69,7 @@ STATE = {
     "through a dict": lambda m, x: x * column(m._buffers["m"].sqrt() + m._parameters["p"].sqrt()),
     "through iterators": lambda m, x: x * column(dict(m.named_buffers())["m"] * dict(m.named_parameters())["p"]),
     "a parameter": lambda m, x: x * column(m.p.softmax(0) + m.ps[0] * 2),
+    "sizes": lambda m, x: sum(x[:, i : i + 1] * m.m[i] for i in range(len(m.m))) + x / (m.k.dim() * m.k.size(2)),
     "a stack": lambda m, x: x * column(torch.stack([m.m, m.inner.m]).amax(0)),
     "dtype and device": lambda m, x: x * torch.ones(8, 1, 1, dtype=m.m.dtype, device=m.m.device),
     "a plain tensor": lambda m, x: x * column(m.plain.to(x.dtype) / 3),
@@ -220,6 +221,7 @@ PYTHON = {
     "a new attribute": (sets("other", lambda m, y: y), "sets Net.other"),
     "a new buffer": (sets("m", lambda m, y: 0.9 * m.m + 0.1 * y.detach().mean((0, 2, 3))), "sets Net.m"),
     "a list": (appended, "forward changes Net.feats"),
+    "a list then no_grad": (lambda m, x: no_grad(m, appended(m, x)), "without gradients"),
     "a dict": (noted, "forward changes Net.notes"),
     "its dict": (by_own_dict, "forward changes Net.calls"),
     "a cached table": (cached, "sets Net.table"),
@@ -306,10 +308,16 @@ def test_python_around_islands(case, x):
 
 
 def test_nothing_of_a_trace_is_left_behind(x):
-    generators = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    for case in ("a list", "Python's random", "NumPy's random"):
-        trace_islands(Net(PYTHON[case][0]))
-        trace_islands(Net(ALIVE["a number of torch"]))
+    names = "a list then no_grad", "Python's random", "NumPy's random", "a global generator"
+    cases = [PYTHON[name][0] for name in names]
+    models = [Net(how) for how in (*cases, PYTHON["a generator of the model"][0], ALIVE["a number of torch"])]
+    generators = random.getstate(), np.random.get_state()[1].tolist(), GENERATOR.getstate()
+    of_torch = torch.get_rng_state()
+    for model in models:
+        traced = trace_islands(model).model
+        assert torch.equal(torch.get_rng_state(), of_torch) and traced.feats == []
+        assert traced.rng.bit_generator.state == model.rng.bit_generator.state
+    assert (random.getstate(), np.random.get_state()[1].tolist(), GENERATOR.getstate()) == generators
     torch.manual_seed(0)
     model = Net(no_grad)
     set_attribute = nn.Module.__setattr__
@@ -317,7 +325,6 @@ def test_nothing_of_a_trace_is_left_behind(x):
     assert nn.Module.__setattr__ is set_attribute
     with torch.autocast("cpu"):
         assert model(x).dtype == torch.bfloat16
-    assert random.getstate() == generators[0] and np.random.get_state()[1].tolist() == generators[1]
 
 
 class Frozen(Net):
