@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
 from brfx.card import ModelCard, attach
+from brfx.classes import keep_containers
 from brfx.config import QATConfig, matches
 from brfx.errors import ConfigError
 from brfx.flow import operands
@@ -164,6 +165,7 @@ def rewrite(model: nn.Module, config: QATConfig, tracing: Tracing) -> nn.Module:
     qmodel = traced.model
     if isinstance(qmodel, GraphModule):
         qmodel = QuantizedGraph.of(qmodel, qmodel.graph)
+    keep_containers(qmodel, model)
     _follow_devices(qmodel, model)
     attach(qmodel, ModelCard(config, source=getattr(model, "brfx_source", None)))
     return qmodel

@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 from torch.fx import Node
 
+from brfx.classes import Derived, derived
 from brfx.errors import TraceError
 from brfx.functional import functionalize
 from brfx.nn import QUANTIZED_LAYERS, ActivationObserver, LSQQuantizer, QuantizedLayer
@@ -130,12 +131,13 @@ def by_mode(training: Any, evaluation: Any) -> Any:
     raise RuntimeError("a marker in graphs, resolved before they run")
 
 
-class TracedModule(fx.GraphModule):
+class TracedModule(Derived, fx.GraphModule):
     """A ``GraphModule`` that stands for the whole of the module it was traced from.
 
     ``fx.GraphModule`` keeps only what its graph calls. This one keeps every submodule, parameter, buffer, hook and
     plain attribute under its name (RAFT asks its update block for ``hidden_state_size``; MaxViT has buffers that its
-    ``forward`` never reads), so that state dicts have the float model's keys in their order.
+    ``forward`` never reads), so that state dicts have the float model's keys in their order. It is of the float
+    model's class, whose methods and properties are there; only ``forward`` is the graph's.
 
     Where ``forward`` does one thing in training and another in eval (dropout written as a function, auxiliary heads),
     the graph has nodes of :func:`by_mode`; ``twin`` says so. Running it computes what the mode wants and nothing else.
@@ -143,8 +145,20 @@ class TracedModule(fx.GraphModule):
 
     @classmethod
     def of(cls, root: nn.Module, graph: fx.Graph) -> TracedModule:
-        new = cls(root, graph, type(root).__name__)
+        """Raises:
+        TraceError: the class has a name that is one of a ``GraphModule``'s own.
+        """
+        kind = root.user_class if isinstance(root, Derived) else type(root)
+        if issubclass(kind, fx.GraphModule):
+            kind = nn.Module
+        users = {*dir(kind), *vars(root), *root._modules, *root._parameters, *root._buffers}
+        taken = sorted(_own_names(cls) & users) if kind is type(root) else []
+        if taken:
+            raise TraceError(f"cannot trace {kind.__name__}: it has a {taken[0]!r}, and so does every GraphModule")
+        new = cls(root, graph, kind.__name__)
         new._adopt(vars(root))
+        new.__class__ = derived(cls, kind)
+        new.recompile()
         return new
 
     @property
@@ -157,10 +171,25 @@ class TracedModule(fx.GraphModule):
                 vars(self)[name] = value
 
     def __deepcopy__(self, memo: dict[int, object]) -> TracedModule:
-        new = super().__deepcopy__(memo)
-        assert isinstance(new, TracedModule)
-        new._adopt(copy.deepcopy(vars(self), memo))
+        new: TracedModule = object.__new__(derived(*self._bases))
+        memo[id(self)] = new
+        vars(new).update(copy.deepcopy(vars(self), memo))
+        new.graph = new._graph
         return new
+
+    def __copy__(self) -> TracedModule:
+        new: TracedModule = object.__new__(derived(*self._bases))
+        new.__setstate__(self.__getstate__())
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        compiled = ("_code", "_lineno_map", "_prologue_start", "_tracer_cls", "_tracer_extras")
+        state = {name: value for name, value in vars(self).items() if name not in compiled}
+        return {**state, "_graph": packed(self.graph)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _tracer_cls=None, _tracer_extras={})
+        self.graph = unpacked(state["_graph"])
 
     def recompile(self) -> Any:
         code = super().recompile()
@@ -172,6 +201,43 @@ class TracedModule(fx.GraphModule):
 
 #: What a GraphModule has of its own; all else in a module's ``vars`` is the traced module's.
 _GRAPH_STATE = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) - frozenset(vars(nn.Module()))
+
+
+def _own_names(cls: type) -> set[str]:
+    """Public names that every ``cls`` has and a plain module has not."""
+    return {name for name in {*dir(cls), "meta"} - {*dir(nn.Module)} if not name.startswith("_")}
+
+
+@dataclass(frozen=True)
+class _Named:
+    """The place of a node in a packed graph."""
+
+    name: str
+
+
+def packed(graph: fx.Graph) -> tuple[Any, ...]:
+    """A graph as plain values that refer to nodes by name: pickle follows links between nodes until it overflows."""
+    nodes = []
+    for node in graph.nodes:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda other: _Named(other.name))
+        meta = {key: node.meta[key] for key in ("nn_module_stack", "source_line") if key in node.meta}
+        nodes.append((node.op, node.target, args, kwargs, node.name, meta))
+    return nodes, graph._codegen
+
+
+def unpacked(content: tuple[Any, ...]) -> fx.Graph:
+    """The graph that :func:`packed` made plain."""
+    graph, made = fx.Graph(), dict[str, Node]()
+    graph.set_codegen(content[1])
+
+    def named(value: Any) -> Any:
+        return made[value.name] if isinstance(value, _Named) else value
+
+    for op, target, args, kwargs, name, meta in content[0]:
+        args, kwargs = fx.node.map_aggregate((args, kwargs), named)  # type: ignore[misc]
+        made[name] = graph.create_node(op, target, args, kwargs, name)
+        made[name].meta.update(meta)
+    return graph
 
 
 def generated(gm: nn.Module, graph: fx.Graph) -> Any:
