@@ -3,15 +3,51 @@ pickled."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from brfx.errors import ConfigError, first_line
 
 #: Modules that Python code iterates, indexes and counts.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def copied(model: nn.Module) -> Any:
+    """A deep copy, in which activations that a module keeps, as torch copies none, are detached.
+
+    Raises:
+        ConfigError: a module cannot be copied; names it.
+    """
+    try:
+        return copy.deepcopy(model, detached(model))
+    except Exception as error:  # whatever the attribute's class raises
+        raise ConfigError(
+            f"{type(model).__name__} cannot be copied, and brfx works on a copy: {_first_not_copied(model)} "
+            f"is what stops it ({first_line(error)}); set it after prepare_qat, or give its class a __deepcopy__"
+        ) from error
+
+
+def detached(model: nn.Module) -> dict[int, Any]:
+    """What a deep copy is to take for each tensor with a history that a module has as an attribute."""
+    kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    return {id(value): value.detach().clone() for value in kept if value.grad_fn is not None}
+
+
+def _first_not_copied(model: nn.Module) -> str:
+    for name, module in model.named_modules():
+        own = {**vars(module), **module._parameters, **module._buffers}
+        for key, value in own.items():
+            if key not in ("_modules", "_parameters", "_buffers"):
+                try:
+                    copy.deepcopy(value, detached(module))
+                except Exception:
+                    return f"{name}.{key}".lstrip(".")
+    return "one of its modules"
 
 
 class Derived(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import functools
 import logging
@@ -16,7 +15,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
 from brfx.card import ModelCard, attach
-from brfx.classes import keep_containers
+from brfx.classes import copied, keep_containers
 from brfx.config import QATConfig, matches
 from brfx.errors import ConfigError
 from brfx.flow import operands
@@ -112,6 +111,7 @@ def prepare_qat(
     """
     config = config or QATConfig()
     model = unwrapped(model)
+    _require_module(model)
     tracing = Tracing(concrete_args, tuple(leaf_modules))
     _require_initialized(model)
     if example_inputs is None:
@@ -121,7 +121,7 @@ def prepare_qat(
     _require_runs(model, inputs)
     qmodel = rewrite(model, config, tracing)
     uncapped = config.without_clip()
-    rewritten = copy.deepcopy(qmodel) if uncapped == config else rewrite(model, uncapped, tracing)
+    rewritten = copied(qmodel) if uncapped == config else rewrite(model, uncapped, tracing)
     prove(model, rewritten, inputs, concrete_args or {})
     return qmodel
 
@@ -136,6 +136,7 @@ def _warn_of_no_proof() -> None:
 
 def rewrite(model: nn.Module, config: QATConfig, tracing: Tracing) -> nn.Module:
     """What :func:`prepare_qat` does, with no proof that the two models are one."""
+    _require_plain_weights(model)
     leaf_modules = tracing.leaf_modules
     traced = trace_islands(model, tracing)
     config = _with_first_and_last(traced.model, config)
@@ -180,6 +181,27 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model._orig_mod  # type: ignore[assignment]
         else:
             return model
+
+
+def _require_module(model: object) -> None:
+    """Raise ConfigError for what is no Python module any more."""
+    exported = isinstance(model, torch.export.ExportedProgram) or (
+        isinstance(model, GraphModule) and "eval" in vars(model)  # what unlifting an exported program gives
+    )
+    if isinstance(model, torch.jit.ScriptModule) or exported or not isinstance(model, nn.Module):
+        made_by = "torch.export" if exported else "torch.jit" if isinstance(model, torch.jit.ScriptModule) else None
+        what = f"the output of {made_by}" if made_by else f"a {type(model).__name__}"
+        raise ConfigError(f"prepare_qat takes an nn.Module in Python, and this is {what}: give the module itself")
+
+
+def _require_plain_weights(model: nn.Module) -> None:
+    """Raise ConfigError for a weight that a hook computes before each call: quantized layers are not always called."""
+    for name, module in model.named_modules():
+        if isinstance(module, tuple(QUANTIZED_LAYERS)) and isinstance(vars(module).get("weight"), Tensor):
+            raise ConfigError(
+                f"{name or type(model).__name__}: its weight is computed by a hook before each call; use the form in "
+                "torch.nn.utils.parametrizations, or after pruning torch.nn.utils.prune.remove(layer, 'weight')"
+            )
 
 
 def _require_initialized(model: nn.Module) -> None:

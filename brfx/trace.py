@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 from torch.fx import Node
 
-from brfx.classes import Derived, derived
+from brfx.classes import Derived, copied, derived, detached
 from brfx.errors import TraceError
 from brfx.functional import functionalize
 from brfx.nn import QUANTIZED_LAYERS, ActivationObserver, LSQQuantizer, QuantizedLayer
@@ -173,6 +173,7 @@ class TracedModule(Derived, fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, object]) -> TracedModule:
         new: TracedModule = object.__new__(derived(*self._bases))
         memo[id(self)] = new
+        memo.update(detached(self))
         vars(new).update(copy.deepcopy(vars(self), memo))
         new.graph = new._graph
         return new
@@ -312,7 +313,7 @@ def trace(model: nn.Module, tracing: Tracing | None = None) -> fx.GraphModule:
     Raises:
         TraceError: the model's ``forward`` does something that a symbolic run cannot follow; names the line.
     """
-    return _trace(copy.deepcopy(model), tracing or Tracing())
+    return _trace(copied(model), tracing or Tracing())
 
 
 def trace_islands(model: nn.Module, tracing: Tracing | None = None) -> Traced:
@@ -326,7 +327,7 @@ def trace_islands(model: nn.Module, tracing: Tracing | None = None) -> Traced:
         model: any float module; it is left as it is and shares nothing with the result.
     """
     tracing = tracing or Tracing()
-    model = copy.deepcopy(model)
+    model = copied(model)
     try:
         whole = _trace(model, tracing)
         return Traced(whole, {"": whole})
