@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
+from brfx.calls import CallRecorder, Calls
 from brfx.card import ModelCard, attach
 from brfx.classes import copied, keep_containers
 from brfx.config import QATConfig, matches
@@ -43,7 +44,7 @@ from brfx.passes import (
 )
 from brfx.passes.quantize_layers import quantized_layer
 from brfx.passes.quantize_relus import quantized_relu
-from brfx.proof import prove
+from brfx.proof import missing, prove
 from brfx.python_calls import QuantizedFunction, rewrite_methods
 from brfx.trace import Tracing, trace_islands
 
@@ -118,7 +119,7 @@ def prepare_qat(
         _warn_of_no_proof()
         return rewrite(model, config, tracing)
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    _require_runs(model, inputs)
+    tracing = replace(tracing, calls=_calls(model, inputs, concrete_args or {}))
     qmodel = rewrite(model, config, tracing)
     uncapped = config.without_clip()
     rewritten = copied(qmodel) if uncapped == config else rewrite(model, uncapped, tracing)
@@ -168,7 +169,7 @@ def rewrite(model: nn.Module, config: QATConfig, tracing: Tracing) -> nn.Module:
         qmodel = QuantizedGraph.of(qmodel, qmodel.graph)
     keep_containers(qmodel, model)
     _follow_devices(qmodel, model)
-    attach(qmodel, ModelCard(config, source=getattr(model, "brfx_source", None)))
+    attach(qmodel, ModelCard(config, source=getattr(model, "brfx_source", None), tracing=tracing))
     return qmodel
 
 
@@ -211,10 +212,14 @@ def _require_initialized(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _require_runs(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+def _calls(model: nn.Module, inputs: tuple[Any, ...], concrete_args: Mapping[str, Any]) -> Calls:
+    """Run the model once, and see how its modules are called."""
     training = {module: module.training for module in model.modules()}
     try:
-        model.eval()(*tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, inputs))
+        fixed = missing(model, inputs, concrete_args)
+        with CallRecorder(model.eval()) as recorder:
+            model(*tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, inputs), **fixed)
+        return recorder.calls
     except Exception as error:
         first = (str(error).splitlines() or [repr(error)])[0]
         raise ConfigError(f"{type(model).__name__} does not run on example_inputs: {first}") from error

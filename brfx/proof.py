@@ -65,7 +65,7 @@ def prove(model: nn.Module, rewritten: nn.Module, inputs: tuple[Any, ...], concr
     """
     model = copied(model)
     with _generators_kept(), torch.inference_mode(False), torch.enable_grad(), quantization_disabled(rewritten):
-        inputs = inspect.signature(model.forward).bind(*inputs, **_missing(model, inputs, concrete_args)).args
+        inputs = inspect.signature(model.forward).bind(*inputs, **missing(model, inputs, concrete_args)).args
         for changed in (False, True):
             if changed:
                 inputs = tree_map(_shuffled, inputs)
@@ -327,7 +327,7 @@ def _weighted(value: Tensor) -> Tensor:
     return (value.flatten() * weights).sum()
 
 
-def _missing(model: nn.Module, inputs: tuple[Any, ...], concrete_args: Mapping[str, Any]) -> dict[str, Any]:
+def missing(model: nn.Module, inputs: tuple[Any, ...], concrete_args: Mapping[str, Any]) -> dict[str, Any]:
     """What is held fixed and is not among the inputs."""
     given = inspect.signature(model.forward).bind_partial(*inputs).arguments
     return {name: value for name, value in concrete_args.items() if name not in given}

@@ -9,7 +9,7 @@ import operator
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 from torch.fx import Node
 
+from brfx.calls import Arguments, Calls, class_of, require_given, require_held
 from brfx.classes import Derived, copied, derived, detached
 from brfx.errors import TraceError
 from brfx.functional import functionalize
@@ -33,6 +34,11 @@ _LEAVES = (LSQQuantizer, QuantizedLayer, ActivationObserver)
 _NOT_THE_USER_S = (str(Path(torch.__file__).parent), __file__)
 
 
+def is_plain(value: Any) -> bool:
+    """Whether a value is fixed by what it equals, not by what it is made of."""
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
 @dataclass(frozen=True)
 class Tracing:
     """What the user may say about tracing.
@@ -40,14 +46,33 @@ class Tracing:
     Attributes:
         concrete_args: inputs of ``forward`` to hold fixed, by name, as in ``torch.fx.symbolic_trace``.
         leaf_modules: types that are not entered: they stay as they are, and nothing in them is quantized.
+        calls: how the model's modules are called, where it was run.
     """
 
     concrete_args: Mapping[str, Any] | None = None
     leaf_modules: tuple[type[nn.Module], ...] = ()
+    calls: Calls = field(default_factory=Calls)
+
+    def arguments_of(self, name: str, forward: Any) -> Arguments:
+        """How the trace of the module ``name`` takes its arguments, the user's ``concrete_args`` first."""
+        found, concrete = self.calls.arguments_of(name, forward), self.concrete_args or {}
+        found.given[:] = [each for each in found.given if each not in concrete]
+        found.held.update({each: value for each, value in concrete.items() if is_plain(value)})
+        return found
 
 
 class _Value(fx.Proxy):
-    """A proxy that records ``x += y`` and ``x[i] = y``, which fx takes for ``x = x + y`` and refuses."""
+    """A proxy that records ``x += y`` and ``x[i] = y``, which fx takes for ``x = x + y`` and refuses.
+
+    The user's code is told that it is a tensor: it may branch on ``isinstance(x, Tensor)``.
+    """
+
+    @property
+    def __class__(self) -> type:  # what isinstance asks besides type()
+        code = sys._getframe(1).f_code
+        if code.co_filename.startswith(_NOT_THE_USER_S) and code.co_name != "is_tensor":
+            return _Value
+        return class_of(self.node, self.tracer.root, self.tracer.arguments.kinds)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
@@ -55,7 +80,7 @@ class _Value(fx.Proxy):
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in vars(self) and "node" in vars(self):
             raise TraceError(f"sets the attribute {name} of a tensor")
-        super().__setattr__(name, value)
+        fx.Proxy.__setattr__(self, name, value)
 
 
 def _in_place(name: str) -> Any:
@@ -75,9 +100,20 @@ class Tracer(fx.Tracer):
     that brfx quantizes is that layer, wherever its class is defined.
     """
 
-    def __init__(self, tracing: Tracing) -> None:
+    def __init__(self, tracing: Tracing, arguments: Arguments | None = None) -> None:
         super().__init__()
         self.leaf_modules = tracing.leaf_modules
+        self.arguments = arguments or Arguments({}, [], {})
+
+    def create_proxy(self, kind: str, target: Any, args: Any, *others: Any, **more: Any) -> Any:
+        """A placeholder of an argument that is held fixed is not seen by ``forward``, which gets the value.
+
+        The value is also the default of an argument that had one: callers may leave it out.
+        """
+        held = self.arguments.held if kind == "placeholder" else {}
+        default = (held[target],) if args and target in held else args
+        proxy = super().create_proxy(kind, target, default, *others, **more)
+        return held.get(target, proxy)
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> Node:
         """A node that knows its line of the user's code, as ``"net.py:12"``; fx's own record is the whole stack."""
@@ -333,7 +369,7 @@ def trace_islands(model: nn.Module, tracing: Tracing | None = None) -> Traced:
         return Traced(whole, {"": whole})
     except TraceError as error:
         traced = Traced(model, {}, {"": str(error)})
-    _place_islands(model, "", traced, Tracing(None, tracing.leaf_modules))
+    _place_islands(model, "", traced, replace(tracing, concrete_args=None))
     return traced
 
 
@@ -346,7 +382,9 @@ def _place_islands(parent: nn.Module, prefix: str, traced: Traced, tracing: Trac
         if Tracer(tracing).is_leaf_module(child, path) or not any(True for _ in child.parameters()):
             continue
         try:
-            island = _trace(child, tracing, write_back=True)
+            if path in tracing.calls.opened:
+                raise TraceError(f"cannot trace {type(child).__name__}: its parts are called from outside it")
+            island = _trace(child, tracing, path, write_back=True)
         except TraceError as error:
             traced.stopped[path] = str(error)
             _place_islands(child, f"{path}.", traced, tracing)
@@ -355,20 +393,41 @@ def _place_islands(parent: nn.Module, prefix: str, traced: Traced, tracing: Trac
         traced.islands[path] = island
 
 
-def _trace(model: nn.Module, tracing: Tracing, *, write_back: bool = False) -> TracedModule:
+def _trace(model: nn.Module, tracing: Tracing, name: str = "", *, write_back: bool = False) -> TracedModule:
     graphs = []
+    try:
+        arguments = tracing.arguments_of(name, model.forward)
+    except TraceError as error:
+        raise TraceError(f"cannot trace {type(model).__name__}: {error}") from error
+    left = {each: value for each, value in (tracing.concrete_args or {}).items() if not is_plain(value)}
     with _modes_kept(model):
         for training in (True, False):
             model.train(training)
             try:
-                graphs.append(Tracer(tracing).trace(model, concrete_args=tracing.concrete_args))  # type: ignore[arg-type]
+                graphs.append(Tracer(tracing, arguments).trace(model, concrete_args=left or None))
             except Exception as error:  # whatever the user's forward raises when fed with proxies
                 raise TraceError(f"cannot trace {type(model).__name__}: {_where(error)}: {error}") from error
     changed = functionalize(graphs, model, write_back=write_back)
     if changed:
         log.info("%s: %d operations in place", type(model).__name__, changed)
+    for graph in graphs:
+        _check_arguments(graph, arguments)
     _merge(*graphs)
     return TracedModule.of(model, graphs[0])
+
+
+def _check_arguments(graph: fx.Graph, arguments: Arguments) -> None:
+    """Let the graph refuse an argument that would have taken another branch.
+
+    forward(x, labels)  ->  forward(x, labels): require_held(labels, "labels", None)
+    """
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in inputs:
+        with graph.inserting_after(inputs[-1]):
+            if node.target in arguments.held:
+                graph.call_function(require_held, (node, node.target, arguments.held[str(node.target)]))
+            elif node.target in arguments.given:
+                graph.call_function(require_given, (node, node.target))
 
 
 @contextmanager
