@@ -84,7 +84,7 @@ def _blank(base: type, kind: type) -> Any:
     return object.__new__(_shared(base, kind) if getattr(base, "shared_class", False) else derived(base, kind))
 
 
-_shared = functools.cache(derived)
+_shared: Callable[[type, type], type] = functools.cache(derived)
 
 
 def derive(module: nn.Module, base: type) -> None:
@@ -101,7 +101,6 @@ class Container(Derived):
     shared_class = True
 
 
-@functools.cache
 def _of_container(kind: type) -> type:
     """A base with the methods of ``kind`` by which Python code sees its children."""
 
@@ -117,7 +116,7 @@ def _of_container(kind: type) -> type:
 
 def _own(module: Any, kind: type) -> Any:
     """The module with the user's children alone; as the user's class, which slices make new ones of."""
-    view = object.__new__(kind)
+    view: Any = object.__new__(kind)
     vars(view).update(vars(module))
     own = vars(module).get("_own_children", module._modules)
     vars(view)["_modules"] = {name: module._modules[name] for name in own if name in module._modules}

@@ -241,6 +241,7 @@ class QuantizedMethods(Derived):
     """A module some of whose methods go through sites: :func:`rewrite_methods`. Pickle takes the methods' names."""
 
     shared_class = True
+    _rewritten_methods: tuple[str, ...]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in self._rewritten_methods}

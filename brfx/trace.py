@@ -67,8 +67,10 @@ class _Value(fx.Proxy):
     The user's code is told that it is a tensor: it may branch on ``isinstance(x, Tensor)``.
     """
 
-    @property
-    def __class__(self) -> type:  # what isinstance asks besides type()
+    tracer: Tracer
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # type: ignore[override]  # what isinstance asks besides type()
         code = sys._getframe(1).f_code
         if code.co_filename.startswith(_NOT_THE_USER_S) and code.co_name != "is_tensor":
             return _Value
@@ -252,11 +254,15 @@ class _Named:
     name: str
 
 
+def _named(node: Node) -> Any:
+    return _Named(node.name)
+
+
 def packed(graph: fx.Graph) -> tuple[Any, ...]:
     """A graph as plain values that refer to nodes by name: pickle follows links between nodes until it overflows."""
     nodes = []
     for node in graph.nodes:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda other: _Named(other.name))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), _named)
         meta = {key: node.meta[key] for key in ("nn_module_stack", "source_line") if key in node.meta}
         nodes.append((node.op, node.target, args, kwargs, node.name, meta))
     return nodes, graph._codegen

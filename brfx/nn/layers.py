@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Self, TypeVar
 
@@ -19,12 +20,14 @@ def adopted(kind: type[_Kind], module: nn.Module) -> _Kind:
     return new
 
 
-@cache
-def _layer_class(cls: type, kind: type) -> type:
+def _made_class(cls: type, kind: type) -> type:
     """``cls``, or a subclass of it and ``kind``: that may have what the parameters depend on, as weight norm's has."""
     if kind in cls.__mro__:
         return cls
     return type(f"Quantized{kind.__name__}", (cls, kind), {"__module__": __name__, "_made_from": (cls, kind)})
+
+
+_layer_class: Callable[[type, type], type] = cache(_made_class)
 
 
 def _blank(cls: type, kind: type) -> Any:
@@ -46,7 +49,8 @@ class QuantizedLayer(nn.Module):
     @classmethod
     def adopt(cls, layer: nn.Module) -> Self:
         """A layer of this class, and of ``layer``'s own, with the very parameters, settings and hooks of ``layer``."""
-        return adopted(_layer_class(cls, type(layer)), layer)
+        kind: type[Self] = _layer_class(cls, type(layer))
+        return adopted(kind, layer)
 
     @classmethod
     def from_float(
@@ -67,7 +71,7 @@ class QuantizedLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made = vars(type(self)).get("_made_from")
-        return super().__reduce_ex__(protocol) if made is None else (_blank, made, self.__getstate__())
+        return super().__reduce_ex__(protocol) if made is None else (_blank, made, self.__getstate__())  # type: ignore[no-untyped-call]
 
     def quantized_weight(self) -> Tensor:
         """The weight as the operation sees it: a code times the step."""
