@@ -164,7 +164,7 @@ def _batch_norms_in_training(model: nn.Module) -> Iterator[None]:
 def uncalibrated(qmodel: nn.Module) -> list[str]:
     """Names of the quantizers that have no step but need one; of optional ones only where none at all has a step."""
     found = quantizers(qmodel)
-    missing = [name for name, quantizer in found.items() if not quantizer.calibrated]
+    missing = [name for name, quantizer in found.items() if not quantizer.calibrated and not quantizer.has_step()]
     return missing if len(missing) == len(found) else [name for name in missing if not found[name].optional]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -12,6 +12,7 @@ from brfx.config import QATConfig
 from brfx.data import Preprocessing
 from brfx.errors import BrfxError
 from brfx.models import ModelSource
+from brfx.trace import Tracing
 
 _KEY = "brfx"  # in ``meta``, which a GraphModule has and its deepcopy keeps; plain attributes are lost there
 
@@ -25,12 +26,14 @@ class ModelCard:
         source: how to build the float model; ``None`` for a module of the user's own.
         preprocessing: what images go through before the model; ``None`` where nobody said.
         classes: names of the outputs; ``None`` where nobody said.
+        tracing: how the float model was traced.
     """
 
     config: QATConfig
     source: ModelSource | None = None
     preprocessing: Preprocessing | None = None
     classes: tuple[str, ...] | None = None
+    tracing: Tracing = field(default_factory=Tracing)
 
 
 def card_entries(qmodel: nn.Module) -> dict[str, Any]:

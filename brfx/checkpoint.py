@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from brfx.calibration import require_calibrated
+from brfx.calls import Calls
 from brfx.card import ModelCard, card_of
 from brfx.config import QATConfig
 from brfx.data import Preprocessing
@@ -20,7 +22,7 @@ from brfx.errors import CheckpointError, ConfigError
 from brfx.models import ModelSource, build_model
 from brfx.nn import LSQQuantizer
 from brfx.pipeline import rewrite, unwrapped
-from brfx.trace import Tracing
+from brfx.trace import Tracing, is_plain
 from brfx.train.checkpoint import write_atomically
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "checkpoint")
@@ -134,6 +136,7 @@ def save(qmodel: nn.Module, path: str | Path) -> None:
 
     Raises:
         NotCalibratedError: a quantizer has no step.
+        ConfigError: an argument that the trace held fixed is no plain value.
     """
     require_calibrated(qmodel)
     card = card_of(qmodel)
@@ -145,6 +148,7 @@ def save(qmodel: nn.Module, path: str | Path) -> None:
         "source": card.source and asdict(card.source),
         "preprocessing": card.preprocessing and asdict(card.preprocessing),
         "classes": card.classes and list(card.classes),
+        "tracing": _plain(card.tracing),
         "state_dict": {key: value.detach().cpu() for key, value in qmodel.state_dict().items()},
     }
     write_atomically(Path(path), content)
@@ -166,7 +170,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         model: the float model it was made from, where that is one of the user's own; its weights do not matter.
 
     Raises:
-        CheckpointError: the file cannot be read, is not brfx's, does not fit ``model``, or needs one.
+        CheckpointError: the file cannot be read, is not brfx's, does not fit ``model``, or needs one; or a type that
+            was not to be traced into is neither in ``model`` nor beside its class.
     """
     path = Path(path)
     content = read_file(path)
@@ -193,7 +198,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
                 f"{path}: the model {whose}, and no code is run from a file: brfx.load(path, model=...)"
             )
         model = build_model(source.name, source.num_classes, cifar_stem=source.cifar_stem)
-    qmodel = rewrite(unwrapped(model), config, Tracing())
+    model = unwrapped(model)
+    qmodel = rewrite(model, config, _tracing(content.get("tracing"), model, path))
     try:
         qmodel.load_state_dict(state)
     except RuntimeError as error:
@@ -201,6 +207,49 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     card: ModelCard = card_of(qmodel)
     card.source, card.preprocessing, card.classes = source, preprocessing, classes
     return qmodel.eval()
+
+
+def _plain(tracing: Tracing) -> dict[str, Any]:
+    """How a model was traced, in words and numbers; types by their names."""
+    for name, value in (tracing.concrete_args or {}).items():
+        if not is_plain(value):
+            raise ConfigError(f"concrete_args: {name} is a {type(value).__name__}, and a file holds plain values only")
+    return {
+        "concrete_args": tracing.concrete_args and dict(tracing.concrete_args),
+        "leaf_modules": [_name(kind) for kind in tracing.leaf_modules],
+        "calls": asdict(tracing.calls),
+    }
+
+
+def _tracing(content: Any, model: nn.Module, path: Path) -> Tracing:
+    """What :func:`_plain` wrote. Types come from the model, its module and torch; nothing is imported for a file."""
+    if content is None:  # written before files told
+        return Tracing()
+    try:
+        leaves = tuple(_leaf(str(name), model, path) for name in content["leaf_modules"])
+        return Tracing(content["concrete_args"], leaves, Calls(**content["calls"]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: a brfx file with something missing or changed ({_first_line(error)})"
+        ) from error
+
+
+def _leaf(name: str, model: nn.Module, path: Path) -> type[nn.Module]:
+    for kind in dict.fromkeys(base for module in model.modules() for base in type(module).__mro__):
+        if _name(kind) == name and issubclass(kind, nn.Module):
+            return kind
+    module, _, qualified = name.partition(":")
+    if module == type(model).__module__ or module.split(".")[0] in ("torch", "torchvision"):
+        value: Any = sys.modules.get(module)
+        for part in qualified.split("."):
+            value = getattr(value, part, None)
+        if isinstance(value, type) and issubclass(value, nn.Module):
+            return value
+    raise CheckpointError(f"{path}: was traced with {name} as one of leaf_modules, and the model has no such module")
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
 
 
 def _is_state_dict(content: Mapping[Any, Any]) -> bool:

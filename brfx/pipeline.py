@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import functools
 import logging
@@ -15,7 +14,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
+from brfx.calls import CallRecorder, Calls
 from brfx.card import ModelCard, attach
+from brfx.classes import copied, keep_containers
 from brfx.config import QATConfig, matches
 from brfx.errors import ConfigError
 from brfx.flow import operands
@@ -43,7 +44,7 @@ from brfx.passes import (
 )
 from brfx.passes.quantize_layers import quantized_layer
 from brfx.passes.quantize_relus import quantized_relu
-from brfx.proof import prove
+from brfx.proof import missing, prove
 from brfx.python_calls import QuantizedFunction, rewrite_methods
 from brfx.trace import Tracing, trace_islands
 
@@ -111,16 +112,17 @@ def prepare_qat(
     """
     config = config or QATConfig()
     model = unwrapped(model)
+    _require_module(model)
     tracing = Tracing(concrete_args, tuple(leaf_modules))
     _require_initialized(model)
     if example_inputs is None:
         _warn_of_no_proof()
         return rewrite(model, config, tracing)
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    _require_runs(model, inputs)
+    tracing = replace(tracing, calls=_calls(model, inputs, concrete_args or {}))
     qmodel = rewrite(model, config, tracing)
     uncapped = config.without_clip()
-    rewritten = copy.deepcopy(qmodel) if uncapped == config else rewrite(model, uncapped, tracing)
+    rewritten = copied(qmodel) if uncapped == config else rewrite(model, uncapped, tracing)
     prove(model, rewritten, inputs, concrete_args or {})
     return qmodel
 
@@ -135,6 +137,7 @@ def _warn_of_no_proof() -> None:
 
 def rewrite(model: nn.Module, config: QATConfig, tracing: Tracing) -> nn.Module:
     """What :func:`prepare_qat` does, with no proof that the two models are one."""
+    _require_plain_weights(model)
     leaf_modules = tracing.leaf_modules
     traced = trace_islands(model, tracing)
     config = _with_first_and_last(traced.model, config)
@@ -164,8 +167,9 @@ def rewrite(model: nn.Module, config: QATConfig, tracing: Tracing) -> nn.Module:
     qmodel = traced.model
     if isinstance(qmodel, GraphModule):
         qmodel = QuantizedGraph.of(qmodel, qmodel.graph)
+    keep_containers(qmodel, model)
     _follow_devices(qmodel, model)
-    attach(qmodel, ModelCard(config, source=getattr(model, "brfx_source", None)))
+    attach(qmodel, ModelCard(config, source=getattr(model, "brfx_source", None), tracing=tracing))
     return qmodel
 
 
@@ -180,6 +184,27 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def _require_module(model: object) -> None:
+    """Raise ConfigError for what is no Python module any more."""
+    exported = isinstance(model, torch.export.ExportedProgram) or (
+        isinstance(model, GraphModule) and "eval" in vars(model)  # what unlifting an exported program gives
+    )
+    if isinstance(model, torch.jit.ScriptModule) or exported or not isinstance(model, nn.Module):
+        made_by = "torch.export" if exported else "torch.jit" if isinstance(model, torch.jit.ScriptModule) else None
+        what = f"the output of {made_by}" if made_by else f"a {type(model).__name__}"
+        raise ConfigError(f"prepare_qat takes an nn.Module in Python, and this is {what}: give the module itself")
+
+
+def _require_plain_weights(model: nn.Module) -> None:
+    """Raise ConfigError for a weight that a hook computes before each call: quantized layers are not always called."""
+    for name, module in model.named_modules():
+        if isinstance(module, tuple(QUANTIZED_LAYERS)) and isinstance(vars(module).get("weight"), Tensor):
+            raise ConfigError(
+                f"{name or type(model).__name__}: its weight is computed by a hook before each call; use the form in "
+                "torch.nn.utils.parametrizations, or after pruning torch.nn.utils.prune.remove(layer, 'weight')"
+            )
+
+
 def _require_initialized(model: nn.Module) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if nn.parameter.is_lazy(tensor):
@@ -187,10 +212,14 @@ def _require_initialized(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _require_runs(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+def _calls(model: nn.Module, inputs: tuple[Any, ...], concrete_args: Mapping[str, Any]) -> Calls:
+    """Run the model once, and see how its modules are called."""
     training = {module: module.training for module in model.modules()}
     try:
-        model.eval()(*tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, inputs))
+        fixed = missing(model, inputs, concrete_args)
+        with CallRecorder(model.eval()) as recorder:
+            model(*tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, inputs), **fixed)
+        return recorder.calls
     except Exception as error:
         first = (str(error).splitlines() or [repr(error)])[0]
         raise ConfigError(f"{type(model).__name__} does not run on example_inputs: {first}") from error

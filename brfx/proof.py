@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 import random
@@ -20,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from brfx.calibration import quantization_disabled
+from brfx.classes import copied
 from brfx.errors import RewriteError, first_line
 from brfx.graph import module_calls
 from brfx.nn import ActivationObserver, LSQActivationQuantizer, QuantizedClippedReLU
@@ -63,9 +63,9 @@ def prove(model: nn.Module, rewritten: nn.Module, inputs: tuple[Any, ...], concr
     Raises:
         RewriteError: they differ; names the first value that does, with its line.
     """
-    model = copy.deepcopy(model)
+    model = copied(model)
     with _generators_kept(), torch.inference_mode(False), torch.enable_grad(), quantization_disabled(rewritten):
-        inputs = inspect.signature(model.forward).bind(*inputs, **_missing(model, inputs, concrete_args)).args
+        inputs = inspect.signature(model.forward).bind(*inputs, **missing(model, inputs, concrete_args)).args
         for changed in (False, True):
             if changed:
                 inputs = tree_map(_shuffled, inputs)
@@ -327,7 +327,7 @@ def _weighted(value: Tensor) -> Tensor:
     return (value.flatten() * weights).sum()
 
 
-def _missing(model: nn.Module, inputs: tuple[Any, ...], concrete_args: Mapping[str, Any]) -> dict[str, Any]:
+def missing(model: nn.Module, inputs: tuple[Any, ...], concrete_args: Mapping[str, Any]) -> dict[str, Any]:
     """What is held fixed and is not among the inputs."""
     given = inspect.signature(model.forward).bind_partial(*inputs).arguments
     return {name: value for name, value in concrete_args.items() if name not in given}

@@ -25,6 +25,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from brfx.classes import Derived, derive
+from brfx.errors import CheckpointError
 from brfx.nn.lsq import LSQActivationQuantizer, LSQWeightQuantizer
 from brfx.operators import LINEAR, is_attention, linear_op, name_of
 
@@ -137,11 +139,13 @@ class Rewritten:
         function: the new function; its first parameter is the list of sites, then come the original's.
         kinds: what each site calls, for :class:`QuantizedCall`; or the rewritten function that it calls.
         places: where each site is, as ``"file:line: expression"``.
+        original: the user's function.
     """
 
     function: types.FunctionType
     kinds: list[str | Rewritten]
     places: list[str]
+    original: types.FunctionType
 
     def sites(self, weight_bits: int | None, act_bits: int | None, *, symmetric: bool = False) -> nn.ModuleList:
         return nn.ModuleList(
@@ -185,7 +189,7 @@ def _rewrite(function: object, attribute: str | None, callers: tuple[object, ...
         owner = ast.Name(parameters[0].arg, ast.Load())
         bind = ast.Assign([ast.Name(_SITES, ast.Store())], ast.Attribute(owner, attribute, ast.Load()))
         node.body.insert(0, ast.copy_location(bind, node))
-    return Rewritten(_build(node, function), rewriter.kinds, rewriter.places)
+    return Rewritten(_build(node, function), rewriter.kinds, rewriter.places, function)
 
 
 def find_sites(function: object) -> list[str]:
@@ -208,7 +212,7 @@ class QuantizedFunction(nn.Module):
         self, rewritten: Rewritten, weight_bits: int | None, act_bits: int | None, *, symmetric: bool = False
     ) -> None:
         super().__init__()
-        self.function, self.places = rewritten.function, rewritten.places
+        self.function, self.places, self.original = rewritten.function, rewritten.places, rewritten.original
         self.sites = rewritten.sites(weight_bits, act_bits, symmetric=symmetric)
 
     @classmethod
@@ -222,8 +226,46 @@ class QuantizedFunction(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(self.sites, *args, **kwargs)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "function"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.function = _rewritten_again(self.original, None, self.sites)
+
     def extra_repr(self) -> str:
         return self.function.__qualname__
+
+
+class QuantizedMethods(Derived):
+    """A module some of whose methods go through sites: :func:`rewrite_methods`. Pickle takes the methods' names."""
+
+    shared_class = True
+    _rewritten_methods: tuple[str, ...]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in self._rewritten_methods}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        for name in self._rewritten_methods:
+            original = getattr(self.user_class, name)
+            function = _rewritten_again(original, f"{name}_sites", self.get_submodule(f"{name}_sites"))
+            vars(self)[name] = types.MethodType(function, self)
+
+
+def _rewritten_again(original: object, attribute: str | None, sites: nn.Module) -> types.FunctionType:
+    """What :func:`rewrite` made of a function when its sites were made.
+
+    Raises:
+        CheckpointError: the function's source has other sites now.
+    """
+    rewritten = rewrite(original, attribute)
+    kinds = [None if isinstance(site, QuantizedFunction) else site.kind for site in sites.children()]
+    if rewritten is None or kinds != [kind if isinstance(kind, str) else None for kind in rewritten.kinds]:
+        name = getattr(original, "__qualname__", original)
+        raise CheckpointError(f"{name} multiplies other matrices than when the model was saved; prepare it anew")
+    return rewritten.function
 
 
 def rewrite_methods(
@@ -237,7 +279,7 @@ def rewrite_methods(
     Returns:
         How many sites there are.
     """
-    count, seen = 0, set[str]()
+    count, seen, names = 0, set[str](), list[str]()
     for cls in type(module).__mro__:
         if cls.__module__.split(".")[0] == "torch" or not issubclass(cls, nn.Module):
             continue
@@ -249,7 +291,11 @@ def rewrite_methods(
             if rewritten:
                 module.add_module(f"{name}_sites", rewritten.sites(weight_bits, act_bits, symmetric=symmetric))
                 setattr(module, name, types.MethodType(rewritten.function, module))
+                names.append(name)
                 count += len(rewritten.kinds)
+    if names:
+        vars(module)["_rewritten_methods"] = tuple(names)
+        derive(module, QuantizedMethods)
     return count
 
 

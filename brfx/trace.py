@@ -12,14 +12,16 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self, TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import fx, nn
 from torch.fx import Node
 
+from brfx.calls import Arguments, Calls, class_of, require_given, require_held
+from brfx.classes import Derived, copied, derived, detached
 from brfx.errors import TraceError
 from brfx.functional import _named_in_place, functionalize
 from brfx.nn import QUANTIZED_LAYERS, ActivationObserver, LSQQuantizer, QuantizedLayer
@@ -37,6 +39,11 @@ _LEAVES = (LSQQuantizer, QuantizedLayer, ActivationObserver)
 _NOT_THE_USER_S = (f"{Path(torch.__file__).parent}{os.sep}", __file__, str(Path(__file__).with_name("recording.py")))
 
 
+def is_plain(value: Any) -> bool:
+    """Whether a value is fixed by what it equals, not by what it is made of."""
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
 @dataclass(frozen=True)
 class Tracing:
     """What the user may say about tracing.
@@ -44,14 +51,35 @@ class Tracing:
     Attributes:
         concrete_args: inputs of ``forward`` to hold fixed, by name, as in ``torch.fx.symbolic_trace``.
         leaf_modules: types that are not entered: they stay as they are, and nothing in them is quantized.
+        calls: how the model's modules are called, where it was run.
     """
 
     concrete_args: Mapping[str, Any] | None = None
     leaf_modules: tuple[type[nn.Module], ...] = ()
+    calls: Calls = field(default_factory=Calls)
+
+    def arguments_of(self, name: str, forward: Any) -> Arguments:
+        """How the trace of the module ``name`` takes its arguments, the user's ``concrete_args`` first."""
+        found, concrete = self.calls.arguments_of(name, forward), self.concrete_args or {}
+        found.given[:] = [each for each in found.given if each not in concrete]
+        found.held.update({each: value for each, value in concrete.items() if is_plain(value)})
+        return found
 
 
 class _Value(fx.Proxy):
-    """A proxy that records ``x += y`` and ``x[i] = y``, which fx takes for ``x = x + y`` and refuses."""
+    """A proxy that records ``x += y`` and ``x[i] = y``, which fx takes for ``x = x + y`` and refuses.
+
+    The user's code is told that it is a tensor: it may branch on ``isinstance(x, Tensor)``.
+    """
+
+    tracer: Tracer
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # type: ignore[override]  # what isinstance asks besides type()
+        code = sys._getframe(1).f_code
+        if code.co_filename.startswith(_NOT_THE_USER_S) and code.co_name != "is_tensor":
+            return _Value
+        return class_of(self.node, self.tracer.root, self.tracer.arguments.kinds)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
@@ -59,7 +87,7 @@ class _Value(fx.Proxy):
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in vars(self) and "node" in vars(self):
             raise TraceError(f"sets the attribute {name} of a tensor")
-        super().__setattr__(name, value)
+        fx.Proxy.__setattr__(self, name, value)
 
 
 def _in_place(name: str) -> Any:
@@ -79,9 +107,10 @@ class Tracer(fx.Tracer):
     that brfx quantizes is that layer, wherever its class is defined.
     """
 
-    def __init__(self, tracing: Tracing) -> None:
+    def __init__(self, tracing: Tracing, arguments: Arguments | None = None) -> None:
         super().__init__()
         self.leaf_modules = tracing.leaf_modules
+        self.arguments = arguments or Arguments({}, [], {})
         self.surroundings = Surroundings()
 
     def record(self, root: nn.Module, concrete_args: Mapping[str, Any] | None) -> fx.Graph:
@@ -90,6 +119,16 @@ class Tracer(fx.Tracer):
             graph = self.trace(root, concrete_args=concrete_args)  # type: ignore[arg-type]
             self.surroundings.require_no_draws()
         return graph
+
+    def create_proxy(self, kind: str, target: Any, args: Any, *others: Any, **more: Any) -> Any:
+        """A placeholder of an argument that is held fixed is not seen by ``forward``, which gets the value.
+
+        The value is also the default of an argument that had one: callers may leave it out.
+        """
+        held = self.arguments.held if kind == "placeholder" else {}
+        default = (held[target],) if args and target in held else args
+        proxy = super().create_proxy(kind, target, default, *others, **more)
+        return held.get(target, proxy)
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> Node:
         """A node that knows its line of the user's code, as ``"net.py:12"``; fx's own record is the whole stack."""
@@ -147,12 +186,13 @@ def by_mode(training: Any, evaluation: Any) -> Any:
     raise RuntimeError("a marker in graphs, resolved before they run")
 
 
-class TracedModule(fx.GraphModule):
+class TracedModule(Derived, fx.GraphModule):
     """A ``GraphModule`` that stands for the whole of the module it was traced from.
 
     ``fx.GraphModule`` keeps only what its graph calls. This one keeps every submodule, parameter, buffer, hook and
     plain attribute under its name (RAFT asks its update block for ``hidden_state_size``; MaxViT has buffers that its
-    ``forward`` never reads), so that state dicts have the float model's keys in their order.
+    ``forward`` never reads), so that state dicts have the float model's keys in their order. It is of the float
+    model's class, whose methods and properties are there; only ``forward`` is the graph's.
 
     Where ``forward`` does one thing in training and another in eval (dropout written as a function, auxiliary heads),
     the graph has nodes of :func:`by_mode`; ``twin`` says so. Running it computes what the mode wants and nothing else.
@@ -160,21 +200,21 @@ class TracedModule(fx.GraphModule):
 
     @classmethod
     def of(cls, root: nn.Module, graph: fx.Graph) -> TracedModule:
-        new = cls(root, graph, type(root).__name__)
+        """Raises:
+        TraceError: the class has a name that is one of a ``GraphModule``'s own.
+        """
+        kind = root.user_class if isinstance(root, Derived) else type(root)
+        if issubclass(kind, fx.GraphModule):
+            kind = nn.Module
+        users = {*dir(kind), *vars(root), *root._modules, *root._parameters, *root._buffers}
+        taken = sorted(_own_names(cls) & users) if kind is type(root) else []
+        if taken:
+            raise TraceError(f"cannot trace {kind.__name__}: it has a {taken[0]!r}, and so does every GraphModule")
+        new = cls(root, graph, kind.__name__)
         new._adopt(vars(root))
-        if type(root).train is not nn.Module.train and not isinstance(root, fx.GraphModule):
-            vars(new)["_float_class"] = type(root)
+        new.__class__ = derived(cls, kind)
+        new.recompile()
         return new
-
-    def train(self, mode: bool = True) -> Self:
-        """As the float model's own ``train`` does, which may keep batch norms in eval."""
-        float_class = vars(self).get("_float_class")
-        if float_class is None:
-            return super().train(mode)
-        model = object.__new__(float_class)
-        model.__dict__ = vars(self)  # one state under both classes
-        model.train(mode)
-        return self
 
     @property
     def twin(self) -> bool:
@@ -186,10 +226,26 @@ class TracedModule(fx.GraphModule):
                 vars(self)[name] = value
 
     def __deepcopy__(self, memo: dict[int, object]) -> TracedModule:
-        new = super().__deepcopy__(memo)
-        assert isinstance(new, TracedModule)
-        new._adopt(copy.deepcopy(vars(self), memo))
+        new: TracedModule = object.__new__(derived(*self._bases))
+        memo[id(self)] = new
+        memo.update(detached(self))
+        vars(new).update(copy.deepcopy(vars(self), memo))
+        new.graph = new._graph
         return new
+
+    def __copy__(self) -> TracedModule:
+        new: TracedModule = object.__new__(derived(*self._bases))
+        new.__setstate__(self.__getstate__())
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        compiled = ("_code", "_lineno_map", "_prologue_start", "_tracer_cls", "_tracer_extras")
+        state = {name: value for name, value in vars(self).items() if name not in compiled}
+        return {**state, "_graph": packed(self.graph)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _tracer_cls=None, _tracer_extras={})
+        self.graph = unpacked(state["_graph"])
 
     def recompile(self) -> Any:
         code = super().recompile()
@@ -201,6 +257,47 @@ class TracedModule(fx.GraphModule):
 
 #: What a GraphModule has of its own; all else in a module's ``vars`` is the traced module's.
 _GRAPH_STATE = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) - frozenset(vars(nn.Module()))
+
+
+def _own_names(cls: type) -> set[str]:
+    """Public names that every ``cls`` has and a plain module has not."""
+    return {name for name in {*dir(cls), "meta"} - {*dir(nn.Module)} if not name.startswith("_")}
+
+
+@dataclass(frozen=True)
+class _Named:
+    """The place of a node in a packed graph."""
+
+    name: str
+
+
+def _named(node: Node) -> Any:
+    return _Named(node.name)
+
+
+def packed(graph: fx.Graph) -> tuple[Any, ...]:
+    """A graph as plain values that refer to nodes by name: pickle follows links between nodes until it overflows."""
+    nodes = []
+    for node in graph.nodes:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), _named)
+        meta = {key: node.meta[key] for key in ("nn_module_stack", "source_line") if key in node.meta}
+        nodes.append((node.op, node.target, args, kwargs, node.name, meta))
+    return nodes, graph._codegen
+
+
+def unpacked(content: tuple[Any, ...]) -> fx.Graph:
+    """The graph that :func:`packed` made plain."""
+    graph, made = fx.Graph(), dict[str, Node]()
+    graph.set_codegen(content[1])
+
+    def named(value: Any) -> Any:
+        return made[value.name] if isinstance(value, _Named) else value
+
+    for op, target, args, kwargs, name, meta in content[0]:
+        args, kwargs = fx.node.map_aggregate((args, kwargs), named)  # type: ignore[misc]
+        made[name] = graph.create_node(op, target, args, kwargs, name)
+        made[name].meta.update(meta)
+    return graph
 
 
 def generated(gm: nn.Module, graph: fx.Graph) -> Any:
@@ -283,7 +380,7 @@ def trace(model: nn.Module, tracing: Tracing | None = None) -> fx.GraphModule:
     Raises:
         TraceError: the model's ``forward`` does something that a symbolic run cannot follow; names the line.
     """
-    return _trace(copy.deepcopy(model), tracing or Tracing())
+    return _trace(copied(model), tracing or Tracing())
 
 
 def trace_islands(model: nn.Module, tracing: Tracing | None = None) -> Traced:
@@ -297,13 +394,13 @@ def trace_islands(model: nn.Module, tracing: Tracing | None = None) -> Traced:
         model: any float module; it is left as it is and shares nothing with the result.
     """
     tracing = tracing or Tracing()
-    model = copy.deepcopy(model)
+    model = copied(model)
     try:
         whole = _trace(model, tracing)
         return Traced(whole, {"": whole})
     except TraceError as error:
         traced = Traced(model, {}, {"": str(error)})
-    _place_islands(model, "", traced, Tracing(None, tracing.leaf_modules))
+    _place_islands(model, "", traced, replace(tracing, concrete_args=None))
     return traced
 
 
@@ -316,7 +413,9 @@ def _place_islands(parent: nn.Module, prefix: str, traced: Traced, tracing: Trac
         if Tracer(tracing).is_leaf_module(child, path) or not any(True for _ in child.parameters()):
             continue
         try:
-            island = _trace(child, tracing, write_back=True)
+            if path in tracing.calls.opened:
+                raise TraceError(f"cannot trace {type(child).__name__}: its parts are called from outside it")
+            island = _trace(child, tracing, path, write_back=True)
         except TraceError as error:
             traced.stopped[path] = str(error)
             _place_islands(child, f"{path}.", traced, tracing)
@@ -325,23 +424,44 @@ def _place_islands(parent: nn.Module, prefix: str, traced: Traced, tracing: Trac
         traced.islands[path] = island
 
 
-def _trace(model: nn.Module, tracing: Tracing, *, write_back: bool = False) -> TracedModule:
+def _trace(model: nn.Module, tracing: Tracing, name: str = "", *, write_back: bool = False) -> TracedModule:
     graphs = []
     own = [name for name in ("train", "eval") if name in vars(model)]
     if own or (type(model).eval is not nn.Module.eval and not isinstance(model, fx.GraphModule)):
         raise TraceError(f"cannot trace {type(model).__name__}: it has {own[0] if own else 'eval'}() of its own")
+    try:
+        arguments = tracing.arguments_of(name, model.forward)
+    except TraceError as error:
+        raise TraceError(f"cannot trace {type(model).__name__}: {error}") from error
+    left = {each: value for each, value in (tracing.concrete_args or {}).items() if not is_plain(value)}
     with _modes_kept(model):
         for training in (True, False):
             model.train(training)
             try:
-                graphs.append(Tracer(tracing).record(model, tracing.concrete_args))
+                graphs.append(Tracer(tracing, arguments).record(model, left or None))
             except Exception as error:  # whatever the user's forward raises when fed with proxies
                 raise TraceError(f"cannot trace {type(model).__name__}: {_where(error)}: {error}") from error
     changed = functionalize(graphs, model, write_back=write_back)
     if changed:
         log.info("%s: %d operations in place", type(model).__name__, changed)
+    for graph in graphs:
+        _check_arguments(graph, arguments)
     _merge(*graphs)
     return TracedModule.of(model, graphs[0])
+
+
+def _check_arguments(graph: fx.Graph, arguments: Arguments) -> None:
+    """Let the graph refuse an argument that would have taken another branch.
+
+    forward(x, labels)  ->  forward(x, labels): require_held(labels, "labels", None)
+    """
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in inputs:
+        with graph.inserting_after(inputs[-1]):
+            if node.target in arguments.held:
+                graph.call_function(require_held, (node, node.target, arguments.held[str(node.target)]))
+            elif node.target in arguments.given:
+                graph.call_function(require_given, (node, node.target))
 
 
 @contextmanager

@@ -1,3 +1,4 @@
+import sys
 import zipfile
 from collections import OrderedDict
 
@@ -176,3 +177,60 @@ def test_tampered_files(qmodel, tmp_path, change, message):
     torch.save(content | change, tmp_path / "model.pt")
     with pytest.raises(brfx.BrfxError, match=message):
         brfx.load(tmp_path / "model.pt")
+
+
+class _Leaf(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class _Optional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.leaf, self.conv = _Leaf(), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x, mask=None, double=False):
+        y = self.conv(self.leaf(x))
+        y = y * 2 if double else y
+        return y if mask is None else y * mask
+
+
+def test_how_a_model_was_traced_is_in_the_file(images, tmp_path):
+    mask = torch.rand(8, 1, 8, 8)
+    qmodel = brfx.prepare_qat(
+        _Optional(), None, (images, mask), concrete_args={"double": True}, leaf_modules=[_Leaf, nn.LSTM]
+    )
+    brfx.calibrate(qmodel, [(images, mask)], forward=lambda model, batch: model(*batch))
+    brfx.save(qmodel, tmp_path / "model.pt")
+    loaded = brfx.load(tmp_path / "model.pt", model=_Optional())
+    assert torch.equal(loaded(images, mask, True), qmodel.eval()(images, mask, True))
+    assert type(loaded.leaf) is _Leaf
+    with pytest.raises(CheckpointError, match="test_checkpoint:_Leaf as one of leaf_modules"):
+        brfx.load(tmp_path / "model.pt", model=nn.Conv2d(3, 4, 1))
+
+
+def test_a_file_written_before_it_told_how_is_read(tiny, images, tmp_path):
+    qmodel = brfx.prepare_qat(tiny)
+    brfx.calibrate(qmodel, [images])
+    brfx.save(qmodel, tmp_path / "model.pt")
+    content = torch.load(tmp_path / "model.pt")
+    del content["tracing"]
+    torch.save(content, tmp_path / "model.pt")
+    assert torch.equal(brfx.load(tmp_path / "model.pt", model=tiny)(images), qmodel.eval()(images))
+
+
+def test_no_module_is_imported_for_a_file(tiny, images, tmp_path):
+    qmodel = brfx.prepare_qat(tiny)
+    brfx.calibrate(qmodel, [images])
+    brfx.save(qmodel, tmp_path / "model.pt")
+    content = torch.load(tmp_path / "model.pt")
+    for name in ("antigravity:Thing", "torch.nn:Missing", "os:system"):
+        content["tracing"]["leaf_modules"] = [name]
+        torch.save(content, tmp_path / "model.pt")
+        with pytest.raises(CheckpointError, match=f"{name} as one of leaf_modules"):
+            brfx.load(tmp_path / "model.pt", model=tiny)
+    assert "antigravity" not in sys.modules

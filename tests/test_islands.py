@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 import brfx
 from brfx.calibration import quantizers
@@ -67,6 +68,62 @@ def test_observations_leave_the_islands_with_their_gradient(branchy, images):
     br.total.backward()
     assert qmodel.first.get_submodule("0").weight.grad.abs().sum() > 0
     assert not any("forward" in vars(module) for module in qmodel.modules())
+
+
+class Opens(nn.Module):
+    """Iterates, indexes and counts a Sequential, calls another method of a child, reads a property."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = Stem()
+        self.layers = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 1))
+        self.head = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+
+    def forward(self, x):
+        x = self.stem.embed(x) * self.stem.width
+        if x.mean() > 100:
+            return x
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x) / len(self.head) + self.head[0].weight.mean() + self.head[-1].bias.sum()
+
+
+class Stem(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    @property
+    def width(self):
+        return self.conv.out_channels
+
+    def embed(self, x):
+        return self.conv(x)
+
+    def forward(self, x):
+        return self.embed(x).relu()
+
+
+def test_python_code_sees_the_users_classes_in_islands(images):
+    model = Opens()
+    qmodel = brfx.prepare_qat(model, brfx.QATConfig(act_bits=4), images)
+    assert isinstance(qmodel.head, GraphModule) and isinstance(qmodel.head, nn.Sequential)
+    assert len(qmodel.head) == 3 < len(qmodel.head._modules)
+    assert not isinstance(qmodel.layers, GraphModule)  # its layers quantize their own inputs
+    assert qmodel.layers[2].input_quantizer is not None and qmodel.stem.conv.input_quantizer is not None
+    brfx.calibrate(qmodel, [images])
+    assert all(quantizer.calibrated for quantizer in quantizers(qmodel).values())
+    with brfx.quantization_disabled(qmodel):
+        torch.testing.assert_close(qmodel(images), model(images))
+    copied = copy.deepcopy(qmodel)
+    assert torch.equal(copied(images), qmodel(images)) and len(copied.head) == 3
+
+
+def test_islands_without_example_inputs_keep_what_python_code_reads(images):
+    model = Opens()
+    qmodel = brfx.prepare_qat(model)
+    with brfx.quantization_disabled(qmodel):
+        torch.testing.assert_close(qmodel(images), model(images))
 
 
 def test_save_load_and_fp32_round_trip(branchy, images, tmp_path):

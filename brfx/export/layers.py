@@ -106,9 +106,11 @@ class IntegerProduct(nn.Module):
 
 
 class FloatLayer(nn.Module):
-    """A convolution or linear that has to stay in floating point; its weight is stored as codes all the same."""
+    """A convolution or linear that has to stay in floating point; its weight is stored as codes all the same.
 
-    weight: Tensor
+    Python code around it reads what it reads of the layer: ``weight``, in floating point, and its settings.
+    """
+
     scale: Tensor
 
     def __init__(self, layer: QuantizedLayer, weight: Tensor, scale: Tensor, storage: Storage) -> None:
@@ -119,8 +121,22 @@ class FloatLayer(nn.Module):
         layer.weight_quantizer = None
         del layer._parameters["weight"]
 
+    @property
+    def codes(self) -> Tensor:
+        codes = self._buffers["weight"]
+        assert codes is not None
+        return codes
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and "scale" in self._buffers:
+            return self.codes.float() * self.scale
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        vars(self.layer)["weight"] = self.weight.float() * self.scale
+        vars(self.layer)["weight"] = self.weight
         return self.layer(x, *args, **kwargs)  # type: ignore[no-any-return]
 
 

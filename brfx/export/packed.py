@@ -181,7 +181,7 @@ class _Writing:
             raise ExportError(f"{name}: a packed file has no form for a layer that quantizes its own input")
         attributes: dict[str, Any] = {}
         if isinstance(module, FloatLayer):
-            attributes["weight"] = self._packed(name, module.weight, module.storage)
+            attributes["weight"] = self._packed(name, module.codes, module.storage)
             attributes["weight_scale"] = self._tensor(f"{name}.weight_scale", module.scale)
         else:
             attributes["weight"] = self._tensor(f"{name}.weight", layer.weight)

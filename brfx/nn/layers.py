@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any, Self, TypeVar
 
 from torch import Tensor, nn
@@ -16,6 +18,20 @@ def adopted(kind: type[_Kind], module: nn.Module) -> _Kind:
     new = kind.__new__(kind)
     new.__dict__ = {k: v.copy() if isinstance(v, dict) else v for k, v in vars(module).items()}
     return new
+
+
+def _made_class(cls: type, kind: type) -> type:
+    """``cls``, or a subclass of it and ``kind``: that may have what the parameters depend on, as weight norm's has."""
+    if kind in cls.__mro__:
+        return cls
+    return type(f"Quantized{kind.__name__}", (cls, kind), {"__module__": __name__, "_made_from": (cls, kind)})
+
+
+_layer_class: Callable[[type, type], type] = cache(_made_class)
+
+
+def _blank(cls: type, kind: type) -> Any:
+    return object.__new__(_layer_class(cls, kind))
 
 
 class QuantizedLayer(nn.Module):
@@ -33,9 +49,7 @@ class QuantizedLayer(nn.Module):
     @classmethod
     def adopt(cls, layer: nn.Module) -> Self:
         """A layer of this class, and of ``layer``'s own, with the very parameters, settings and hooks of ``layer``."""
-        kind = cls
-        if type(layer) not in cls.__mro__:  # a subclass may have what the parameters depend on, as weight norm's has
-            kind = type(f"Quantized{type(layer).__name__}", (cls, type(layer)), {"__module__": __name__})
+        kind: type[Self] = _layer_class(cls, type(layer))
         return adopted(kind, layer)
 
     @classmethod
@@ -46,12 +60,18 @@ class QuantizedLayer(nn.Module):
         new = cls.adopt(layer)
         new.weight_quantizer = new.input_quantizer = None
         if bits is not None:
-            shape = [1] * new.weight.dim()
-            shape[cls.channel_dim] = new.weight.shape[cls.channel_dim]
+            weight = new.eval().weight.detach()  # in training reading it would be a step of spectral norm
+            new.train(layer.training)
+            shape = [1] * weight.dim()
+            shape[cls.channel_dim] = weight.shape[cls.channel_dim]
             step_shape = tuple(shape) if per_channel else ()
             new.weight_quantizer = LSQWeightQuantizer(bits, step_shape=step_shape, symmetric=symmetric)
-            new.weight_quantizer.to(new.weight.device).train(layer.training)
+            new.weight_quantizer.to(weight.device).train(layer.training)
         return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made = vars(type(self)).get("_made_from")
+        return super().__reduce_ex__(protocol) if made is None else (_blank, made, self.__getstate__())  # type: ignore[no-untyped-call]
 
     def quantized_weight(self) -> Tensor:
         """The weight as the operation sees it: a code times the step."""

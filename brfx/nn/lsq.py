@@ -159,7 +159,7 @@ class LSQQuantizer(nn.Module):
             return self.prepare(values)
         if self.mode == "calibrate" and values.numel():
             self._calibrate(self.prepare(values).detach())
-        if not self.calibrated:
+        if not self.calibrated and not self.has_step():
             if not values.numel():  # no box was found, say: nothing to quantize, nothing to learn a step from
                 return self.prepare(values)
             raise NotCalibratedError("a quantizer has no step yet: run brfx.calibrate(qmodel, batches) first")
@@ -199,7 +199,12 @@ class LSQQuantizer(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *args)
         else:
             self.step.data.fill_(math.nan)
+        self.has_step()
+
+    def has_step(self) -> bool:
+        """Whether there is a step: it may have been copied from another model's, as into a moving average."""
         self.calibrated = bool(torch.isfinite(self.step).all())
+        return self.calibrated
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, signed={self.signed}"
@@ -273,8 +278,11 @@ class LSQActivationQuantizer(LSQQuantizer):
         if self.sign_from_data:
             state_dict.setdefault(f"{prefix}negative", torch.tensor(False))  # an FP32 model's has none
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def has_step(self) -> bool:
         if self.sign_from_data:
             self._set_sign(bool(self.negative))
+        return super().has_step()
 
     def quantize(self, values: Tensor) -> Tensor:
         features = math.prod(values.shape[1:])

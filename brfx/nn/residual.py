@@ -65,12 +65,18 @@ class ResidualAdd(nn.Module):
     def forward(self, branch: Tensor, shortcut: Tensor, step_out: Tensor, step_in: Tensor | None = None) -> Tensor:
         if self.mode != "quantize":
             return branch + shortcut
-        branch, shortcut = in_full(branch), in_full(shortcut)  # the sum stays exact under autocast
+        dtype = torch.result_type(branch, shortcut)
+        branch, shortcut = in_full(branch), in_full(shortcut)
         unit, zero_point, multiple = self.units(step_out, step_in)
         rounded = self.round(branch, unit, zero_point)
         if multiple is None:
-            return rounded + self.round(shortcut, unit, zero_point)
-        return rounded + (shortcut if step_in is None else shortcut * (unit * multiple / positive(step_in.detach())))
+            total = rounded + self.round(shortcut, unit, zero_point)
+        else:
+            whole = shortcut if step_in is None else shortcut * (unit * multiple / positive(step_in.detach()))
+            total = rounded + whole
+        if torch.is_autocast_enabled(total.device.type):
+            return total  # exact; layers cast what they read
+        return total.to(dtype)
 
     @staticmethod
     def round(values: Tensor, unit: Tensor, zero_point: Tensor) -> Tensor:

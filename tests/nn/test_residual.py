@@ -1,7 +1,11 @@
+import copy
+
 import pytest
 import torch
+from torch import nn
 
-from brfx.nn import AlignedAdd, StreamAdd
+import brfx
+from brfx.nn import AlignedAdd, ResidualAdd, StreamAdd
 
 
 @pytest.mark.parametrize("bits", [pytest.param(1, marks=pytest.mark.slow), 2, 3, 4])
@@ -88,3 +92,35 @@ def test_the_step_of_a_stream_learns_from_its_adds_as_lsq_does(projection):
     torch.testing.assert_close(branch.grad, values.grad)
     torch.testing.assert_close(step.grad, s.grad / (255 * 100) ** 0.5)
     assert (branch.grad == 0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_model_in_half_precision_stays_in_it(dtype, bits):
+    torch.manual_seed(0)
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.conv, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+            self.relu = nn.ReLU()
+
+        def forward(self, x):
+            x = self.relu(self.first(x))
+            x = self.relu(self.conv(x) + x)
+            return self.relu(self.last(x) + x)
+
+    model = Residual()
+    x = torch.randn(4, 3, 8, 8)
+    for stream_bits in (bits, 8):
+        config = brfx.QATConfig(weight_bits=bits, act_bits=bits, stream_bits=stream_bits)
+        outputs = []
+        for kind in (torch.float32, dtype):
+            qmodel = brfx.prepare_qat(copy.deepcopy(model).to(kind), config, x.to(kind))
+            assert any(isinstance(module, ResidualAdd) for module in qmodel.modules())
+            brfx.calibrate(qmodel, [x.to(kind)])
+            outputs.append(qmodel(x.to(kind)))
+            outputs[-1].sum().backward()
+        full, half = outputs
+        assert half.dtype == dtype
+        assert (half.float() - full).norm() < 0.25 * full.norm()
