@@ -71,6 +71,11 @@ class Grid:
         """Every code, ascending."""
         return range(self.low, self.high + 1, 2 if self.binary else 1)
 
+    @property
+    def levels(self) -> list[float]:
+        """Every level in steps, ascending."""
+        return [code + self.offset for code in self.codes]
+
     def encode(self, values: Tensor, step: Tensor, *, least: float = -math.inf) -> Tensor:
         """The code of each value, as floats: ``round(clip(v / step - offset, Qn, Qp))``; binary: the sign, +1 at zero.
         NaN has no code and comes out as NaN.
@@ -109,7 +114,7 @@ class Grid:
         return mean_magnitude if self.binary else mean_magnitude * (2 / math.sqrt(self.reach))
 
     def __str__(self) -> str:
-        levels = [{0: "0", 1: "s", -1: "-s"}.get(code, f"{code:g}s") for code in (k + self.offset for k in self.codes)]
+        levels = [{0.0: "0", 1.0: "s", -1.0: "-s"}.get(code, f"{code:g}s") for code in self.levels]
         if len(levels) > 8:
             levels = [*levels[:2], "...", *levels[-2:]]
         kind = "unsigned" if not self.signed else "symmetric" if self.offset else "signed"

@@ -8,7 +8,13 @@ import brfx
 from brfx.calibration import quantizers
 from brfx.graph import dump
 from brfx.models import build_model
-from brfx.nn import ActivationObserver, QuantizedClippedReLU, QuantizedLayer
+from brfx.nn import (
+    ActivationObserver,
+    LSQActivationQuantizer,
+    QuantizedClippedReLU,
+    QuantizedLayer,
+    StreamQuantizer,
+)
 
 
 def prepared(model, images, **config):
@@ -24,14 +30,13 @@ def test_the_whole_rewrite_of_a_small_net(tiny):
             "conv1_input = LSQActivationQuantizer(x)",
             "conv1 = QuantizedConv2d(conv1_input)",
             "bn1 = BatchNorm2d(conv1)",
-            "relu_1_observer = ActivationObserver(bn1)",
-            "relu_4 = QuantizedClippedReLU(relu_1_observer)",
-            "conv2 = QuantizedConv2d(relu_4)",
-            "relu_observer = ActivationObserver(conv2)",
-            "relu_1 = QuantizedClippedReLU(relu_observer)",
-            "add = add(relu_4, relu_1)",  # both on a grid: no branch to quantize
-            "relu_3_observer = ActivationObserver(add)",
-            "relu_2 = QuantizedClippedReLU(relu_3_observer)",
+            "relu_4 = StreamQuantizer(bn1)",
+            "conv2_input_observer = ActivationObserver(relu_4)",
+            "conv2_input = LSQActivationQuantizer(conv2_input_observer)",
+            "conv2 = QuantizedConv2d(conv2_input)",
+            "relu_1 = StreamQuantizer(conv2)",
+            "add = add(relu_4, relu_1)",  # both on one grid: no branch to quantize
+            "relu_2 = StreamQuantizer(add)",
             "relu_2_observer = ActivationObserver(relu_2)",
             "relu_5 = QuantizedClippedReLU(relu_2_observer)",
             "relu6_observer = ActivationObserver(relu_5)",
@@ -85,8 +90,13 @@ def test_with_quantizers_disabled_the_graph_equals_the_model_bit_for_bit(name, t
     assert torch.equal(*outputs)
 
 
-def test_every_site_of_resnet20_has_its_own_step():
+def test_every_site_of_resnet20_has_its_own_step_and_the_stream_has_one():
     qmodel = brfx.prepare_qat(build_model("resnet20"))
+    kinds = [type(module) for module in qmodel.modules()]
+    assert kinds.count(StreamQuantizer) == 1 and kinds.count(QuantizedClippedReLU) == 9
+    assert kinds.count(ActivationObserver) == 18  # in front of each second convolution's input, and of each first's
+    assert len({id(quantizer.step) for quantizer in quantizers(qmodel).values()}) == 41
+    qmodel = brfx.prepare_qat(build_model("resnet20"), brfx.QATConfig(stream_bits=2))
     kinds = [type(module) for module in qmodel.modules()]
     assert sum(issubclass(kind, QuantizedLayer) for kind in kinds) == 20
     assert kinds.count(QuantizedClippedReLU) == kinds.count(ActivationObserver) == 19
@@ -134,7 +144,7 @@ def test_mixed_bits(tiny, images, weight_bits, act_bits):
     for module in qmodel.modules():
         if isinstance(module, QuantizedLayer):
             assert len(module.quantized_weight().unique()) <= 2**weight_bits
-        if isinstance(module, QuantizedClippedReLU):
+        if isinstance(module, LSQActivationQuantizer) and module.regularized:
             assert len(module(torch.randn(50, 50)).unique()) <= 2**act_bits
 
 

@@ -118,7 +118,7 @@ def _int8(proto: Any, number: int) -> str:
 
     name = f"int8_{number}"
     if name not in {value.name for value in proto.graph.initializer}:
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.int8(number), name))
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(number, dtype=np.int8), name))
     return name
 
 

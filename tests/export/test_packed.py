@@ -226,21 +226,21 @@ def test_what_it_cannot_hold(tmp_path):
         export_packed(qmodel, tmp_path / "absent" / "model.safetensors")
 
 
-def test_a_value_that_changes_in_place_is_refused(tmp_path):
+def test_state_that_changes_in_place_is_refused_and_a_value_is_not(tmp_path):
     class InPlace(nn.Module):
-        def __init__(self):
+        def __init__(self, counts):
             super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
+            self.conv, self.counts = nn.Conv2d(3, 4, 3), counts
+            self.register_buffer("calls", torch.zeros(1))
 
         def forward(self, x):
-            x = self.conv(x)
-            y = x * 2
-            y.sigmoid_()
-            return y + x
+            y = self.conv(x)
+            y.add_(1)
+            return y + self.calls.add_(1) if self.counts else y + self.calls
 
-    qmodel = quantized(InPlace())
+    export_packed(quantized(InPlace(False)), tmp_path / "value.safetensors")
     with pytest.raises(ExportError, match="in place"):
-        export_packed(qmodel, tmp_path / "model.safetensors")
+        export_packed(quantized(InPlace(True)), tmp_path / "state.safetensors")
 
 
 @pytest.fixture(scope="module")
