@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import copy
 import inspect
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
+from unittest import mock
 
 import torch
 from torch import fx, nn
@@ -67,19 +69,9 @@ class Tracing:
 
 
 class _Value(fx.Proxy):
-    """A proxy that records ``x += y`` and ``x[i] = y``, which fx takes for ``x = x + y`` and refuses.
-
-    The user's code is told that it is a tensor: it may branch on ``isinstance(x, Tensor)``.
-    """
+    """A proxy that records ``x += y`` and ``x[i] = y``, which fx takes for ``x = x + y`` and refuses."""
 
     tracer: Tracer
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:  # type: ignore[override]  # what isinstance asks besides type()
-        code = sys._getframe(1).f_code
-        if code.co_filename.startswith(_NOT_THE_USER_S) and code.co_name != "is_tensor":
-            return _Value
-        return class_of(self.node, self.tracer.root, self.tracer.arguments.kinds)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
@@ -88,6 +80,27 @@ class _Value(fx.Proxy):
         if name not in vars(self) and "node" in vars(self):
             raise TraceError(f"sets the attribute {name} of a tensor")
         fx.Proxy.__setattr__(self, name, value)
+
+
+@contextmanager
+def _tensors_to_isinstance() -> Iterator[None]:
+    """Tell the user's code that traced values are tensors: it may branch on ``isinstance(x, Tensor)``.
+
+    Python's own ``isinstance`` is replaced, and not ``__class__`` of the values overridden: torch's C++ asks for that
+    too, and then reads a proxy as the tensor that it claims to be.
+    """
+    real = builtins.isinstance
+
+    def answered(value: Any, kinds: Any, /) -> bool:
+        if type(value) is not _Value:
+            return real(value, kinds)
+        code = sys._getframe(1).f_code
+        if real(value, kinds) or (code.co_filename.startswith(_NOT_THE_USER_S) and code.co_name != "is_tensor"):
+            return real(value, kinds)
+        return issubclass(class_of(value.node, value.tracer.root, value.tracer.arguments.kinds), kinds)
+
+    with mock.patch.object(builtins, "isinstance", answered):
+        yield
 
 
 def _in_place(name: str) -> Any:
@@ -115,7 +128,7 @@ class Tracer(fx.Tracer):
 
     def record(self, root: nn.Module, concrete_args: Mapping[str, Any] | None) -> fx.Graph:
         """The graph of one symbolic run of ``root``, in the mode that it is in."""
-        with recording(self, root):
+        with recording(self, root), _tensors_to_isinstance():
             graph = self.trace(root, concrete_args=concrete_args)  # type: ignore[arg-type]
             self.surroundings.require_no_draws()
         return graph
