@@ -65,7 +65,7 @@ class ResidualAdd(nn.Module):
     def forward(self, branch: Tensor, shortcut: Tensor, step_out: Tensor, step_in: Tensor | None = None) -> Tensor:
         if self.mode != "quantize":
             return branch + shortcut
-        dtype = torch.result_type(branch, shortcut)
+        dtype = torch.promote_types(branch.dtype, shortcut.dtype)
         branch, shortcut = in_full(branch), in_full(shortcut)
         unit, zero_point, multiple = self.units(step_out, step_in)
         rounded = self.round(branch, unit, zero_point)

@@ -254,7 +254,7 @@ def test_a_late_look_says_so_where_the_batch_is_finite_when_run_again(batches, l
 
 
 def test_a_checkpoint_from_before_the_fused_optimizers_goes_on_with_them(batches):
-    run = loop._Run(small_net(), batches, brfx.TrainConfig(epochs=1, compile="off"), None, None, None, ())
+    run = loop._Run(small_net(), batches, brfx.TrainConfig(epochs=1, compile="off"), None, None, None, None, ())
     state = run.state()
     for group in state["optimizer"]["param_groups"]:
         group["fused"] = None
