@@ -270,7 +270,7 @@ def test_hooks_of_a_layer_run_in_every_form(tiny, images):
 )
 def test_residual_adds_and_symmetric_weights_too(images, width, settings, streams):
     if streams and width == 16:
-        pytest.xfail("kernels: the gradient of a weight's step differs by more than float error; the cause is not known")
+        pytest.xfail("kernels: the gradient of a weight's step differs by more than float error, why is not known")
     torch.manual_seed(0)
     qmodel = calibrated(Residual(width).double(), images.double(), **settings).train()
     adds = [module for module in qmodel.modules() if isinstance(module, ResidualAdd)]
