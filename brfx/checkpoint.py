@@ -22,6 +22,7 @@ from brfx.errors import CheckpointError, ConfigError
 from brfx.models import ModelSource, build_model
 from brfx.nn import LSQQuantizer
 from brfx.pipeline import rewrite, unwrapped
+from brfx.state import versioned
 from brfx.trace import Tracing, is_plain
 from brfx.train.checkpoint import write_atomically
 
@@ -98,6 +99,7 @@ def load_float(model: nn.Module, path: Path, *, named_by: str = "--model") -> No
     surplus = [key for key in state if key not in own]
     shapes = [key for key in own if key in state and state[key].shape != own[key].shape]
     if not (missing or surplus or shapes):
+        state = versioned(state, model)
         model.load_state_dict(state, strict=False)  # an absent num_batches_tracked is all that may lack
         return
     if any(key.endswith("weight_quantizer.step") for key in surplus):
@@ -201,7 +203,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     model = unwrapped(model)
     qmodel = rewrite(model, config, _tracing(content.get("tracing"), model, path))
     try:
-        qmodel.load_state_dict(state)
+        qmodel.load_state_dict(versioned(state, qmodel))
     except RuntimeError as error:
         raise CheckpointError(f"{path} does not fit the model: {' '.join(str(error).split())[:300]}") from error
     card: ModelCard = card_of(qmodel)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from brfx.errors import TrainingError, first_line
+from brfx.state import versioned
 
 T = TypeVar("T")
 
@@ -115,7 +116,8 @@ def share_buffers(model: nn.Module) -> None:
 def share_state(model: nn.Module) -> None:
     """Give every rank rank 0's parameters and buffers."""
     if ranks() > 1:
-        model.load_state_dict(from_first({name: value.cpu() for name, value in model.state_dict().items()}))
+        state = from_first({name: value.cpu() for name, value in model.state_dict().items()})
+        model.load_state_dict(versioned(state, model))
 
 
 def summed(values: Tensor) -> Tensor:

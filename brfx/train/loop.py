@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from brfx.config import TrainConfig
 from brfx.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError, first_line
 from brfx.ranks import batch_norms_synced, from_all, from_first, largest, lost_ranks_named, rank, ranks, share_buffers
+from brfx.state import versioned
 from brfx.train.batch_norm import reestimate_batch_norm, small_batches_named
 from brfx.train.checkpoint import (
     FOLDER,
@@ -285,7 +286,7 @@ class _Run:
     def restore(self, state: dict[str, Any]) -> None:
         device = self.config.device
         self.epoch, self.batch = int(state["epoch"]), int(state["batch"])
-        self.model.load_state_dict(state["model"])
+        self.model.load_state_dict(versioned(state["model"], self.model))
         for group in state["optimizer"]["param_groups"]:
             group["fused"] = True  # it was not in checkpoints of brfx before 2026-11-27
         self.update.optimizer.load_state_dict(state["optimizer"])
@@ -501,7 +502,7 @@ class _Run:
         history = tuple(self.history)
         if not history:
             return FitResult(history, 0, "", None, self.compiled, self.skipped, self.teacher_sha256)
-        self.model.load_state_dict(self.kept_weights)
+        self.model.load_state_dict(versioned(self.kept_weights, self.model))
         kept = history[self.kept - 1]
         chosen = kept.epoch, kept.stage, kept.val_accuracy
         return FitResult(history, *chosen, self.compiled, self.skipped, self.teacher_sha256)
