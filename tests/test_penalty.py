@@ -189,8 +189,9 @@ def assert_forms_agree(qmodel, penalty, images, compiled=("kernels", "whole")):
     numbers, expected = found.pop("plain")
     assert all(grad.abs().sum() > 0 for grad in expected.values())
     assert all(found["codes"][0][name] == numbers[name] for name in numbers if name != "act")  # summed in backward
-    if not any(isinstance(module, StreamQuantizer) for module in qmodel.modules()):  # its readers' gradients are a sum
-        assert all(torch.equal(grad, expected[name]) for name, grad in found["codes"][1].items())
+    streams = any(isinstance(module, StreamQuantizer) for module in qmodel.modules())
+    for name, grad in found["codes"][1].items():  # the gradients of a stream's readers are added in another order
+        torch.testing.assert_close(grad, expected[name], rtol=1e-12 if streams else 0, atol=1e-15 if streams else 0)
     for form, (told, grads) in found.items():
         torch.testing.assert_close(told, numbers, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(ends[form], ends["plain"])

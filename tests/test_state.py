@@ -40,7 +40,8 @@ def test_a_class_that_asks_for_its_version_is_trained_saved_and_loaded(tmp_path)
     batches = [(images, torch.arange(4))]
     brfx.fit(qmodel, batches, batches, brfx.TrainConfig(epochs=1, compile="off"), run_dir=tmp_path)
     brfx.save(qmodel, tmp_path / "model.pt")
-    assert torch.equal(brfx.load(tmp_path / "model.pt", model=Versioned())(images), qmodel.eval()(images))
+    again = brfx.load(tmp_path / "model.pt", model=Versioned())
+    assert all(torch.equal(value, qmodel.state_dict()[name]) for name, value in again.state_dict().items())
 
 
 def test_a_checkpoint_of_mnasnet_is_read(tmp_path):

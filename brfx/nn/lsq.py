@@ -16,25 +16,29 @@ from brfx.grid import MIN_STEP, Grid, in_full
 from brfx.nn.norm import sum_by_channel
 from brfx.start import START_RULES
 
+#: The ``border`` of a quantizer of sums of codes, in codes. Such a sum is often the outermost level itself, and rounding
+#: must not decide whether its gradient passes.
+BORDER_OF_SUMS = 1e-4
+
 
 class _LSQ(torch.autograd.Function):
     """``v -> step * code(v)``; plain aten operations, so that compile and export see through it."""
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, step: Tensor, grid: Grid, scale: float, floor: float, ceiling: float
+        ctx: Any, values: Tensor, step: Tensor, grid: Grid, scale: float, floor: float, ceiling: float, border: float
     ) -> Tensor:
         ctx.save_for_backward(values, step)
-        ctx.settings = (grid, scale, floor, ceiling)
+        ctx.settings = (grid, scale, floor, ceiling, border)
         code = grid.encode(clipped(in_full(values), floor, ceiling), step, least=floor)
         return grid.decode(code, step).to(values.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved, step = ctx.saved_tensors
-        grid, scale, floor, ceiling = ctx.settings
+        grid, scale, floor, ceiling, border = ctx.settings
         grad = in_full(grads[0])
-        seen = reread(in_full(saved), step, grid, floor, ceiling)
+        seen = reread(in_full(saved), step, grid, floor, ceiling, border)
         if grid.binary:  # v^ = s * sign(v): the gradient passes straight to v, and d v^ / d s = sign(v)
             grad_values, slope = grad, seen.code
         else:
@@ -42,7 +46,7 @@ class _LSQ(torch.autograd.Function):
             closed = seen.off_grid if seen.clipped is None else seen.off_grid | seen.clipped
             grad_values = torch.where(closed, 0.0, grad)
         grad_step = _sum_to(grad * slope, step) * scale
-        return grad_values.to(saved.dtype), grad_step, None, None, None, None
+        return grad_values.to(saved.dtype), grad_step, None, None, None, None, None
 
 
 def _sum_to(values: Tensor, step: Tensor) -> Tensor:
@@ -67,11 +71,13 @@ class Reread(NamedTuple):
     within: Tensor  #: between floor and ceiling
     ratio: Tensor  #: ``within / step - offset``
     code: Tensor
-    off_grid: Tensor  #: where the ratio is beyond the outermost codes
+    off_grid: Tensor  #: where the ratio is beyond the outermost codes by more than the border
     clipped: Tensor | None  #: where a value was at or beyond floor or ceiling; ``None`` where there is neither
 
 
-def reread(values: Tensor, step: Tensor, grid: Grid, floor: float, ceiling: float) -> Reread:
+def reread(
+    values: Tensor, step: Tensor, grid: Grid, floor: float, ceiling: float, border: float = 0.0
+) -> Reread:
     """What forward computed of ``values``, by selection in the place of extrema: the comparisons are those by which
     gradients are cut off, and an extremum that hands on NaN is four instructions."""
     within, cut = values, None
@@ -82,10 +88,10 @@ def reread(values: Tensor, step: Tensor, grid: Grid, floor: float, ceiling: floa
         low = values <= floor
         within, cut = torch.where(low, floor, within), low if cut is None else cut | low
     ratio = grid.ratio(within, step)
-    off_grid = ratio > grid.high
+    off_grid = ratio > grid.high + border
     on_grid = torch.where(off_grid, grid.high, ratio)
     if floor < 0:
-        below = ratio < grid.low
+        below = ratio < grid.low - border
         off_grid, on_grid = off_grid | below, torch.where(below, grid.low, on_grid)
     code = grid.encode(within, step) if grid.binary else on_grid.round()
     return Reread(within, ratio, code, off_grid, cut)
@@ -99,6 +105,7 @@ def lsq_quantize(
     gradient_scale: float,
     floor: float = -math.inf,
     ceiling: float = math.inf,
+    border: float = 0.0,
 ) -> Tensor:
     """Quantize ``clip(values, floor, ceiling)`` to the levels ``code * step``.
 
@@ -109,13 +116,14 @@ def lsq_quantize(
         gradient_scale: LSQ's g, which multiplies the gradient of ``step``; ``1 / sqrt(N * Qp)``.
         floor, ceiling: bounds applied before quantizing: ``0`` and infinity make a ReLU, ``0`` and ``6`` a ReLU6.
             At and beyond a bound no gradient reaches ``values``, as in ``torch.relu`` and ``F.hardtanh``.
+        border: how far beyond the outermost code a value still counts as inside for its gradient, in codes.
 
     Returns:
         A tensor like ``values``. Inside the grid's range its gradient to ``values`` is 1, outside 0; to ``step`` it is
         ``code - v / step`` inside and ``Qn`` or ``Qp`` outside (LSQ, eq. 3 and 5). Binary grids (signed, one bit):
         1 everywhere and ``sign(v)``.
     """
-    return _LSQ.apply(values, step, grid, gradient_scale, floor, ceiling)  # type: ignore[no-any-return, no-untyped-call]
+    return _LSQ.apply(values, step, grid, gradient_scale, floor, ceiling, border)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class LSQQuantizer(nn.Module):
@@ -133,6 +141,8 @@ class LSQQuantizer(nn.Module):
     #: Bounds of the values before they are quantized.
     floor: float = -math.inf
     ceiling: float = math.inf
+    #: See :func:`lsq_quantize`; :data:`BORDER_OF_SUMS` where what is quantized is a sum of codes.
+    border: float = 0.0
     #: Whether Python code decides if it is reached at all: calibration may then leave it without a step.
     optional: bool = False
 
@@ -293,6 +303,7 @@ class LSQActivationQuantizer(LSQQuantizer):
             gradient_scale=1 / math.sqrt(features * self.grid.high),
             floor=self.floor,
             ceiling=self.ceiling,
+            border=self.border,
         )
 
 
@@ -321,6 +332,8 @@ class StreamQuantizer(QuantizedClippedReLU):
 
     Calibration sets the step for the ReLU whose values reach farthest.
     """
+
+    border = BORDER_OF_SUMS
 
     def __init__(self, bits: int, *, clip_value: float | None = None) -> None:
         super().__init__(bits, clip_value=clip_value)

@@ -21,6 +21,7 @@ from brfx.nn import (
     StreamAdd,
     StreamQuantizer,
 )
+from brfx.nn.lsq import BORDER_OF_SUMS
 from brfx.operators import LINEAR, passes
 from brfx.python_calls import QuantizedFunction
 
@@ -74,6 +75,7 @@ class AlignResiduals:
             if add is not None:
                 source = flows[others[0]].grid if others and isinstance(add, AlignedAdd) else None
                 self._align(gm, node, (*branches, *others), source, add)
+                behind.border = BORDER_OF_SUMS
                 return 1
         for branch in branches:
             name = free_name(gm, f"{scope(node)}.{node.name}_branch".lstrip("."))

@@ -7,7 +7,14 @@ from torch.nn import functional as F
 
 from brfx.errors import NotCalibratedError
 from brfx.grid import Grid
-from brfx.nn import LSQActivationQuantizer, LSQWeightQuantizer, QuantizedClippedReLU, lsq_quantize
+from brfx.nn import (
+    LSQActivationQuantizer,
+    LSQWeightQuantizer,
+    QuantizedClippedReLU,
+    StreamQuantizer,
+    lsq_quantize,
+)
+from brfx.nn.lsq import BORDER_OF_SUMS
 
 
 def reference(v: Tensor, s: Tensor, low: int, high: int, g: float) -> Tensor:
@@ -258,3 +265,20 @@ def test_when_the_sign_turns_out_negative_what_was_estimated_without_it_is_forgo
     quantizer.begin_calibration()
     quantizer(first)
     assert not quantizer.signed and not quantizer.negative
+
+
+@pytest.mark.parametrize("kind", [StreamQuantizer, QuantizedClippedReLU])
+def test_a_sum_of_codes_that_is_the_last_level_passes_its_gradient_however_it_is_rounded(kind):
+    quantizer = calibrated(kind(6), torch.rand(4, 50))
+    quantizer.border = BORDER_OF_SUMS
+    high, parts = quantizer.grid.high, torch.arange(64.0)
+    for step in torch.rand(500, generator=torch.Generator().manual_seed(0)) + 0.01:
+        quantizer.step.data.copy_(step)
+        quantizer.step.grad = None
+        values = (parts * step + (high - parts) * step)[None].requires_grad_()
+        quantizer(values).sum().backward()
+        assert (values.grad == 1).all() and quantizer.step.grad.abs() < 1e-3
+    beyond = ((high + 0.01) * step)[None, None].requires_grad_()
+    quantizer(beyond).sum().backward()
+    assert beyond.grad == 0
+    assert StreamQuantizer(8).border == BORDER_OF_SUMS and QuantizedClippedReLU(2).border == 0

@@ -6,6 +6,7 @@ import brfx
 from brfx.config import QATConfig
 from brfx.graph import dump
 from brfx.nn import AlignedAdd, LSQActivationQuantizer, StreamAdd
+from brfx.nn.lsq import BORDER_OF_SUMS
 from brfx.passes import AlignResiduals, QuantizeLayers, QuantizeReLUs, ReLUToModule, WidenStreams
 from brfx.trace import trace
 
@@ -121,6 +122,7 @@ def test_rounding_the_branch_moves_no_final_code():
     k = (qmodel.first(x) / step_in).round().detach()
     branch = qmodel.bn(qmodel.conv(k * step_in)).detach()
     expected = (branch.double() / step_out + k.double() * (m / n).double()).round().clamp(0, 3)
+    assert qmodel.last.border == BORDER_OF_SUMS and qmodel.first.border == 0
     assert n % 2 == 1 and abs(m / n - step_in / step_out) < 0.05 * step_in / step_out
     found = (qmodel(x) / step_out).round()
     assert (found != expected).double().mean() < 1e-4  # float32 on a boundary
