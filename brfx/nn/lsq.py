@@ -16,8 +16,8 @@ from brfx.grid import MIN_STEP, Grid, in_full
 from brfx.nn.norm import sum_by_channel
 from brfx.start import START_RULES
 
-#: The ``border`` of a quantizer of sums of codes, in codes. Such a sum is often the outermost level itself. Rounding must
-#: not decide whether its gradient passes.
+#: The ``border`` of a quantizer of sums of codes, in codes. Such a sum is often the outermost level itself.
+#: Rounding must not decide whether its gradient passes.
 BORDER_OF_SUMS = 1e-4
 
 
