@@ -1,5 +1,7 @@
 """The audit against a dispatch mode that knows nothing of brfx; where they disagree, the dispatch mode is right."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -83,6 +85,7 @@ def test_a_calibrated_model_is_audited_itself_though_a_branch_was_never_taken(ti
     qmodel = brfx.prepare_qat(tiny)
     brfx.calibrate(qmodel, [images])
     qmodel.fc_input.optional, qmodel.fc_input.calibrated = True, False
+    qmodel.fc_input.step.data.fill_(math.nan)
     monkeypatch.setattr("brfx.auditing.calibrate", lambda *args, **kwargs: pytest.fail("calibrated again"))
     with pytest.raises(brfx.BrfxError, match="no step yet"):  # the audit ran the model as it is
         brfx.audit(qmodel, images)
