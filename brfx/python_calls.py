@@ -57,9 +57,7 @@ class QuantizedCall(nn.Module):
     right: LSQActivationQuantizer | LSQWeightQuantizer | None
     attention: nn.Module | None
 
-    def __init__(
-        self, kind: str, weight_bits: int | None, act_bits: int | None, *, symmetric: bool = False
-    ) -> None:
+    def __init__(self, kind: str, weight_bits: int | None, act_bits: int | None, *, symmetric: bool = False) -> None:
         super().__init__()
         self.kind = kind
         self.left = self.right = self.attention = None

@@ -75,9 +75,7 @@ class Reread(NamedTuple):
     clipped: Tensor | None  #: where a value was at or beyond floor or ceiling; ``None`` where there is neither
 
 
-def reread(
-    values: Tensor, step: Tensor, grid: Grid, floor: float, ceiling: float, border: float = 0.0
-) -> Reread:
+def reread(values: Tensor, step: Tensor, grid: Grid, floor: float, ceiling: float, border: float = 0.0) -> Reread:
     """What forward computed of ``values``, by selection in the place of extrema: the comparisons are those by which
     gradients are cut off, and an extremum that hands on NaN is four instructions."""
     within, cut = values, None
