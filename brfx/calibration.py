@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from brfx.errors import ConfigError, DataError, NotCalibratedError
 from brfx.filters import Filters, dead_at_start, described, leave_out, revive
 from brfx.filters import dead_filters as found_dead
 from brfx.nn import LSQQuantizer, LSQWeightQuantizer, ResidualAdd
+from brfx.sqnr import LEAST_DB, lossy_at_8_bits
 from brfx.start import START_RULES
 
 log = logging.getLogger(__name__)
@@ -39,7 +41,8 @@ def calibrate(
     """Set every step from the weights and from what ``batches`` show of the activations.
 
     Weights are read from the model. Each activation is seen as the layers before it, already quantized, give it.
-    The model runs in eval mode and comes back in the mode it had, its buffers unchanged.
+    The model runs in eval mode and comes back in the mode it had, its buffers unchanged. The log warns of quantizers
+    that would keep less than 15 dB of their values even at 8 bits.
 
     Args:
         qmodel: what :func:`brfx.prepare_qat` returned.
@@ -66,30 +69,23 @@ def calibrate(
         raise ConfigError(f"dead_filters={dead_filters!r}: takes {' or '.join(DEAD_FILTERS)}")
     dead = _treated(qmodel, dead_filters, start, seed)
     found = quantizers(qmodel)
-    modes = {module: module.training for module in qmodel.modules()}
-    for quantizer in found.values():
-        quantizer.begin_calibration(start)
-    sums = [module for module in qmodel.modules() if isinstance(module, ResidualAdd)]
-    for aligned in sums:
-        aligned.mode = "calibrate"
-    try:
-        qmodel.eval()
-        with _batch_norms_in_training(qmodel) if batch_statistics else nullcontext():
-            _run(qmodel, batches, forward or _first_as_input)
-    finally:
-        for quantizer in found.values():
-            quantizer.mode = "quantize"
-            if isinstance(quantizer, LSQWeightQuantizer):
-                quantizer.left_out = None
-        for aligned in sums:
-            aligned.mode = "quantize"
-        for module, training in modes.items():
-            module.training = training
+    with (
+        _calibrating(qmodel, start),
+        lossy_at_8_bits(found, start) as lossy,
+        _batch_norms_in_training(qmodel) if batch_statistics else nullcontext(),
+    ):
+        _run(qmodel, batches, forward or _first_as_input)
     for quantizer in found.values():
         quantizer.step.requires_grad_(quantizer.calibrated)
     missed = [name for name, quantizer in found.items() if not quantizer.calibrated and not quantizer.optional]
     if missed:
         raise NotCalibratedError(f"the batches never reached {len(missed)} quantizers, the first is {missed[0]}")
+    if lossy:
+        log.warning(
+            "%d quantizers would keep less than %g dB even at 8 bits: %s%s",
+            *(len(lossy), LEAST_DB, "; ".join(f"{name} {why}" for name, why in islice(lossy.items(), 3))),
+            "; ..." if len(lossy) > 3 else "",
+        )
     dead = found_dead(qmodel) if dead_filters == "keep" else dead
     if dead:
         count = sum(map(len, dead.values()))
@@ -109,6 +105,27 @@ def _treated(qmodel: nn.Module, how: str, start: str, seed: int) -> Filters:
     else:
         leave_out(qmodel, dead)
     return dead
+
+
+@contextmanager
+def _calibrating(qmodel: nn.Module, start: str) -> Iterator[None]:
+    """Within the block the model runs in eval mode, and quantizers and sums are calibrated by what they meet."""
+    modes = {module: module.training for module in qmodel.modules()}
+    found = quantizers(qmodel).values()
+    for quantizer in found:
+        quantizer.begin_calibration(start)
+    sums = [module for module in qmodel.modules() if isinstance(module, ResidualAdd)]
+    _set(sums, "mode", "calibrate")
+    qmodel.eval()
+    try:
+        yield
+    finally:
+        _set([*found, *sums], "mode", "quantize")
+        for quantizer in found:
+            if isinstance(quantizer, LSQWeightQuantizer):
+                quantizer.left_out = None
+        for module, training in modes.items():
+            module.training = training
 
 
 def _run(qmodel: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> None:
