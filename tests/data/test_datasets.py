@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-import brfx.data
+import brfx.data.image_files
 from brfx.config import JobConfig
 from brfx.data import DEFAULTS, BatchLoader, ImageFiles, Preprocessing, Split, load_dataset, with_overrides
 from brfx.errors import ConfigError, DataError
@@ -154,14 +154,14 @@ def test_a_class_of_bad_images_alone_is_named(tmp_path):
 
 def test_a_worker_that_dies_is_a_data_error(tmp_path, monkeypatch):
     make_folder(tmp_path, ("train",))
-    square, parent = brfx.data._square, os.getpid()
+    square, parent = brfx.data.image_files._square, os.getpid()
 
     def deadly(path, size):
         if path.parts[-2:] == ("dog", "3.png") and os.getpid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
         return square(path, size)
 
-    monkeypatch.setattr(brfx.data, "_square", deadly)
+    monkeypatch.setattr(brfx.data.image_files, "_square", deadly)
     monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))  # looks each 5 s else
     with pytest.raises(DataError, match=r"^decoding .* failed \(.+\): .*$"):
         list(folder_batches(tmp_path, 2))

@@ -1,0 +1,17 @@
+"""Image data sets: found by name or folder, decoded once, augmented in batches."""
+
+from brfx.data.datasets import Dataset, Split, load_dataset
+from brfx.data.image_files import ImageFiles
+from brfx.data.loader import BatchLoader
+from brfx.data.preprocessing import DEFAULTS, Preprocessing, with_overrides
+
+__all__ = [
+    "DEFAULTS",
+    "BatchLoader",
+    "Dataset",
+    "ImageFiles",
+    "Preprocessing",
+    "Split",
+    "load_dataset",
+    "with_overrides",
+]

@@ -1,0 +1,277 @@
+"""Data sets by name or folder, and their splits."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor
+from torch.nn import functional as F
+
+from brfx.data.image_files import IMAGE_SUFFIXES, ImageFiles, require_readable
+from brfx.data.preprocessing import DEFAULTS, Preprocessing
+from brfx.errors import DataError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images, uint8 ``(N, 3, S, S)`` or decoded on demand, and labels, int64 ``(N,)``."""
+
+    images: Tensor | ImageFiles
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Tensor) -> Split:
+        images = self.images.take(indices) if isinstance(self.images, ImageFiles) else self.images[indices]
+        return Split(images, self.labels[indices])
+
+
+class Dataset:
+    """One data set; its splits are decoded when first asked for.
+
+    ``val`` is cut from the training images, the same share of each class, and empty where that share is 0; ``test`` is
+    what nothing is chosen on.
+
+    Attributes:
+        name: as the user gave it.
+        classes: in the order of the labels.
+        preprocessing: size, mean and std.
+        flip: whether a mirrored image is still of its class.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        classes: tuple[str, ...],
+        preprocessing: Preprocessing,
+        read: Callable[[str], Split],
+        *,
+        flip: bool,
+        val_fraction: float,
+        seed: int,
+    ) -> None:
+        self.name, self.classes, self.preprocessing, self.flip = name, classes, preprocessing, flip
+        self._read, self._val_fraction, self._seed = read, val_fraction, seed
+
+    @cached_property
+    def _training(self) -> tuple[Split, Split]:
+        split = self._read("train")
+        counts = torch.bincount(split.labels, minlength=len(self.classes))
+        for name, count in zip(self.classes, counts.tolist(), strict=True):
+            if self._val_fraction and count < 2:
+                raise DataError(
+                    f"{self.name}: class {name!r} has too few training images ({count}) to leave one for training and "
+                    "one for validation: add some, or remove the class"
+                )
+        keep, held = _cut(split.labels, self._val_fraction, self._seed)
+        return split.take(keep), split.take(held)
+
+    @property
+    def train(self) -> Split:
+        return self._training[0]
+
+    @property
+    def val(self) -> Split:
+        return self._training[1]
+
+    @cached_property
+    def test(self) -> Split:
+        return self._read("test")
+
+
+def load_dataset(
+    source: str,
+    *,
+    data_dir: Path,
+    preprocessing: Preprocessing | None = None,
+    download: bool = False,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    workers: int = 2,
+    skip_bad_images: bool = False,
+) -> Dataset:
+    """Find a data set. Its images are read into memory when a split is first used.
+
+    Args:
+        source: ``digits``, ``cifar10``, ``cifar100``, or a folder with ``train/`` and ``test/`` or ``val/``, each with
+            one folder of images a class.
+        data_dir: where named data sets lie, and are downloaded to.
+        preprocessing: size, mean and std; default :data:`DEFAULTS`, for a folder it must be given.
+        download: let torchvision download a named data set that is not there.
+        val_fraction: share of the training images cut off for validation, drawn per class with ``seed``; 0: none.
+        workers: processes that decode a folder's images; 0 for none beside this one.
+        skip_bad_images: leave out images of a folder that cannot be read, with a warning that names the first ten.
+
+    Raises:
+        DataError: nothing is there, or what is there cannot be used; with the command that mends it.
+    """
+    preprocessing = preprocessing or DEFAULTS.get(source)
+    if preprocessing is None:
+        raise DataError(f"{source}: say at which size to read the images of a folder (--image-size)")
+    size = preprocessing.image_size
+    if source == "digits":
+        classes, read = _digits(size)
+    elif source in ("cifar10", "cifar100"):
+        classes, read = _cifar(source, data_dir, download, size)
+    else:
+        classes, read = _folder(Path(source), size, workers, skip_bad_images)
+    flip = source != "digits"
+    return Dataset(source, classes, preprocessing, read, flip=flip, val_fraction=val_fraction, seed=seed)
+
+
+def _cut(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of what stays in training and of what is held out: the same share of every class, of both at least one.
+    A share of 0 holds out nothing.
+
+    Requires: two images of each class, unless the share is 0.
+    """
+    if not fraction:
+        return torch.arange(len(labels)), torch.arange(0)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in set(labels.tolist()):
+        members = order[labels[order] == label]
+        held[members[: min(max(1, round(len(members) * fraction)), len(members) - 1)]] = True
+    return (~held).nonzero().flatten(), held.nonzero().flatten()
+
+
+#: The class names, and what reads a split by its name, ``"train"`` or ``"test"``.
+_Source = tuple[tuple[str, ...], Callable[[str], Split]]
+
+
+def _digits(size: int) -> _Source:
+    """scikit-learn's 1,797 handwritten digits (8x8), every fifth for the test, enlarged to ``size``."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError("the digits come with scikit-learn: pip install 'brfx[demo]'") from error
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)
+    images = F.interpolate(images, size=(size, size), mode="bilinear").round().to(torch.uint8).expand(-1, 3, -1, -1)
+    whole = Split(images, torch.from_numpy(bunch.target).long())
+    is_test = torch.arange(len(whole)) % 5 == 0
+    chosen = {"train": (~is_test).nonzero().flatten(), "test": is_test.nonzero().flatten()}
+    return tuple(str(digit) for digit in range(10)), lambda part: whole.take(chosen[part])
+
+
+def _cifar(name: str, data_dir: Path, download: bool, size: int) -> _Source:
+    kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numpy's deprecations inside torchvision's reader
+            parts = {part: kind(str(data_dir), train=part == "train", download=download) for part in ("train", "test")}
+    except Exception as error:
+        what = f"downloading {name} to {data_dir} failed ({error})" if download else f"{name} is not in {data_dir}"
+        raise DataError(
+            f"{what}: add --download, or give a folder of images with --data DIR (DIR/train/CLASS/*.png, DIR/test/...)"
+        ) from error
+
+    def read(part: str) -> Split:
+        images = torch.from_numpy(parts[part].data).permute(0, 3, 1, 2)
+        return Split(_resize(images, size), torch.tensor(parts[part].targets))
+
+    return tuple(parts["train"].classes), read
+
+
+def _resize(images: Tensor, size: int) -> Tensor:
+    if tuple(images.shape[-2:]) == (size, size):
+        return images.contiguous()
+    resized = F.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
+    return resized.round().clamp(0, 255).to(torch.uint8)
+
+
+def _folder(root: Path, size: int, workers: int, skip_bad: bool) -> _Source:
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder, and not one of {', '.join(DEFAULTS)}")
+    test_name = next((name for name in ("test", "val") if (root / name).is_dir()), None)
+    if not (root / "train").is_dir() or test_name is None:
+        raise DataError(f"{root}: expected {root}/train/CLASS/*.png and {root}/test/CLASS/*.png (or val/)")
+    classes = tuple(sorted(path.name for path in (root / "train").iterdir() if path.is_dir()))
+    folders = {"train": root / "train", "test": root / test_name}
+    files: dict[str, list[tuple[Path, int]]] = {}
+    for part, folder in folders.items():
+        strange = sorted({path.name for path in folder.iterdir() if path.is_dir()} ^ set(classes))
+        if strange:
+            raise DataError(f"{root}: train/ and {test_name}/ differ in their classes, first in {strange[0]!r}")
+        found = [(path, label) for label, name in enumerate(classes) for path in sorted((folder / name).rglob("*"))]
+        files[part] = [(path, label) for path, label in found if path.suffix.lower() in IMAGE_SUFFIXES]
+        _name_others(folder, [path for path, _ in found])
+        if not files[part]:
+            raise DataError(f"{folder}: no image in it (one folder a class, files ending in .png, .jpg ...)")
+        empty = sorted(set(range(len(classes))) - {label for _, label in files[part]})
+        named = _first_ten([repr(classes[label]) for label in empty])
+        if empty and part == "train":
+            raise DataError(f"{folder}: no image of class {named}: add some, or remove the class from {test_name}/ too")
+        if empty:
+            log.warning("%s: no image of class %s, which no accuracy will count", folder, named)
+
+    def read(part: str) -> Split:
+        split, bad = _decode(files[part], size, workers, skip_bad)
+        if bad:
+            folder, counts = folders[part], (len(bad), len(files[part]))
+            gone = {label for _, label in files[part]} - set(split.labels.tolist())
+            if gone:
+                named = _first_ten([repr(classes[label]) for label in sorted(gone)])
+                raise DataError(f"{folder}: no image of class {named} can be read: mend them or remove the class")
+            log.warning("%s: left out %d of %d images, which cannot be read: %s", folder, *counts, _first_ten(bad))
+        return split
+
+    return classes, read
+
+
+def _name_others(folder: Path, paths: Sequence[Path]) -> None:
+    """Warn of files among ``paths`` that are not read as images, counted by suffix; hidden ones are no one's images."""
+    suffixes = Counter(
+        path.suffix.lower() or path.name
+        for path in paths
+        if path.suffix.lower() not in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
+    if suffixes:
+        counts = _first_ten([f"{count} {suffix}" for suffix, count in suffixes.most_common()])
+        log.warning("%s: files that are not read as images: %s", folder, counts)
+
+
+def _decode(
+    files: Sequence[tuple[Path, int]], size: int, workers: int, skip_bad: bool
+) -> tuple[Split, dict[Path, str]]:
+    """All images in memory where they take less than a third of it, else decoded batch by batch.
+
+    With ``skip_bad``, without the files that cannot be read, which are returned with the reasons; images that do not
+    fit in memory are all decoded once to find them.
+    """
+    images = ImageFiles([path for path, _ in files], size, workers)
+    labels = torch.tensor([label for _, label in files])
+    fits = len(files) * 3 * size * size < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 3
+    if not fits and not skip_bad:
+        return Split(images, labels), {}
+    whole = torch.empty(len(files) if fits else 0, 3, size, size, dtype=torch.uint8)
+    order = torch.split(torch.arange(len(files)), 64)
+    bad: dict[Path, str] = {}
+    for chosen, (batch, unreadable) in zip(order, images.attempts(order), strict=True):
+        if not skip_bad:
+            require_readable(unreadable)
+        bad |= unreadable
+        if fits:
+            whole[chosen] = batch
+    split = Split(whole if fits else images, labels)
+    if bad:
+        split = split.take(torch.tensor([i for i, path in enumerate(images.paths) if path not in bad]).long())
+    return split, bad
+
+
+def _first_ten(names: Collection[object]) -> str:
+    return ", ".join(map(str, islice(names, 10))) + (", ..." if len(names) > 10 else "")

@@ -1,0 +1,145 @@
+"""Image files: decoded to tensors, ahead of time in worker processes or when asked for."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
+
+from brfx.errors import DataError, first_line
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+IMAGE_SUFFIXES = frozenset(torchvision.datasets.folder.IMG_EXTENSIONS)
+
+
+class ImageFiles:
+    """Images that are decoded each time they are asked for, for a folder that does not fit in memory.
+
+    ``files[indices]`` gives uint8 ``(len(indices), 3, size, size)``, as a tensor of all images would; :meth:`batches`
+    gives one such tensor after the other, decoded ahead by ``workers`` processes (0: by this one, when asked for).
+
+    Raises:
+        DataError: a file cannot be read; names it. Or a worker process died.
+    """
+
+    def __init__(self, paths: Sequence[Path], size: int, workers: int) -> None:
+        self.paths, self.size, self.workers = paths, size, workers
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        images, bad = _read([self.paths[i] for i in indices.tolist()], self.size)
+        require_readable(bad)
+        return images
+
+    def batches(self, order: Sequence[Tensor], *, pin: bool = False) -> Iterator[Tensor]:
+        """``files[indices]`` for each of ``order``; with ``pin`` in pinned memory."""
+        for images, bad in self.attempts(order, pin=pin):
+            require_readable(bad)
+            yield images
+
+    def attempts(self, order: Sequence[Tensor], *, pin: bool = False) -> Iterator[tuple[Tensor, dict[Path, str]]]:
+        """As :meth:`batches`, beside why files among them cannot be read; what is in their place means nothing."""
+        workers = self.workers if len(order) > 1 else 0
+        loader: DataLoader[Any] = DataLoader(
+            self.paths,  # type: ignore[arg-type]  # any sequence will do
+            batch_sampler=map(Tensor.tolist, order),
+            collate_fn=partial(_read, size=self.size),
+            num_workers=workers,
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            pin_memory=pin,
+            generator=torch.Generator(),  # its seeds for the workers would come out of the global one
+        )
+        try:
+            yield from _start(loader)
+        except (RuntimeError, EOFError, OSError) as error:  # a worker that dies may leave its pipe half read
+            why = (str(error).strip().splitlines() or ["DataLoader worker process exited unexpectedly"])[-1]
+            raise DataError(f"decoding images in worker processes failed ({why}): try fewer --workers") from error
+
+    def take(self, indices: Tensor) -> ImageFiles:
+        return ImageFiles([self.paths[i] for i in indices.tolist()], self.size, self.workers)
+
+
+def _read(paths: Sequence[Path], size: int) -> tuple[Tensor, dict[Path, str]]:
+    """uint8 ``(len(paths), 3, size, size)``, in shared memory in a worker process, and why files cannot be read.
+
+    They are returned, not raised: an error that a worker process raises comes out with its traceback in the message.
+    """
+    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+    if get_worker_info() is not None:
+        images.share_memory_()  # type: ignore[no-untyped-call]
+    bad = {}
+    for image, path in zip(images, paths, strict=True):
+        try:
+            image.copy_(_square(path, size))
+        except Exception as error:  # PIL has many for damaged files
+            bad[path] = first_line(error)
+    return images, bad
+
+
+def require_readable(bad: dict[Path, str]) -> None:
+    for path, why in bad.items():
+        raise DataError(
+            f"{path}: cannot read this image ({why}): mend it, or leave such files out with --skip-bad-images"
+        )
+
+
+def _start(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The loader's iterator, without torch's signal handler.
+
+    The handler raises a worker's death wherever the main thread happens to be; left to itself, the iterator raises it
+    where the next batch is asked for, within five seconds.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
+    return batches
+
+
+def _square(path: Path, size: int) -> Tensor:
+    """An image as uint8 ``(3, size, size)``: the shorter side resized to ``size``, then the centre cut out."""
+    from PIL import Image
+    from torchvision.transforms.v2 import functional as transforms
+
+    with Image.open(path) as opened:
+        image = upright_rgb(opened)
+    if image.size != (size, size):
+        image = transforms.center_crop(transforms.resize(image, [size], antialias=True), [size, size])
+    pixels: Tensor = transforms.pil_to_tensor(image)
+    return pixels
+
+
+def upright_rgb(image: Image) -> Image:
+    """``image`` turned as its EXIF orientation says, in 8 bits per RGB channel.
+
+    16-bit images are scaled from 0..65535, float images from 0..1, so that none is clipped. Transparency is dropped, as
+    torchvision's ``ImageFolder`` does.
+
+    Raises:
+        ValueError: integers beyond 16 bits, or floats outside 0..1: the values do not say which is white.
+    """
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        white = 1.0 if image.mode == "F" else 65535.0
+        if not (values.min() >= 0 and values.max() <= white):
+            raise ValueError(
+                f"mode {image.mode} with values from {values.min():g} to {values.max():g}: takes 0 to {white:g}"
+            )
+        image = Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+    if image.mode == "P":
+        image = image.convert("RGBA")  # a palette's transparency may be bytes, which RGB alone cannot take
+    return image.convert("RGB")

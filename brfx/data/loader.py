@@ -1,0 +1,118 @@
+"""Batches of a split, shuffled and augmented."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from brfx.data.datasets import Split
+from brfx.data.image_files import ImageFiles
+from brfx.data.preprocessing import Preprocessing
+from brfx.errors import ConfigError
+
+
+class BatchLoader:
+    """Batches ``(images, labels)`` of a split, normalized, on ``device``.
+
+    With ``augment``, each image is shifted by up to an eighth of its side and, if ``flip``, mirrored with probability
+    one half, for the whole batch at once. Order and augmentation are functions of (seed, epoch, sample) alone.
+
+    Args:
+        split: the images.
+        preprocessing: how they are normalized.
+        batch_size: images a batch; the last batch of an epoch may be smaller.
+        augment: shuffle and augment; otherwise the order is the split's own.
+        drop_last: leave a smaller last batch out.
+        seed: of order and augmentation.
+        device: where the batches go.
+        rank, ranks: yield the ``rank``-th of ``ranks`` equal parts of every batch; the parts of all ranks, one after
+            the other, are the batch of a single process. A smaller last batch that does not split evenly is left out.
+
+    Raises:
+        ConfigError: ``batch_size`` does not split evenly, or there is no such rank.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        preprocessing: Preprocessing,
+        batch_size: int,
+        *,
+        augment: bool = False,
+        flip: bool = True,
+        drop_last: bool = False,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        if not 0 <= rank < ranks:
+            raise ConfigError(f"rank={rank!r}, ranks={ranks!r}: takes a rank of 0 or more that is below ranks")
+        if batch_size % ranks:
+            raise ConfigError(f"batch_size={batch_size!r}: takes a multiple of ranks={ranks!r}, an equal part for each")
+        self.split, self.preprocessing, self.batch_size = split, preprocessing, batch_size
+        self.augment, self.flip, self.drop_last, self.seed = augment, flip, drop_last, seed
+        self.device, self.rank, self.ranks = torch.device(device), rank, ranks
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Batches an epoch, those of all ranks together."""
+        whole, rest = divmod(len(self.split), self.batch_size)
+        return whole + (1 if rest and not self.drop_last and rest % self.ranks == 0 else 0)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.starting_at(0)
+
+    def starting_at(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The epoch from its ``batch``-th on, counted from 0; what goes before is neither decoded nor augmented."""
+        if batch < 0:
+            raise ConfigError(f"batch={batch!r}: takes 0 or more")
+        samples = len(self.split)
+        order = torch.arange(samples)
+        if self.augment:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            order = torch.randperm(samples, generator=generator)
+            reach = max(1, self.preprocessing.image_size // 8)
+            shifts = torch.randint(0, 2 * reach + 1, (samples, 2), generator=generator)
+            mirrored = torch.rand(samples, generator=generator) < (0.5 if self.flip else 0.0)
+            shifts, mirrored = self._copy(shifts[order]), self._copy(mirrored[order])
+        labels = self._copy(self.split.labels[order])
+        parts = [self._part(number) for number in range(batch, len(self))]
+        for part, images in zip(parts, self._images([order[part] for part in parts]), strict=True):
+            images = self._copy(images)
+            if self.augment:
+                images = _shift_and_mirror(images, shifts[part], mirrored[part], reach)
+            yield self.preprocessing.normalize(images), labels[part]
+
+    def _part(self, batch: int) -> slice:
+        """Where this rank's part of a batch lies in the epoch's order."""
+        start = batch * self.batch_size
+        size = min(self.batch_size, len(self.split) - start) // self.ranks
+        return slice(start + self.rank * size, start + (self.rank + 1) * size)
+
+    def _images(self, order: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The uint8 batches of these indices."""
+        images = self.split.images
+        if isinstance(images, ImageFiles):
+            return images.batches(order, pin=self.device.type == "cuda")
+        return (images[chosen] for chosen in order)
+
+    def _copy(self, values: Tensor) -> Tensor:
+        """``values`` on the device; a GPU copies from pinned memory, and nobody waits for it."""
+        if self.device.type == "cuda":
+            values = values.pin_memory()
+        return values.to(self.device, non_blocking=True)
+
+
+def _shift_and_mirror(images: Tensor, shifts: Tensor, mirrored: Tensor, reach: int) -> Tensor:
+    """Crop each image at its own offset out of the batch padded with zeros, and mirror the marked ones."""
+    count, _, height, width = images.shape
+    windows = F.pad(images, (reach, reach, reach, reach)).unfold(2, height, 1).unfold(3, width, 1)
+    cropped = windows[torch.arange(count, device=images.device), :, shifts[:, 0], shifts[:, 1]]
+    return torch.where(mirrored.view(-1, 1, 1, 1), cropped.flip(-1), cropped)
