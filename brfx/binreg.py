@@ -26,8 +26,7 @@ import torch
 from torch import Tensor
 
 from brfx.errors import ConfigError
-from brfx.grid import Grid, in_full
-from brfx.nn.lsq import clipped, reread
+from brfx.grid import Grid, clipped, in_full
 from brfx.nn.norm import once, sum_by_channel
 
 #: Up to this many bins, masked sums that compile to one vectorized pass are faster than scattering.
@@ -75,7 +74,7 @@ class _LateBinSums(torch.autograd.Function):
         values, step = ctx.saved_tensors
         grid, floor, ceiling = ctx.settings
         _, of_squares, of_loss = grads
-        seen = reread(values, step, grid, floor, ceiling)
+        seen = grid.recompute(values, step, floor=floor, ceiling=ceiling)
         distance = seen.within - grid.decode(seen.code, step)
         pull, of_step = _pull(seen.code, distance, step if ctx.needs_input_grad[1] else None, of_squares, grid)
         loss = sum_by_channel(distance * pull).sum() / (2 * of_loss)

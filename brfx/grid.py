@@ -1,12 +1,18 @@
-"""The integer grid of a quantizer: which codes it has, and which code a value gets."""
+"""The integer grid of a quantizer: which codes it has, which code a value gets, which level a code stands for.
+
+All rounding to codes is here: :func:`nearest_code` rounds and clips, :meth:`Grid.encode` and :meth:`Grid.decode` are
+LSQ's two halves, and :meth:`Grid.recompute` is :meth:`Grid.encode` in the form that a backward pass compiles best in.
+``tests/test_grid.py`` holds the last two equal.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 #: A step is never taken as smaller than this, so that it cannot reach zero or change its sign.
 MIN_STEP = 1e-8
@@ -17,9 +23,38 @@ def in_full(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
-def positive(step: Tensor) -> Tensor:
+def positive_step(step: Tensor) -> Tensor:
     """``step``, nowhere below :data:`MIN_STEP`."""
     return step.clamp(min=MIN_STEP)
+
+
+def nearest_code(ratio: Tensor, low: Any, high: Any) -> Tensor:
+    """The integer nearest to each ``value / step``, half to even, of those from ``low`` to ``high``; NaN stays NaN.
+
+    Args:
+        ratio: any shape.
+        low, high: integers as numbers, or as tensors; a number may be ``None`` where nothing lies beyond it.
+    """
+    return ratio.clamp(low, high).round()
+
+
+def clipped(values: Tensor, floor: float, ceiling: float) -> Tensor:
+    """``values`` between two bounds, by the operations of a ReLU and a ReLU6, so that compiled code has them once."""
+    if floor == -math.inf and ceiling == math.inf:
+        return values
+    if floor == 0.0 and ceiling == math.inf:
+        return nn.functional.relu(values)
+    return nn.functional.hardtanh(values, floor, ceiling)
+
+
+class Recomputed(NamedTuple):
+    """What a backward pass needs of the values that were quantized."""
+
+    within: Tensor  #: between floor and ceiling
+    ratio: Tensor  #: ``within / step - offset``
+    code: Tensor
+    off_grid: Tensor  #: where the ratio is beyond the outermost codes by more than the border
+    clipped: Tensor | None  #: where a value was at or beyond floor or ceiling; ``None`` where there is neither
 
 
 @dataclass(frozen=True)
@@ -88,11 +123,35 @@ class Grid:
         if self.binary:
             return torch.where(values >= 0, 1.0, torch.where(values < 0, -1.0, values))
         low = self.low if least < 0 else None
-        return self.ratio(values, step).clamp(low, self.high).round()
+        return nearest_code(self.ratio(values, step), low, self.high)
+
+    def recompute(
+        self, values: Tensor, step: Tensor, *, floor: float = -math.inf, ceiling: float = math.inf, border: float = 0.0
+    ) -> Recomputed:
+        """:meth:`encode` of ``clipped(values, floor, ceiling)`` for a backward pass, with all that it needs besides.
+
+        It selects where :meth:`encode` takes extrema: the comparisons are those by which gradients are cut off, and an
+        extremum that hands on NaN is four instructions.
+        """
+        within, cut = values, None
+        if ceiling < math.inf:
+            cut = values >= ceiling
+            within = torch.where(cut, ceiling, within)
+        if floor > -math.inf:
+            low = values <= floor
+            within, cut = torch.where(low, floor, within), low if cut is None else cut | low
+        ratio = self.ratio(within, step)
+        off_grid = ratio > self.high + border
+        on_grid = torch.where(off_grid, self.high, ratio)
+        if floor < 0:
+            below = ratio < self.low - border
+            off_grid, on_grid = off_grid | below, torch.where(below, self.low, on_grid)
+        code = self.encode(within, step) if self.binary else on_grid.round()
+        return Recomputed(within, ratio, code, off_grid, cut)
 
     def ratio(self, values: Tensor, step: Tensor) -> Tensor:
         """The values on the scale of the codes, not rounded: ``v / step - offset``."""
-        ratio = values / positive(step)
+        ratio = values / positive_step(step)
         return ratio - self.offset if self.offset else ratio
 
     def in_steps(self, code: Tensor) -> Tensor:
@@ -101,12 +160,12 @@ class Grid:
 
     def decode(self, code: Tensor, step: Tensor) -> Tensor:
         """The level of each code: ``(code + offset) * step``."""
-        return self.in_steps(code) * positive(step)
+        return self.in_steps(code) * positive_step(step)
 
     def integers(self, code: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         """Integers and a scale whose product is the level of each code, bit for bit: the codes and the step, or the odd
         integers ``2 * code + 1`` and half the step."""
-        return (2 * code + 1, positive(step) / 2) if self.offset else (code, positive(step))
+        return (2 * code + 1, positive_step(step) / 2) if self.offset else (code, positive_step(step))
 
     def start(self, mean_magnitude: Tensor) -> Tensor:
         """The step to start from, ``2 * mean|v| / sqrt(Qp)`` (LSQ, section 2.1), with the largest level for Qp; binary:

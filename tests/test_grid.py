@@ -1,7 +1,9 @@
+import math
+
 import pytest
 import torch
 
-from brfx.grid import Grid
+from brfx.grid import Grid, clipped, nearest_code
 
 
 @pytest.mark.parametrize(
@@ -92,3 +94,41 @@ def test_text_names_the_levels() -> None:
     assert str(Grid(2, False)) == "unsigned 2-bit [0, s, 2s, 3s]"
     assert str(Grid(2, True, True)) == "symmetric 2-bit [-1.5s, -0.5s, 0.5s, 1.5s]"
     assert str(Grid(8, False)) == "unsigned 8-bit [0, s, ..., 254s, 255s]"
+
+
+GRIDS = [Grid(bits, signed) for bits in range(1, 9) for signed in (True, False)]
+GRIDS += [Grid(bits, True, symmetric=True) for bits in range(1, 9)]
+BOUNDS = [(-math.inf, math.inf), (0.0, math.inf), (0.0, 6.0), (0.0, 0.37), (-1.0, 1.0)]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize(("floor", "ceiling"), BOUNDS)
+@pytest.mark.parametrize("border", [0.0, 1e-4])
+def test_backward_recomputes_the_codes_of_forward(grid: Grid, floor: float, ceiling: float, border: float) -> None:
+    step = torch.tensor(0.37)
+    edges = torch.tensor([*grid.levels, *(level + 0.5 for level in grid.levels), grid.low - 0.5]) * step
+    odd = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, floor, ceiling, 1e30, -1e30])
+    values = torch.cat([edges, edges.nextafter(odd[1]), edges.nextafter(odd[2]), odd, 100 * torch.randn(4096)])
+    code = grid.encode(clipped(values, floor, ceiling), step, least=floor)
+    seen = grid.recompute(values, step, floor=floor, ceiling=ceiling, border=border)
+    assert torch.equal(seen.code[~values.isnan()], code[~values.isnan()])
+    assert seen.code[values.isnan()].isnan().all() and code[values.isnan()].isnan().all()
+    ratio = values.clamp(floor, ceiling) / step - grid.offset
+    assert torch.equal(seen.off_grid, (ratio > grid.high + border) | (ratio < grid.low - border))
+    outside = [values <= floor] * (floor > -math.inf) + [values >= ceiling] * (ceiling < math.inf)
+    assert (seen.clipped is None) == (not outside)
+    assert seen.clipped is None or torch.equal(seen.clipped, torch.stack(outside).any(0))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_a_level_has_the_code_that_it_was_decoded_from(grid: Grid) -> None:
+    codes = torch.tensor(list(grid.codes), dtype=torch.float32)
+    for step in (torch.tensor(0.1), torch.tensor(3e-5), torch.tensor(700.0)):
+        assert torch.equal(grid.encode(grid.decode(codes, step), step), codes)
+
+
+def test_clipping_before_or_after_rounding_is_one() -> None:
+    ratio = torch.cat([torch.linspace(-20, 20, 4001), torch.tensor([math.inf, -math.inf])])
+    low, high = torch.tensor(-7.0), torch.tensor(8.0)
+    assert torch.equal(nearest_code(ratio, -7, 8), ratio.round().clamp(-7, 8))
+    assert torch.equal(nearest_code(ratio, low, high), nearest_code(ratio, -7, 8))

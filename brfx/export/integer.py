@@ -34,7 +34,7 @@ from brfx.export.layers import (
 from brfx.export.operators import Codes
 from brfx.flow import analyse, commutes_with_rounding, operands, operation
 from brfx.graph import attribute, call_counts, call_sites, free_name, set_module
-from brfx.grid import positive
+from brfx.grid import positive_step
 from brfx.nn import (
     ActivationObserver,
     LSQActivationQuantizer,
@@ -369,7 +369,7 @@ class _Rewriting:
     def _step(self, node: object) -> Tensor:
         """A step that the graph reads."""
         assert isinstance(node, Node)
-        step: Tensor = positive(attribute(self.gm, node).detach())
+        step: Tensor = positive_step(attribute(self.gm, node).detach())
         return step
 
     def _call(self, before: Node, name: str, module: nn.Module, source: object) -> Node:

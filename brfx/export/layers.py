@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from brfx.export.operators import Codes, convolution, linear, product, recode, requantize
-from brfx.grid import Grid, positive
+from brfx.grid import Grid, positive_step
 from brfx.nn import LSQQuantizer, QuantizedClippedReLU, QuantizedLayer
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -142,7 +142,7 @@ class FloatLayer(nn.Module):
 
 def codes_of(quantizer: LSQQuantizer) -> Codes | None:
     """The uint8 codes of a quantizer of one step; ``None`` for signs, which no clipped rounding makes."""
-    grid, step = quantizer.grid, float(positive(quantizer.step.detach()))
+    grid, step = quantizer.grid, float(positive_step(quantizer.step.detach()))
     if grid.binary:
         return None
     high = grid.high

@@ -7,10 +7,13 @@ reference that an exported file is held to, bit for bit.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from brfx.grid import nearest_code
 
 _DIMS = {3: torch.nn.functional.conv1d, 4: torch.nn.functional.conv2d, 5: torch.nn.functional.conv3d}
 
@@ -24,9 +27,15 @@ class Codes(NamedTuple):
     high: int
 
 
-def encode(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
-    """QuantizeLinear and Clip; stored codes, as floats."""
-    return ((x / _f32(scale)).round() + zero_point).clamp(low, high)
+def _requantized(ratio: Tensor, zero_point: int, low: int, high: int, scale_out: float) -> Tensor:
+    """QuantizeLinear, Clip and DequantizeLinear of ``x / scale``: its codes, worth ``scale_out`` each."""
+    stored = nearest_code(ratio, low - zero_point, high - zero_point) + zero_point
+    return (stored - zero_point) * _f32(scale_out)
+
+
+def _integers(x: Tensor, scale: float) -> Tensor:
+    """The integers, in float64, that ``x`` is ``scale`` times of: it lies on that grid already."""
+    return nearest_code(x / _f32(scale), None, math.inf).double()
 
 
 def _f32(value: float) -> Tensor:
@@ -36,7 +45,7 @@ def _f32(value: float) -> Tensor:
 @torch.library.custom_op("brfx::requantize", mutates_args=())
 def requantize(x: Tensor, scale: float, zero_point: int, low: int, high: int, scale_out: float) -> Tensor:
     """Put ``x`` on the grid of ``scale``; its codes are then worth ``scale_out`` each."""
-    return (encode(x, scale, zero_point, low, high) - zero_point) * _f32(scale_out)
+    return _requantized(x / _f32(scale), zero_point, low, high, scale_out)
 
 
 @requantize.register_fake
@@ -47,7 +56,7 @@ def _(x: Tensor, scale: float, zero_point: int, low: int, high: int, scale_out: 
 @torch.library.custom_op("brfx::recode", mutates_args=())
 def recode(x: Tensor, scale: float, zero_point: int, low: int, high: int, scale_out: float) -> Tensor:
     """:func:`requantize` of codes that are never negative: a table of 256 entries in the runtime."""
-    return (encode(x, scale, zero_point, low, high) - zero_point) * _f32(scale_out)
+    return _requantized(x / _f32(scale), zero_point, low, high, scale_out)
 
 
 @recode.register_fake
@@ -73,13 +82,12 @@ def convolution(
     groups: int,
 ) -> Tensor:
     """A convolution of codes with int8 weights and an int32 bias into 32 bits, requantized to the grid of ``y``."""
-    codes = (x / _f32(x_scale)).round().double()
+    codes = _integers(x, x_scale)
     total = _DIMS[x.dim()](codes, weight.double(), None, stride, padding, dilation, groups)
     shape = (1, -1, *[1] * (x.dim() - 2))
     total = total + bias.double().view(shape)
     factor = (_f32(x_scale) * weight_scale / _f32(y_scale)).view(shape)
-    stored = ((total.float() * factor).round() + y_zero_point).clamp(0, 255).clamp(y_low, y_high)
-    return (stored - y_zero_point) * _f32(y_scale)
+    return _requantized(total.float() * factor, y_zero_point, max(y_low, 0), min(y_high, 255), y_scale)
 
 
 @convolution.register_fake
@@ -91,7 +99,7 @@ def _(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
 @torch.library.custom_op("brfx::linear", mutates_args=())
 def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, x_scale: float, x_zero_point: int) -> Tensor:
     """``x @ weight`` in integers, times ``scale`` (one or one a column of ``weight``), plus a float bias."""
-    codes = (x / _f32(x_scale)).round().double()
+    codes = _integers(x, x_scale)
     return (codes @ weight.double()).float() * scale + bias
 
 
@@ -105,7 +113,7 @@ def product(
     left: Tensor, right: Tensor, left_scale: float, left_zero_point: int, right_scale: float, right_zero_point: int
 ) -> Tensor:
     """``left @ right`` of two activations in integers; zero points are those that their codes are stored with."""
-    total = (left / _f32(left_scale)).round().double() @ (right / _f32(right_scale)).round().double()
+    total = _integers(left, left_scale) @ _integers(right, right_scale)
     return total.float() * (_f32(left_scale) * _f32(right_scale))
 
 

@@ -16,7 +16,7 @@ from brfx.errors import ExportError, first_line
 from brfx.export.destination import as_inputs, destination, replacing
 from brfx.export.onnx import quiet
 from brfx.graph import attribute, set_module
-from brfx.grid import Grid, positive
+from brfx.grid import Grid, positive_step
 from brfx.nn import LSQQuantizer, ResidualAdd
 from brfx.observing import graphs
 from brfx.trace import pruned
@@ -72,7 +72,7 @@ class _QuantAdd(nn.Module):
         super().__init__()
         unit, zero_point, multiple = add.units(step_out, step_in)
         self.branch, self.shortcut = (_Quant(unit, _BYTE, zero_point=float(zero_point) - 128) for _ in range(2))
-        worth = None if multiple is None or step_in is None else unit * multiple / positive(step_in)
+        worth = None if multiple is None or step_in is None else unit * multiple / positive_step(step_in)
         self.rounds_shortcut = multiple is None
         self.register_buffer("factor", worth)
 
@@ -152,7 +152,7 @@ def _with_quant(qmodel: nn.Module) -> nn.Module:
         gm.recompile()
     for name, module in list(model.named_modules()):
         if isinstance(module, LSQQuantizer) and module.calibrated:
-            step = positive(module.step.detach())
+            step = positive_step(module.step.detach())
             stand_in = _Quant(step, module.grid, zero_point=-module.grid.offset, prepare=module.prepare)
             parent, _, leaf = name.rpartition(".")
             model.get_submodule(parent)._modules[leaf] = stand_in

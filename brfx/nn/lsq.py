@@ -6,13 +6,13 @@ Source: Esser et al., "Learned Step Size Quantization", ICLR 2020.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from brfx.errors import NotCalibratedError
-from brfx.grid import MIN_STEP, Grid, in_full
+from brfx.grid import MIN_STEP, Grid, clipped, in_full
 from brfx.nn.norm import sum_by_channel
 from brfx.start import START_RULES
 
@@ -38,7 +38,7 @@ class _LSQ(torch.autograd.Function):
         saved, step = ctx.saved_tensors
         grid, scale, floor, ceiling, border = ctx.settings
         grad = in_full(grads[0])
-        seen = reread(in_full(saved), step, grid, floor, ceiling, border)
+        seen = grid.recompute(in_full(saved), step, floor=floor, ceiling=ceiling, border=border)
         if grid.binary:  # v^ = s * sign(v): the gradient passes straight to v, and d v^ / d s = sign(v)
             grad_values, slope = grad, seen.code
         else:
@@ -54,45 +54,6 @@ def _sum_to(values: Tensor, step: Tensor) -> Tensor:
     if step.numel() == 1 and values.dim() > 2:
         values = sum_by_channel(values)
     return values.sum_to_size(step.shape)
-
-
-def clipped(values: Tensor, floor: float, ceiling: float) -> Tensor:
-    """``values`` between two bounds, by the operations of a ReLU and a ReLU6, so that compiled code has them once."""
-    if floor == -math.inf and ceiling == math.inf:
-        return values
-    if floor == 0.0 and ceiling == math.inf:
-        return nn.functional.relu(values)
-    return nn.functional.hardtanh(values, floor, ceiling)
-
-
-class Reread(NamedTuple):
-    """What backward needs of the values that were quantized."""
-
-    within: Tensor  #: between floor and ceiling
-    ratio: Tensor  #: ``within / step - offset``
-    code: Tensor
-    off_grid: Tensor  #: where the ratio is beyond the outermost codes by more than the border
-    clipped: Tensor | None  #: where a value was at or beyond floor or ceiling; ``None`` where there is neither
-
-
-def reread(values: Tensor, step: Tensor, grid: Grid, floor: float, ceiling: float, border: float = 0.0) -> Reread:
-    """What forward computed of ``values``, by selection in the place of extrema: the comparisons are those by which
-    gradients are cut off, and an extremum that hands on NaN is four instructions."""
-    within, cut = values, None
-    if ceiling < math.inf:
-        cut = values >= ceiling
-        within = torch.where(cut, ceiling, within)
-    if floor > -math.inf:
-        low = values <= floor
-        within, cut = torch.where(low, floor, within), low if cut is None else cut | low
-    ratio = grid.ratio(within, step)
-    off_grid = ratio > grid.high + border
-    on_grid = torch.where(off_grid, grid.high, ratio)
-    if floor < 0:
-        below = ratio < grid.low - border
-        off_grid, on_grid = off_grid | below, torch.where(below, grid.low, on_grid)
-    code = grid.encode(within, step) if grid.binary else on_grid.round()
-    return Reread(within, ratio, code, off_grid, cut)
 
 
 def lsq_quantize(

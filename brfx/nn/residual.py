@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from brfx.grid import in_full, positive
+from brfx.grid import in_full, nearest_code, positive_step
 from brfx.nn.norm import sum_by_channel
 
 #: Codes of a branch are uint8 or int8.
@@ -25,7 +25,7 @@ class _Round(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, unit: Tensor, low: Tensor, high: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(values, unit, low, high)
         ctx.scale = scale
-        return torch.minimum(torch.maximum((values / unit).round(), low), high) * unit
+        return nearest_code(values / unit, low, high) * unit
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -72,7 +72,7 @@ class ResidualAdd(nn.Module):
         if multiple is None:
             total = rounded + self.round(shortcut, unit, zero_point)
         else:
-            whole = shortcut if step_in is None else shortcut * (unit * multiple / positive(step_in.detach()))
+            whole = shortcut if step_in is None else shortcut * (unit * multiple / positive_step(step_in.detach()))
             total = rounded + whole
         if torch.is_autocast_enabled(total.device.type):
             return total  # exact; layers cast what they read
@@ -119,10 +119,10 @@ class AlignedAdd(ResidualAdd):
         return high_out <= 15 and (high_in is None or high_in <= 15)
 
     def units(self, step_out: Tensor, step_in: Tensor | None) -> AddendUnits:
-        step_out = positive(step_out.detach())
+        step_out = positive_step(step_out.detach())
         if step_in is None:
             return AddendUnits(step_out / self.unit, torch.full_like(step_out, 128.0), None)
-        numerator, denominator = self.snap(positive(step_in.detach()) / step_out)
+        numerator, denominator = self.snap(positive_step(step_in.detach()) / step_out)
         assert self.high_in is not None
         return AddendUnits(step_out / denominator, self.high_in * numerator, numerator)
 
@@ -155,7 +155,7 @@ class StreamAdd(ResidualAdd):
         self.projection = projection
 
     def units(self, step_out: Tensor, step_in: Tensor | None = None) -> AddendUnits:
-        unit = positive(step_out)
+        unit = positive_step(step_out)
         multiple = None if self.projection else torch.ones_like(unit)
         return AddendUnits(unit, torch.full_like(unit, 128.0), multiple)
 
