@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from brfx.calibration import calibrate, quantizers, uncalibrated
 from brfx.card import card_of
 from brfx.config import QATConfig
-from brfx.nn import LSQActivationQuantizer, LSQQuantizer, LSQWeightQuantizer
+from brfx.nn import ActivationQuantizer, Quantizer, WeightQuantizer
 from brfx.observing import observed_sites
 from brfx.operators import JOINS, LINEAR, einsum_macs, name_of, passes
 
@@ -126,7 +126,7 @@ class _Record:
     calls: int = 0
     macs: int = 0
     quantized: int = 0
-    grids: tuple[LSQQuantizer | None, LSQQuantizer | None] = (None, None)
+    grids: tuple[Quantizer | None, Quantizer | None] = (None, None)
     sources: tuple[str, str] = ("", "")
 
 
@@ -195,7 +195,7 @@ class _Provenance(TorchFunctionMode):
         for name, module in self.model.named_modules():
             handles.append(module.register_forward_pre_hook(self._enter(name)))
             handles.append(module.register_forward_hook(self._leave, always_call=True))
-            if isinstance(module, LSQQuantizer):
+            if isinstance(module, Quantizer):
                 handles.append(module.register_forward_hook(self._quantized(name)))
         try:
             with self._inside, self:
@@ -249,8 +249,8 @@ class _Provenance(TorchFunctionMode):
 
     @staticmethod
     def _carried(
-        name: str, args: Any, kwargs: Any, inputs: list[Tensor], grids: list[LSQQuantizer | None], out: Tensor
-    ) -> LSQQuantizer | None:
+        name: str, args: Any, kwargs: Any, inputs: list[Tensor], grids: list[Quantizer | None], out: Tensor
+    ) -> Quantizer | None:
         """The grid that ``out`` is on because of what went in."""
         if not inputs:
             return None
@@ -274,7 +274,7 @@ class _Provenance(TorchFunctionMode):
         self,
         name: str,
         macs: int,
-        grids: tuple[LSQQuantizer | None, LSQQuantizer | None],
+        grids: tuple[Quantizer | None, Quantizer | None],
         sources: tuple[str, str],
     ) -> None:
         record = self.records.setdefault((self._stack[-1] if self._stack else "", name), _Record())
@@ -286,7 +286,7 @@ class _Provenance(TorchFunctionMode):
         record.quantized += macs if on_grid else 0
 
 
-def _grid(value: Any) -> LSQQuantizer | None:
+def _grid(value: Any) -> Quantizer | None:
     return getattr(value, "brfx_grid", None)
 
 
@@ -322,7 +322,7 @@ def _report(qmodel: nn.Module, provenance: _Provenance, config: QATConfig) -> Au
     observed = observed_sites(qmodel)
     found = quantizers(qmodel)
     for name, quantizer in found.items():
-        if isinstance(quantizer, LSQActivationQuantizer) and provenance.hit[name]:
+        if isinstance(quantizer, ActivationQuantizer) and provenance.hit[name]:
             step = float(quantizer.step.mean())
             rows.append(
                 LayerAudit(
@@ -342,8 +342,8 @@ def _report(qmodel: nn.Module, provenance: _Provenance, config: QATConfig) -> Au
 
 
 def _layer(name: str, kind: str, module: nn.Module, record: _Record, config: QATConfig) -> LayerAudit:
-    weights = [grid for grid in record.grids if isinstance(grid, LSQWeightQuantizer)]
-    acts = [grid for grid in record.grids if isinstance(grid, LSQActivationQuantizer)]
+    weights = [grid for grid in record.grids if isinstance(grid, WeightQuantizer)]
+    acts = [grid for grid in record.grids if isinstance(grid, ActivationQuantizer)]
     reasons = [
         f"{side} operand is {source}" + _whose(name, kind, config)
         for side, grid, source in zip(("left", "right"), record.grids, record.sources, strict=True)
@@ -356,12 +356,18 @@ def _layer(name: str, kind: str, module: nn.Module, record: _Record, config: QAT
         act_bits=max((grid.bits for grid in acts), default=None),
         signed=True if weights else None,
         step=float(weights[0].step.mean()) if weights else None,
-        parameters=sum(p.numel() for n, p in module.named_parameters() if not n.endswith("step")),
+        parameters=sum(parameter.numel() for parameter in _own_parameters(module)),
         macs=record.macs,
         quantized_macs=record.quantized,
         regularized=any(weights),
         reason="; ".join(reasons),
     )
+
+
+def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a layer, without those of its quantizers."""
+    scales = {id(p) for part in module.modules() if isinstance(part, Quantizer) for p in part.parameters()}
+    return [parameter for parameter in module.parameters() if id(parameter) not in scales]
 
 
 def _whose(name: str, kind: str, config: QATConfig) -> str:

@@ -15,16 +15,16 @@ from brfx.config import DEAD_FILTERS
 from brfx.errors import ConfigError, DataError, NotCalibratedError
 from brfx.filters import Filters, dead_at_start, described, leave_out, revive
 from brfx.filters import dead_filters as found_dead
-from brfx.nn import LSQQuantizer, LSQWeightQuantizer, ResidualAdd
+from brfx.nn import Quantizer, ResidualAdd
 from brfx.sqnr import LEAST_DB, lossy_at_8_bits
 from brfx.start import START_RULES
 
 log = logging.getLogger(__name__)
 
 
-def quantizers(model: nn.Module) -> dict[str, LSQQuantizer]:
+def quantizers(model: nn.Module) -> dict[str, Quantizer]:
     """Every quantizer of a rewritten model by its dotted name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LSQQuantizer)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, Quantizer)}
 
 
 @torch.no_grad()
@@ -76,7 +76,7 @@ def calibrate(
     ):
         _run(qmodel, batches, forward or _first_as_input)
     for quantizer in found.values():
-        quantizer.step.requires_grad_(quantizer.calibrated)
+        quantizer.learn(quantizer.calibrated)
     missed = [name for name, quantizer in found.items() if not quantizer.calibrated and not quantizer.optional]
     if missed:
         raise NotCalibratedError(f"the batches never reached {len(missed)} quantizers, the first is {missed[0]}")
@@ -120,10 +120,9 @@ def _calibrating(qmodel: nn.Module, start: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _set([*found, *sums], "mode", "quantize")
         for quantizer in found:
-            if isinstance(quantizer, LSQWeightQuantizer):
-                quantizer.left_out = None
+            quantizer.end_calibration()
+        _set(sums, "mode", "quantize")
         for module, training in modes.items():
             module.training = training
 
@@ -198,7 +197,7 @@ def require_calibrated(qmodel: nn.Module) -> None:
 @contextmanager
 def quantization_disabled(qmodel: nn.Module) -> Iterator[None]:
     """Within the block every quantizer lets its values through (ReLUs stay): the rewritten graph in FP32."""
-    found = [module for module in qmodel.modules() if isinstance(module, (LSQQuantizer, ResidualAdd))]
+    found = [module for module in qmodel.modules() if isinstance(module, (Quantizer, ResidualAdd))]
     modes = [quantizer.mode for quantizer in found]
     for quantizer in found:
         quantizer.mode = "pass"

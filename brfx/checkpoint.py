@@ -20,7 +20,7 @@ from brfx.config import QATConfig
 from brfx.data import Preprocessing
 from brfx.errors import CheckpointError, ConfigError
 from brfx.models import ModelSource, build_model
-from brfx.nn import LSQQuantizer
+from brfx.nn import Quantizer
 from brfx.pipeline import rewrite, unwrapped
 from brfx.state import versioned
 from brfx.trace import Tracing, is_plain
@@ -102,7 +102,7 @@ def load_float(model: nn.Module, path: Path, *, named_by: str = "--model") -> No
         state = versioned(state, model)
         model.load_state_dict(state, strict=False)  # an absent num_batches_tracked is all that may lack
         return
-    if any(key.endswith("weight_quantizer.step") for key in surplus):
+    if any(".weight_quantizer." in key for key in surplus):
         raise CheckpointError(
             f"{path}: is of a quantized model, an FP32 one is wanted; use the run's model.pt as --ckpt"
         )
@@ -127,7 +127,7 @@ def float_state_dict(qmodel: nn.Module) -> dict[str, Tensor]:
     own = {
         f"{name}.{key}"
         for name, module in qmodel.named_modules(remove_duplicate=False)
-        if isinstance(module, LSQQuantizer)
+        if isinstance(module, Quantizer)
         for key in module.state_dict()
     }
     return {key: value for key, value in qmodel.state_dict().items() if key not in own}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from brfx.errors import ConfigError
+from brfx.factory import ACT_QUANTIZERS, WEIGHT_QUANTIZERS
 
 PLACEMENTS = ("deploy", "paper")
 WEIGHT_GRIDS = ("signed", "symmetric")
@@ -86,6 +87,9 @@ class QATConfig:
             quantizer takes (``"deploy"``); 32 leaves the first and the last in FP32.
         weight_grid: ``"signed"`` has a zero, levels ``-2**(bits-1) .. 2**(bits-1) - 1`` steps, as in the LSQ paper.
             ``"symmetric"`` has none: ``-1.5, -0.5, 0.5, 1.5`` steps at 2 bits; for weights of 1 to 4 bits.
+        weight_quantizer, act_quantizer: how they are quantized, ``"lsq"`` or another kind (:mod:`brfx.factory`). What
+            may be negative, attention, products in Python code and residual streams have LSQ's quantizer of activations
+            in any case.
         stream_bits: bits of a residual stream (``"deploy"``), 1 to 8: where an add reads a ReLU's output, that output
             has a grid of its own, and each layer behind it reads it requantized to that layer's ``act_bits``. At
             ``act_bits`` or below the stream is as narrow as the layers' inputs.
@@ -111,6 +115,8 @@ class QATConfig:
     residual_bits: int = 8
     stream_bits: int = 8
     weight_grid: str = "signed"
+    weight_quantizer: str = "lsq"
+    act_quantizer: str = "lsq"
     placement: str = "deploy"
     first_last_8bit: bool = False
     overrides: tuple[Override, ...] = ()
@@ -127,8 +133,6 @@ class QATConfig:
                 raise ConfigError(f"{name}={_shown(bits)}: takes 1 to 8, or 32 to stay in FP32")
         if self.stream_bits not in range(1, 9):
             raise ConfigError(f"stream_bits={_shown(self.stream_bits)}: takes 1 to 8")
-        if self.weight_grid not in WEIGHT_GRIDS:
-            raise ConfigError(f"weight_grid={_shown(self.weight_grid)}: takes {' or '.join(map(repr, WEIGHT_GRIDS))}")
         if self.weight_grid == "symmetric" and self.weight_bits not in (1, 2, 3, 4, 32):
             raise ConfigError(
                 f"weight_grid='symmetric' takes weight_bits 1 to 4, got {self.weight_bits}: "
@@ -136,8 +140,7 @@ class QATConfig:
             )
         if self.clip_value is not None and not self.clip_value > 0:
             raise ConfigError(f"clip_value={_shown(self.clip_value)}: takes a positive number, or None for no ceiling")
-        if self.placement not in PLACEMENTS:
-            raise ConfigError(f"placement={_shown(self.placement)}: takes {' or '.join(map(repr, PLACEMENTS))}")
+        self._check_choices()
         pairs = tuple(
             (pattern, settings if settings is None else dict(settings)) for pattern, settings in self.overrides
         )
@@ -146,6 +149,17 @@ class QATConfig:
         object.__setattr__(self, "skip", ())
         for pattern, settings in pairs:
             self._overridden(pattern, settings)
+
+    def _check_choices(self) -> None:
+        for name, choices in (
+            ("weight_quantizer", WEIGHT_QUANTIZERS),
+            ("act_quantizer", ACT_QUANTIZERS),
+            ("weight_grid", WEIGHT_GRIDS),
+            ("placement", PLACEMENTS),
+        ):
+            if getattr(self, name) not in tuple(choices):
+                takes = " or ".join(map(repr, choices))
+                raise ConfigError(f"{name}={_shown(getattr(self, name))}: takes {takes}")
 
     def without_clip(self) -> QATConfig:
         """The same with every ReLU's ceiling left as the model has it."""
@@ -166,9 +180,14 @@ class QATConfig:
         return self.weight_grid == "symmetric"
 
     @property
-    def weight_settings(self) -> dict[str, bool]:
+    def weight_settings(self) -> dict[str, Any]:
         """What a layer's quantizer of weights is made with, besides its bits."""
-        return {"per_channel": self.per_channel, "symmetric": self.symmetric}
+        return {"per_channel": self.per_channel, **self.weight_method}
+
+    @property
+    def weight_method(self) -> dict[str, Any]:
+        """Of these, what does not depend on a weight's shape."""
+        return {"symmetric": self.symmetric, "method": self.weight_quantizer}
 
     @property
     def acts_quantized(self) -> bool:

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
 
 from brfx.errors import ConfigError
 from brfx.graph import call_counts, module_calls
-from brfx.nn import ActivationObserver, LSQActivationQuantizer, QuantizedLayer
+from brfx.nn import ActivationObserver, ActivationQuantizer, QuantizedLayer
 from brfx.observing import graphs
 from brfx.operators import name_of
 from brfx.start import START_RULES
@@ -45,7 +45,8 @@ def dead_at_start(qmodel: nn.Module, start: str) -> Filters:
 
     def step(layer: Any) -> Tensor:
         quantizer = layer.weight_quantizer
-        return START_RULES[start](quantizer.grid, layer.weight.detach(), tuple(quantizer.step.shape))
+        first: Tensor = quantizer.first_step(layer.weight.detach(), START_RULES[start])
+        return first
 
     return _found(qmodel, step)
 
@@ -111,8 +112,8 @@ def _found(qmodel: nn.Module, step_of: Callable[[Any], Tensor | None]) -> Filter
         step = step_of(layer)
         dead = torch.zeros(_filters(layer, layer.weight).shape[0], dtype=torch.bool, device=layer.weight.device)
         if step is not None:
-            grid = layer.weight_quantizer.grid
-            dead |= (_filters(layer, grid.in_steps(grid.encode(layer.weight, step))) == 0).all(1)
+            quantizer = layer.weight_quantizer
+            dead |= (_filters(layer, quantizer.grid.in_steps(quantizer.encode(layer.weight, step))) == 0).all(1)
         norm, closes = norms.get(name, (None, False))
         if norm is not None and closes and norm.affine:
             dead |= norm.bias <= -_DEVIATIONS * norm.weight.abs()
@@ -149,8 +150,8 @@ def _is_relu(gm: GraphModule, node: Node) -> bool:
     module = _module(gm, node)
     if isinstance(module, ActivationObserver):
         return all(_is_relu(gm, user) for user in node.users)
-    if isinstance(module, LSQActivationQuantizer):
-        return module.floor == 0.0
+    if isinstance(module, ActivationQuantizer):
+        return module.is_relu
     return isinstance(module, (nn.ReLU, nn.ReLU6)) or (module is None and name_of(node.target) in ("relu", "relu6"))
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from brfx.nn import ActivationObserver, LSQActivationQuantizer, LSQQuantizer, ResidualAdd
+from brfx.nn import ActivationObserver, ActivationQuantizer, Quantizer, ResidualAdd
 from brfx.operators import JOINS, KEEPS_SIGN, LINEAR, NONNEGATIVE, linear_op, name_of, named, passes, words
 from brfx.trace import by_mode
 
@@ -96,7 +96,7 @@ def _flow(gm: GraphModule, node: Node, flows: dict[Node, Flow]) -> Flow:
         return Flow(None, True, "input", from_input=True)
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
-        if isinstance(module, LSQQuantizer):
+        if isinstance(module, Quantizer):
             return Flow(node, module.signed, "quantizer")
     if node.op == "get_attr":
         return Flow(None, _constant_negative(gm, node), str(node.target))
@@ -148,7 +148,7 @@ def quantizer_behind(gm: GraphModule, value: Node) -> Node | None:
     while len(value.users) == 1:
         (value,) = value.users
         module = gm.get_submodule(str(value.target)) if value.op == "call_module" else None
-        if isinstance(module, (LSQActivationQuantizer, ResidualAdd)):
+        if isinstance(module, (ActivationQuantizer, ResidualAdd)):
             return value
         if not commutes_with_rounding(gm, value):
             return None

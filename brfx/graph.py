@@ -6,10 +6,10 @@ from collections import Counter
 from itertools import count
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from brfx.nn import LSQQuantizer, StreamQuantizer
+from brfx.nn import ActivationQuantizer, Quantizer
 
 
 def module_calls(gm: GraphModule) -> list[tuple[Node, nn.Module]]:
@@ -46,6 +46,26 @@ def attribute(gm: GraphModule, node: Node) -> Any:
     for part in str(node.target).split("."):
         value = getattr(value, part)
     return value
+
+
+def step_node(gm: GraphModule, quantizer: str) -> Node:
+    """A node, at the point where nodes are inserted, that reads the step of the quantizer of this name: the parameter,
+    or what is computed from it."""
+    module = gm.get_submodule(quantizer)
+    if "step" in module._parameters or "step" in module._buffers:
+        return gm.graph.get_attr(f"{quantizer}.step")
+    return gm.graph.call_function(step_of, (gm.graph.get_attr(quantizer),))
+
+
+def step_of(quantizer: Quantizer) -> Tensor:
+    """A quantizer's step; a function, so that a graph can call it."""
+    return quantizer.step
+
+
+def step_read(gm: GraphModule, node: Node) -> Tensor:
+    """What a :func:`step_node` reads."""
+    step: Tensor = step_of(attribute(gm, node.all_input_nodes[0])) if node.target is step_of else attribute(gm, node)
+    return step.detach()
 
 
 def free_name(gm: GraphModule, name: str) -> str:
@@ -108,15 +128,16 @@ def check(gm: GraphModule) -> None:
     """
     gm.graph.lint()
     counts = call_counts(gm)
-    own = {name for name, module in gm.named_modules() if isinstance(module, LSQQuantizer)}
-    own -= {name for name, module in gm.named_modules() if isinstance(module, StreamQuantizer)}
+    own = {name for name, module in gm.named_modules() if isinstance(module, Quantizer)}
+    own -= {name for name, module in gm.named_modules() if isinstance(module, ActivationQuantizer) and module.is_stream}
     shared = [name for name in sorted(own) if counts[name] > 1]
     if shared:
         raise RuntimeError(f"quantizers called at more than one site: {shared}")
     owners: dict[int, str] = {}
     for name, module in gm.named_modules():
-        if isinstance(module, LSQQuantizer) and owners.setdefault(id(module.step), name) != name:
-            raise RuntimeError(f"one step in two quantizers: {owners[id(module.step)]} and {name}")
+        for scale in module.scales if isinstance(module, Quantizer) else ():
+            if (owner := owners.setdefault(id(getattr(module, scale)), name)) != name:
+                raise RuntimeError(f"one step in two quantizers: {owner} and {name}")
 
 
 def dump(gm: GraphModule) -> str:

@@ -23,6 +23,7 @@ from brfx.config import JobConfig
 from brfx.data import DEFAULTS, BatchLoader, Dataset, Preprocessing, load_dataset, with_overrides
 from brfx.errors import BrfxError, ConfigError, DataError, TrainingError, first_line
 from brfx.export import OnnxReport, export_onnx, snap_biases
+from brfx.factory import about_activations, about_weights
 from brfx.grid import Grid
 from brfx.models import CIFAR_RESNETS, build_model, example_inputs, require_model
 from brfx.penalty import BinPenalty
@@ -253,16 +254,17 @@ def banner(job: JobConfig) -> list[str]:
     """What is about to happen to weights and activations, a line each."""
     assert job.qat.weight_bits is not None and job.qat.act_bits is not None
     lines = []
-    for name, bits, grid, weight in (
-        ("Weights", job.qat.weight_bits, Grid(job.qat.weight_bits, True, job.qat.symmetric), job.lambda_br),
-        ("Activations", job.qat.act_bits, Grid(job.qat.act_bits, False), job.lambda_br_act),
+    qat, weights, acts = job.qat, about_weights(job.qat.weight_quantizer), about_activations(job.qat.act_quantizer)
+    for name, bits, grid, about, weight in (
+        ("Weights", qat.weight_bits, Grid(job.qat.weight_bits, True, qat.symmetric), weights, job.lambda_br),
+        ("Activations", qat.act_bits, Grid(job.qat.act_bits, False), acts, job.lambda_br_act),
     ):
         if bits == 32:
             lines.append(f"{name}: FP32")
             continue
         form = " per value" if job.br_form == "per_value" else ""
         regularized = f"BR lambda {weight:g}{form}" if weight and job.train.epochs else "no BR"
-        lines.append(f"{name}: {len(grid.codes)} levels, {grid}, s learned by LSQ; {regularized}")
+        lines.append(f"{name}: {len(grid.codes)} levels, {grid}, {about}; {regularized}")
     return lines
 
 

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from brfx.compiling import compiled
 from brfx.graph import attribute
-from brfx.nn import ActivationObserver, LSQActivationQuantizer, ResidualAdd
+from brfx.nn import ActivationObserver, ActivationQuantizer, ResidualAdd
 from brfx.nn.codes import Coded, apply_coded, coded, coded_weight, decode, remade, takes_codes, uncoded
 from brfx.nn.norm import batch_norm, can_tile
 from brfx.observing import Look, watched
@@ -29,7 +29,7 @@ from brfx.trace import TracedModule, generated, pruned
 _LINKS = frozenset({"add", "iadd"})
 _LINK_MODULES = (ActivationObserver, ResidualAdd)
 #: What reads the floats of a quantizer, besides the adds that are functions.
-_READERS = (ActivationObserver, ResidualAdd, LSQActivationQuantizer)
+_READERS = (ActivationObserver, ResidualAdd, ActivationQuantizer)
 
 
 class QuantizedGraph(TracedModule):
@@ -74,7 +74,7 @@ def look_late(gm: GraphModule, graph: fx.Graph, look: Look | None, late: Callabl
     with graph.inserting_before(next(iter(graph.nodes))):
         told = graph.placeholder("told")
     for node in graph.nodes:
-        if node.target is look and isinstance(attribute(gm, node.args[0]), LSQActivationQuantizer):
+        if node.target is look and isinstance(attribute(gm, node.args[0]), ActivationQuantizer):
             node.target, node.args = late, (*node.args, told)
 
 
@@ -105,7 +105,7 @@ def keep_codes(gm: GraphModule, graph: fx.Graph) -> None:
     y = conv(x)                    ->  y = apply_coded(conv, uncoded(x))
     """
     for node in list(graph.nodes):
-        if not _is(gm, node, LSQActivationQuantizer):
+        if not _is(gm, node, ActivationQuantizer):
             continue
         with graph.inserting_before(node):
             pair = graph.call_function(coded, (graph.get_attr(str(node.target)), *node.args))
@@ -258,7 +258,7 @@ def _kind(gm: GraphModule, node: Node) -> str:
     if node.op != "get_attr":
         return ""
     value = attribute(gm, node)
-    if isinstance(value, LSQActivationQuantizer):
+    if isinstance(value, ActivationQuantizer):
         return repr(value)
     return type(value).__name__
 

@@ -8,22 +8,22 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx import GraphModule
 
-from brfx.nn import ActivationObserver, LSQActivationQuantizer, LSQQuantizer, LSQWeightQuantizer
+from brfx.nn import ActivationObserver, ActivationQuantizer, Quantizer, WeightQuantizer
 from brfx.trace import generated, pruned
 
 #: ``(gm, *inputs) -> (output, {site: what was seen})``
 ObservedForward = Callable[..., tuple[Any, dict[str, Any]]]
 
 #: What is made of a site's values before they are quantized; a function of a module, so that a graph can call it.
-Look = Callable[[LSQQuantizer, Tensor], Any]
+Look = Callable[[Quantizer, Tensor], Any]
 
 
-def prepared(quantizer: LSQQuantizer, values: Tensor) -> Tensor:
+def prepared(quantizer: Quantizer, values: Tensor) -> Tensor:
     """The values themselves, after ReLU and clip."""
     return quantizer.prepare(values)
 
 
-def observed_sites(qmodel: nn.Module) -> dict[str, LSQQuantizer]:
+def observed_sites(qmodel: nn.Module) -> dict[str, Quantizer]:
     """Each observed quantizer by its dotted name, in order of execution within each graph: the activations', and those
     of weights that are read by functions."""
     sites = {}
@@ -88,7 +88,7 @@ def observe(qmodel: nn.Module, *inputs: Any) -> dict[str, Tensor]:
     """
     sites = observed_sites(qmodel)
     seen = observed_forward(qmodel)(qmodel, *inputs)[1]
-    return {site: values for site, values in seen.items() if isinstance(sites[site], LSQActivationQuantizer)}
+    return {site: values for site, values in seen.items() if isinstance(sites[site], ActivationQuantizer)}
 
 
 def _observed_graph(gm: GraphModule, look: Look) -> ObservedForward:
@@ -124,7 +124,7 @@ def _observations(gm: GraphModule, graph: fx.Graph | None = None) -> list[tuple[
     for node, module in modules.items():
         value = node.args[0] if node.args else None
         behind = isinstance(value, fx.Node) and isinstance(modules.get(value), ActivationObserver)
-        if isinstance(module, LSQWeightQuantizer) or (isinstance(module, LSQActivationQuantizer) and behind):
+        if isinstance(module, WeightQuantizer) or (isinstance(module, ActivationQuantizer) and behind):
             assert isinstance(value, fx.Node)
             found.append((value, node))
     return found

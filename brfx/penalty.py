@@ -18,11 +18,11 @@ from brfx.errors import ConfigError
 from brfx.grid import Grid, in_full
 from brfx.lean import lean_forward
 from brfx.nn import (
-    LSQActivationQuantizer,
-    LSQQuantizer,
-    LSQWeightQuantizer,
+    ActivationQuantizer,
     QuantizedLayer,
     QuantizedMultiheadAttention,
+    Quantizer,
+    WeightQuantizer,
 )
 from brfx.observing import observed_forward, observed_sites
 from brfx.ranks import ranks, summed
@@ -108,9 +108,9 @@ class BinPenalty(nn.Module):
     def begin(self) -> None:
         """The warm-up is over: freeze the steps that were to be frozen when regularization starts."""
         for quantizer in quantizers(self.model).values():
-            weight = isinstance(quantizer, LSQWeightQuantizer)
+            weight = isinstance(quantizer, WeightQuantizer)
             if self.freeze_weight_steps if weight else self.freeze_act_steps:
-                quantizer.step.requires_grad_(False)
+                quantizer.learn(False)
 
     def forward(self, *inputs: Any) -> tuple[Any, BinLoss]:
         output, seen = self._observed_forward(self.model, *inputs)
@@ -146,19 +146,19 @@ class BinPenalty(nn.Module):
 
     def weight_loss(self) -> Tensor:
         """L_BR summed over the quantized weights of layers; 0 without any."""
-        by_grid: dict[Grid, list[tuple[Tensor, LSQWeightQuantizer]]] = {}
+        by_grid: dict[Grid, list[tuple[Tensor, WeightQuantizer]]] = {}
         for layer in self._layers:
             for weight, quantizer in layer.regularized():
                 by_grid.setdefault(quantizer.grid, []).append((weight, quantizer))
         losses = []
         for grid, pairs in by_grid.items():
             steps = [quantizer.step.detach() if self.per_value else quantizer.step for _, quantizer in pairs]
-            counts, squares = joint_bin_sums([weight for weight, _ in pairs], steps, grid)
+            counts, squares = joint_bin_sums([quantizer.prepare(weight) for weight, quantizer in pairs], steps, grid)
             losses.append(bin_loss(same_for_each(counts) if self.per_value else counts, squares))
         return self._total(losses)
 
     def _terms(self, seen: dict[str, tuple[Tensor, ...]], weight_loss: Callable[[], Tensor]) -> BinLoss:
-        of_functions = [isinstance(self._sites[site], LSQWeightQuantizer) for site in seen]
+        of_functions = [isinstance(self._sites[site], WeightQuantizer) for site in seen]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._train_weight):
             read = [bin_loss(*sums[:2]) for sums, weight in zip(seen.values(), of_functions, strict=True) if weight]
             weight = weight_loss() + self._total(read)
@@ -195,53 +195,53 @@ def of_global_batch(sums: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
     return [(parts[i].detach(), parts[i + 1]) for i in range(0, len(parts), 2)]
 
 
-def bins(quantizer: LSQQuantizer, values: Tensor) -> tuple[Tensor, Tensor]:
+def bins(quantizer: Quantizer, values: Tensor) -> tuple[Tensor, Tensor]:
     """The bins' sums of what a quantizer is given; of an activation without gradient to the step."""
-    step = quantizer.step if isinstance(quantizer, LSQWeightQuantizer) else quantizer.step.detach()
+    step = quantizer.step if isinstance(quantizer, WeightQuantizer) else quantizer.step.detach()
     return bin_sums(quantizer.prepare(values), step, quantizer.grid)
 
 
-def bins_that_train_steps(quantizer: LSQQuantizer, values: Tensor) -> tuple[Tensor, Tensor]:
+def bins_that_train_steps(quantizer: Quantizer, values: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`bins` with gradient to every step."""
     return bin_sums(quantizer.prepare(values), quantizer.step, quantizer.grid)
 
 
-def weight_bins(quantizer: LSQQuantizer, values: Tensor) -> tuple[Tensor, Tensor] | None:
+def weight_bins(quantizer: Quantizer, values: Tensor) -> tuple[Tensor, Tensor] | None:
     """:func:`bins` of weights alone; ``None`` of activations."""
-    return bins(quantizer, values) if isinstance(quantizer, LSQWeightQuantizer) else None
+    return bins(quantizer, values) if isinstance(quantizer, WeightQuantizer) else None
 
 
-def per_value(quantizer: LSQQuantizer, values: Tensor) -> tuple[Tensor, Tensor]:
+def per_value(quantizer: Quantizer, values: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`bins` whose squares are divided by the same for each value, without gradient to any step."""
     counts, squares = bin_sums(quantizer.prepare(values), quantizer.step.detach(), quantizer.grid)
-    return same_for_each(counts, 1 if isinstance(quantizer, LSQWeightQuantizer) else len(values)), squares
+    return same_for_each(counts, 1 if isinstance(quantizer, WeightQuantizer) else len(values)), squares
 
 
-def weight_per_value(quantizer: LSQQuantizer, values: Tensor) -> tuple[Tensor, Tensor] | None:
+def weight_per_value(quantizer: Quantizer, values: Tensor) -> tuple[Tensor, Tensor] | None:
     """:func:`per_value` of weights alone; ``None`` of activations."""
-    return per_value(quantizer, values) if isinstance(quantizer, LSQWeightQuantizer) else None
+    return per_value(quantizer, values) if isinstance(quantizer, WeightQuantizer) else None
 
 
-def late_bins(quantizer: LSQActivationQuantizer, values: Tensor, told: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def late_bins(quantizer: ActivationQuantizer, values: Tensor, told: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`bins` of an activation, with squares that are summed in backward (:func:`brfx.binreg.late_bin_sums`)."""
     return _late_bins(quantizer, values, quantizer.step.detach(), told)
 
 
 def late_bins_that_train_steps(
-    quantizer: LSQActivationQuantizer, values: Tensor, told: Tensor
+    quantizer: ActivationQuantizer, values: Tensor, told: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`late_bins` with gradient to the step."""
     return _late_bins(quantizer, values, quantizer.step, told)
 
 
-def late_per_value(quantizer: LSQActivationQuantizer, values: Tensor, told: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def late_per_value(quantizer: ActivationQuantizer, values: Tensor, told: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`per_value` of an activation, with squares that are summed in backward."""
     counts, squares, zero = late_bins(quantizer, values, told)
     return same_for_each(counts, len(values)), squares, zero
 
 
 def _late_bins(
-    quantizer: LSQActivationQuantizer, values: Tensor, step: Tensor, told: Tensor
+    quantizer: ActivationQuantizer, values: Tensor, step: Tensor, told: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return late_bin_sums(values, step, quantizer.grid, told, floor=quantizer.floor, ceiling=quantizer.ceiling)
 

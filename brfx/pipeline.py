@@ -19,16 +19,17 @@ from brfx.card import ModelCard, attach
 from brfx.classes import copied, keep_containers
 from brfx.config import QATConfig, matches
 from brfx.errors import ConfigError
+from brfx.factory import activation_quantizer
 from brfx.flow import operands
 from brfx.graph import check, module_calls
 from brfx.lean import QuantizedGraph
 from brfx.nn import (
     QUANTIZED_LAYERS,
-    LSQActivationQuantizer,
-    LSQQuantizer,
+    ActivationQuantizer,
     QuantizedAttention,
     QuantizedLayer,
     QuantizedMultiheadAttention,
+    Quantizer,
 )
 from brfx.passes import (
     AlignResiduals,
@@ -154,12 +155,12 @@ def rewrite(model: nn.Module, config: QATConfig, tracing: Tracing) -> nn.Module:
     if not isinstance(traced.model, GraphModule):
         swapped = swap_called_by_python(traced.model, config, leaf_modules=leaf_modules)
         for module in traced.model.modules():
-            if isinstance(module, LSQQuantizer):
+            if isinstance(module, Quantizer):
                 module.optional = True
     _require_matches(traced.model, config)
     if swapped:
         log.info("outside the islands: %d", swapped)
-    if not any(isinstance(module, LSQQuantizer) for module in traced.model.modules()):
+    if not any(isinstance(module, Quantizer) for module in traced.model.modules()):
         raise ConfigError(
             f"nothing to quantize in {type(model).__name__} at W{config.weight_bits}A{config.act_bits}: "
             "it has no convolution, linear or ReLU that these bits would change"
@@ -233,7 +234,7 @@ def _follow_devices(qmodel: nn.Module, model: nn.Module) -> None:
     device = next((parameter.device for parameter in model.parameters()), None)
     if device is not None and device.type != "cpu":
         for module in qmodel.modules():
-            if isinstance(module, LSQQuantizer):
+            if isinstance(module, Quantizer):
                 module.to(device)
 
 
@@ -253,8 +254,10 @@ def _with_first_and_last(model: nn.Module, config: QATConfig) -> QATConfig:
 
 def _require_matches(qmodel: nn.Module, config: QATConfig) -> None:
     """Raise ConfigError for an override that means no layer; types are given by their names in the float model."""
-    places = [(name, type(module).__name__.removeprefix("Quantized")) for name, module in qmodel.named_modules()]
-    places += [(name, name_) for name, kind in places for name_ in ("ReLU", "ReLU6") if kind == "ClippedReLU"]
+    modules = dict(qmodel.named_modules())
+    places = [(name, type(module).__name__.removeprefix("Quantized")) for name, module in modules.items()]
+    relus = [name for name, module in modules.items() if isinstance(module, ActivationQuantizer) and module.is_relu]
+    places += [(name, kind) for name in relus for kind in ("ReLU", "ReLU6")]
     for graph in (module for module in qmodel.modules() if isinstance(module, GraphModule)):
         places += [(node.name, "function") for node in graph.graph.nodes if operands(graph, node)]
     for pattern, _ in config.overrides:
@@ -280,9 +283,9 @@ def swap_called_by_python(
     if isinstance(model, nn.TransformerEncoder):
         model.use_nested_tensor = False  # its layers no longer have the fused kernel that takes these
     if own is not None and not isinstance(model, (GraphModule, nn.ModuleList, nn.ModuleDict, nn.Sequential)):
-        swapped += rewrite_methods(model, own.weight_bits_or_none, own.inner_act_bits, symmetric=own.symmetric)
+        swapped += rewrite_methods(model, own.weight_bits_or_none, own.inner_act_bits, **own.weight_method)
     for name, child in list(model.named_children()):
-        if isinstance(child, (GraphModule, LSQQuantizer, *_OURS, *leaf_modules)) or name.endswith("_sites"):
+        if isinstance(child, (GraphModule, Quantizer, *_OURS, *leaf_modules)) or name.endswith("_sites"):
             continue
         path = scope + name
         quantized = quantized_layer(child, config, path) or quantized_relu(child, config, path)
@@ -292,7 +295,7 @@ def swap_called_by_python(
         if isinstance(quantized, QuantizedLayer):
             layer = config.at(path, type(child).__name__)
             if layer is not None and layer.inner_act_bits is not None:
-                quantized.input_quantizer = LSQActivationQuantizer(
+                quantized.input_quantizer = activation_quantizer(
                     layer.inner_act_bits, signed=None, reason="called by Python code; sign from calibration"
                 )
         setattr(model, name, quantized)

@@ -22,7 +22,7 @@ from brfx.calibration import quantization_disabled
 from brfx.classes import copied
 from brfx.errors import RewriteError, first_line
 from brfx.graph import module_calls
-from brfx.nn import ActivationObserver, LSQActivationQuantizer, QuantizedClippedReLU
+from brfx.nn import ActivationObserver, ActivationQuantizer
 from brfx.observing import graphs
 from brfx.trace import by_mode
 
@@ -230,7 +230,7 @@ class _Comparison:
             chosen = node.args[not self.model.training] if node.target is by_mode else None
             if isinstance(chosen, Node):
                 node = chosen
-            elif isinstance(modules.get(node), _INSERTED) and not isinstance(modules[node], QuantizedClippedReLU):
+            elif isinstance(module := modules.get(node), _INSERTED) and not getattr(module, "is_relu", False):
                 node = node.all_input_nodes[0]
             else:
                 return node
@@ -258,7 +258,7 @@ class _NoiseOfAnyLayout(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return first.copy_(out) if func._schema.is_mutable else out
 
 
-_INSERTED = (LSQActivationQuantizer, ActivationObserver)
+_INSERTED = (ActivationQuantizer, ActivationObserver)
 
 
 def _problem(wanted: _Run, found: _Run) -> tuple[str, str] | None:

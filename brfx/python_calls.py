@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from brfx.classes import Derived, derive
 from brfx.errors import CheckpointError
-from brfx.nn.lsq import LSQActivationQuantizer, LSQWeightQuantizer
+from brfx.factory import activation_quantizer, weight_quantizer
+from brfx.nn.quantizer import ActivationQuantizer, WeightQuantizer
 from brfx.operators import LINEAR, is_attention, linear_op, name_of
 
 _ATTENTION: Final = "scaled_dot_product_attention"
@@ -46,18 +47,18 @@ class QuantizedCall(nn.Module):
         kind: a name in :data:`brfx.operators.LINEAR`, or ``scaled_dot_product_attention``.
         weight_bits, act_bits: of an operand that is a weight by its role, as in ``F.linear``, and of every other one;
             ``None`` leaves it as it is.
-        symmetric: put weights on the grid without a zero.
+        weights: what else :func:`brfx.factory.weight_quantizer` takes.
 
     Attributes:
-        left, right: the operands' quantizers; ``right`` is an :class:`LSQWeightQuantizer` if the operand is a weight.
+        left, right: the operands' quantizers; ``right`` is an :class:`WeightQuantizer` if the operand is a weight.
         attention: in the place of both for ``scaled_dot_product_attention``.
     """
 
-    left: LSQActivationQuantizer | None
-    right: LSQActivationQuantizer | LSQWeightQuantizer | None
+    left: ActivationQuantizer | None
+    right: ActivationQuantizer | WeightQuantizer | None
     attention: nn.Module | None
 
-    def __init__(self, kind: str, weight_bits: int | None, act_bits: int | None, *, symmetric: bool = False) -> None:
+    def __init__(self, kind: str, weight_bits: int | None, act_bits: int | None, **weights: Any) -> None:
         super().__init__()
         self.kind = kind
         self.left = self.right = self.attention = None
@@ -68,11 +69,11 @@ class QuantizedCall(nn.Module):
                 self.attention = QuantizedAttention(act_bits)
             return
         if act_bits is not None:
-            self.left = LSQActivationQuantizer(act_bits, signed=None, reason=_REASON)
+            self.left = activation_quantizer(act_bits, signed=None, reason=_REASON)
         if LINEAR[kind].weight:
-            self.right = None if weight_bits is None else LSQWeightQuantizer(weight_bits, symmetric=symmetric)
+            self.right = None if weight_bits is None else weight_quantizer(weight_bits, **weights)
         elif act_bits is not None:
-            self.right = LSQActivationQuantizer(act_bits, signed=None, reason=_REASON)
+            self.right = activation_quantizer(act_bits, signed=None, reason=_REASON)
         for quantizer in (self.left, self.right):
             if quantizer is not None:
                 quantizer.optional = True  # the call may stand in a branch that is never taken
@@ -145,11 +146,11 @@ class Rewritten:
     places: list[str]
     original: types.FunctionType
 
-    def sites(self, weight_bits: int | None, act_bits: int | None, *, symmetric: bool = False) -> nn.ModuleList:
+    def sites(self, weight_bits: int | None, act_bits: int | None, **weights: Any) -> nn.ModuleList:
         return nn.ModuleList(
-            QuantizedFunction(kind, weight_bits, act_bits, symmetric=symmetric)
+            QuantizedFunction(kind, weight_bits, act_bits, **weights)
             if isinstance(kind, Rewritten)
-            else QuantizedCall(kind, weight_bits, act_bits, symmetric=symmetric)
+            else QuantizedCall(kind, weight_bits, act_bits, **weights)
             for kind in self.kinds
         )
 
@@ -206,20 +207,18 @@ class QuantizedFunction(nn.Module):
 
     sites: nn.ModuleList
 
-    def __init__(
-        self, rewritten: Rewritten, weight_bits: int | None, act_bits: int | None, *, symmetric: bool = False
-    ) -> None:
+    def __init__(self, rewritten: Rewritten, weight_bits: int | None, act_bits: int | None, **weights: Any) -> None:
         super().__init__()
         self.function, self.places, self.original = rewritten.function, rewritten.places, rewritten.original
-        self.sites = rewritten.sites(weight_bits, act_bits, symmetric=symmetric)
+        self.sites = rewritten.sites(weight_bits, act_bits, **weights)
 
     @classmethod
     def of(
-        cls, function: object, weight_bits: int | None, act_bits: int | None, *, symmetric: bool = False
+        cls, function: object, weight_bits: int | None, act_bits: int | None, **weights: Any
     ) -> QuantizedFunction | None:
         """``None`` where :func:`rewrite` finds nothing to quantize."""
         rewritten = rewrite(function)
-        return cls(rewritten, weight_bits, act_bits, symmetric=symmetric) if rewritten else None
+        return cls(rewritten, weight_bits, act_bits, **weights) if rewritten else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(self.sites, *args, **kwargs)
@@ -266,9 +265,7 @@ def _rewritten_again(original: object, attribute: str | None, sites: nn.Module) 
     return rewritten.function
 
 
-def rewrite_methods(
-    module: nn.Module, weight_bits: int | None, act_bits: int | None, *, symmetric: bool = False
-) -> int:
+def rewrite_methods(module: nn.Module, weight_bits: int | None, act_bits: int | None, **weights: Any) -> int:
     """Quantize the linear algebra in a module's own methods, on this instance only; its children are left alone.
 
     The sites of method ``m`` become the submodule ``m_sites``. A method that another one overrides is left alone, so
@@ -287,7 +284,7 @@ def rewrite_methods(
             seen.add(name)
             rewritten = rewrite(method, f"{name}_sites") if isinstance(method, types.FunctionType) else None
             if rewritten:
-                module.add_module(f"{name}_sites", rewritten.sites(weight_bits, act_bits, symmetric=symmetric))
+                module.add_module(f"{name}_sites", rewritten.sites(weight_bits, act_bits, **weights))
                 setattr(module, name, types.MethodType(rewritten.function, module))
                 names.append(name)
                 count += len(rewritten.kinds)

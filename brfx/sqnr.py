@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from brfx.grid import MIN_STEP, Grid
-from brfx.nn import LSQQuantizer
+from brfx.nn import Quantizer
 from brfx.start import START_RULES
 
 #: A quantizer below this many decibels at 8 bits is reported.
@@ -28,7 +28,7 @@ def sqnr(values: Tensor, quantized: Tensor) -> float:
 
 
 @contextmanager
-def lossy_at_8_bits(quantizers: dict[str, LSQQuantizer], start: str) -> Iterator[dict[str, str]]:
+def lossy_at_8_bits(quantizers: dict[str, Quantizer], start: str) -> Iterator[dict[str, str]]:
     """Within the block, quantize the first batch that each quantizer is calibrated on to 8 bits, beside its own bits.
 
     Args:
@@ -42,7 +42,7 @@ def lossy_at_8_bits(quantizers: dict[str, LSQQuantizer], start: str) -> Iterator
     lossy: dict[str, str] = {}
     seen = set()
 
-    def watch(quantizer: LSQQuantizer, args: tuple[Any, ...], kwargs: dict[str, Any], _: Tensor) -> None:
+    def watch(quantizer: Quantizer, args: tuple[Any, ...], kwargs: dict[str, Any], _: Tensor) -> None:
         name = names[quantizer]
         raw = args[0] if args else kwargs["input"]
         if name in seen or quantizer.mode != "calibrate" or not raw.numel():

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from brfx.binreg import distances
 from brfx.graph import module_calls
 from brfx.grid import in_full
-from brfx.nn import LSQWeightQuantizer, QuantizedLayer, QuantizedMultiheadAttention
+from brfx.nn import QuantizedLayer, QuantizedMultiheadAttention, WeightQuantizer
 from brfx.observing import graphs
 
 
@@ -69,10 +69,11 @@ class WeightStatistics:
             self.qmodel.train(training)
 
     def _figures(
-        self, name: str, weight: Tensor, quantizer: LSQWeightQuantizer, epoch: int, batches: int
+        self, name: str, weight: Tensor, quantizer: WeightQuantizer, epoch: int, batches: int
     ) -> dict[str, float | None]:
-        code, distance = distances(in_full(weight), quantizer.step, quantizer.grid)
-        mean, power = float((2 * distance.abs() / quantizer.step).mean()), float(in_full(weight).square().mean())
+        prepared = in_full(quantizer.prepare(weight))
+        code, distance = distances(prepared, quantizer.step, quantizer.grid)
+        mean, power = float((2 * distance.abs() / quantizer.step).mean()), float(prepared.square().mean())
         code = code.to("cpu", torch.int8)
         changed = int((code != self._codes.get(name, code)).sum())
         self._codes[name] = code
@@ -87,7 +88,7 @@ class WeightStatistics:
         }
 
 
-def quantized_weights(qmodel: nn.Module) -> Iterator[tuple[str, Tensor, LSQWeightQuantizer]]:
+def quantized_weights(qmodel: nn.Module) -> Iterator[tuple[str, Tensor, WeightQuantizer]]:
     """Each latent weight that has a step, by the name of its layer, or of its quantizer where a layer has several or a
     function reads it."""
     for name, layer in qmodel.named_modules():
@@ -99,7 +100,7 @@ def quantized_weights(qmodel: nn.Module) -> Iterator[tuple[str, Tensor, LSQWeigh
                     yield name if len(pairs) == 1 else f"{name}.{names[quantizer]}", weight, quantizer
     for prefix, gm in graphs(qmodel).items():
         for node, module in module_calls(gm):
-            if isinstance(module, LSQWeightQuantizer) and module.calibrated:
+            if isinstance(module, WeightQuantizer) and module.calibrated:
                 read = _constant(gm, node.all_input_nodes[0])
                 if read is not None:
                     yield f"{prefix}.{node.target}".lstrip("."), read, module

@@ -26,7 +26,7 @@ from brfx.calls import Arguments, Calls, class_of, require_given, require_held
 from brfx.classes import Derived, copied, derived, detached
 from brfx.errors import TraceError
 from brfx.functional import _named_in_place, functionalize
-from brfx.nn import QUANTIZED_LAYERS, ActivationObserver, LSQQuantizer, QuantizedLayer
+from brfx.nn import QUANTIZED_LAYERS, ActivationObserver, QuantizedLayer, Quantizer
 from brfx.nn.hooks import has_hooks
 from brfx.recording import Surroundings, recording
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 _Kind = TypeVar("_Kind", bound=nn.Module)
 
-_LEAVES = (LSQQuantizer, QuantizedLayer, ActivationObserver)
+_LEAVES = (Quantizer, QuantizedLayer, ActivationObserver)
 
 
 #: Files whose frames are not lines of the user's code.

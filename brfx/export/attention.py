@@ -6,9 +6,9 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from brfx.export.layers import IntegerLinear, IntegerProduct, Requantize, codes_of, integer_linear, weight_integers
+from brfx.export.layers import IntegerLinear, IntegerProduct, Requantize, codes_of, integer_linear
 from brfx.grid import Grid
-from brfx.nn import LSQQuantizer, LSQWeightQuantizer, QuantizedAttention, QuantizedMultiheadAttention
+from brfx.nn import QuantizedAttention, QuantizedMultiheadAttention, Quantizer, WeightQuantizer
 from brfx.nn.layers import adopted
 from brfx.operators import LINEAR
 from brfx.python_calls import QuantizedCall
@@ -132,7 +132,7 @@ class IntegerCall(QuantizedCall):
 
 
 def _requantizer(quantizer: nn.Module | None) -> Requantize | None:
-    known = isinstance(quantizer, LSQQuantizer) and quantizer.calibrated and quantizer.step.numel() == 1
+    known = isinstance(quantizer, Quantizer) and quantizer.calibrated and quantizer.step.numel() == 1
     codes = codes_of(quantizer) if known else None  # type: ignore[arg-type]
     return None if codes is None else Requantize(codes, "")
 
@@ -140,7 +140,7 @@ def _requantizer(quantizer: nn.Module | None) -> Requantize | None:
 def _linear_parts(layer: QuantizedMultiheadAttention, name: str, parts: int) -> list[tuple[Tensor, Tensor, Grid]]:
     """Integers, scales (one a row) and grid of a weight of ``layer``, cut into ``parts`` by rows."""
     weight, quantizer = layer.latent_weights()[name].detach(), layer.weight_quantizers[name]
-    assert isinstance(quantizer, LSQWeightQuantizer)
-    codes, scale = weight_integers(weight, quantizer)
+    assert isinstance(quantizer, WeightQuantizer)
+    codes, scale = quantizer.integers(weight)
     scales = scale.flatten().expand(len(weight))
     return [(c.contiguous(), s, quantizer.grid) for c, s in zip(codes.chunk(parts), scales.chunk(parts), strict=True)]

@@ -33,16 +33,16 @@ from brfx.export.layers import (
 )
 from brfx.export.operators import Codes
 from brfx.flow import analyse, commutes_with_rounding, operands, operation
-from brfx.graph import attribute, call_counts, call_sites, free_name, set_module
+from brfx.graph import attribute, call_counts, call_sites, free_name, set_module, step_read
 from brfx.grid import positive_step
 from brfx.nn import (
     ActivationObserver,
-    LSQActivationQuantizer,
-    LSQQuantizer,
+    ActivationQuantizer,
     QuantizedAttention,
     QuantizedLayer,
     QuantizedLinear,
     QuantizedMultiheadAttention,
+    Quantizer,
     ResidualAdd,
 )
 from brfx.nn.layers import has_integer_form
@@ -125,7 +125,7 @@ def _modules(result: IntegerModel) -> None:
                 call = IntegerCall.of(child)
                 if call is not None:
                     setattr(module, child_name, call)
-                elif any(isinstance(q, LSQQuantizer) and q.calibrated for q in (child.left, child.right)):
+                elif any(isinstance(q, Quantizer) and q.calibrated for q in (child.left, child.right)):
                     result.float_layers[path] = f"Python code calls {child.kind}, which has no integer form here"
             elif isinstance(child, QuantizedLayer) and child.weight_quantizer is not None:
                 if not child.weight_quantizer.calibrated:
@@ -185,7 +185,7 @@ class _Rewriting:
             module = self._module(node)
             if isinstance(module, ResidualAdd):
                 self._residual_add(node, module)
-            elif isinstance(module, LSQActivationQuantizer):
+            elif isinstance(module, ActivationQuantizer):
                 codes = codes_of(module)
                 if codes is not None:
                     self._quantizer(node, codes)
@@ -369,8 +369,7 @@ class _Rewriting:
     def _step(self, node: object) -> Tensor:
         """A step that the graph reads."""
         assert isinstance(node, Node)
-        step: Tensor = positive_step(attribute(self.gm, node).detach())
-        return step
+        return positive_step(step_read(self.gm, node))
 
     def _call(self, before: Node, name: str, module: nn.Module, source: object) -> Node:
         replaces = isinstance(module, (IntegerConv, IntegerLinear)) and call_counts(self.gm)[name] == 1
@@ -385,7 +384,7 @@ def _keep_what_is_read(gm: GraphModule) -> None:
     the layer's becomes integers."""
     for node in gm.graph.nodes:
         owner, _, name = str(node.target).rpartition(".")
-        if node.op != "get_attr" or not owner or isinstance(gm.get_submodule(owner), LSQQuantizer):
+        if node.op != "get_attr" or not owner or isinstance(gm.get_submodule(owner), Quantizer):
             continue
         value = attribute(gm, node)
         if isinstance(value, Tensor):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from brfx.export.operators import Codes, convolution, linear, product, recode, requantize
 from brfx.grid import Grid, positive_step
-from brfx.nn import LSQQuantizer, QuantizedClippedReLU, QuantizedLayer
+from brfx.nn import QuantizedLayer, Quantizer
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -140,13 +140,13 @@ class FloatLayer(nn.Module):
         return self.layer(x, *args, **kwargs)  # type: ignore[no-any-return]
 
 
-def codes_of(quantizer: LSQQuantizer) -> Codes | None:
+def codes_of(quantizer: Quantizer) -> Codes | None:
     """The uint8 codes of a quantizer of one step; ``None`` for signs, which no clipped rounding makes."""
     grid, step = quantizer.grid, float(positive_step(quantizer.step.detach()))
     if grid.binary:
         return None
     high = grid.high
-    if isinstance(quantizer, QuantizedClippedReLU) and quantizer.ceiling < math.inf:
+    if quantizer.ceiling < math.inf:
         high = min(high, int((torch.tensor(quantizer.ceiling) / step).round()))
     zero = -grid.low
     return Codes(step, zero, 0, high + zero)
@@ -154,16 +154,9 @@ def codes_of(quantizer: LSQQuantizer) -> Codes | None:
 
 def codes_of_weight(layer: QuantizedLayer) -> tuple[Tensor, Tensor]:
     """A weight as int8 integers, and what each is worth: one scale, or one an output channel in a shape that
-    broadcasts (:meth:`brfx.grid.Grid.integers`)."""
+    broadcasts (:meth:`brfx.nn.Quantizer.integers`)."""
     assert layer.weight_quantizer is not None
-    return weight_integers(layer.weight.detach(), layer.weight_quantizer)
-
-
-def weight_integers(weight: Tensor, quantizer: LSQQuantizer) -> tuple[Tensor, Tensor]:
-    """:func:`codes_of_weight` for a weight and its quantizer."""
-    grid, step = quantizer.grid, quantizer.step.detach()
-    integers, scale = grid.integers(grid.encode(weight, step), step)
-    return integers.to(torch.int8), scale
+    return layer.weight_quantizer.integers(layer.weight.detach())
 
 
 class Storage(NamedTuple):

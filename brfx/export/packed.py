@@ -23,7 +23,7 @@ from brfx.export.integer import integer_model
 from brfx.export.layers import FloatLayer, IntegerConv, IntegerLinear, IntegerProduct, Requantize, Storage
 from brfx.export.operators import Codes
 from brfx.export.packing import pack, unpack
-from brfx.nn import QUANTIZED_LAYERS, LSQQuantizer, QuantizedLayer
+from brfx.nn import QUANTIZED_LAYERS, QuantizedLayer, Quantizer
 from brfx.operators import name_of
 
 FORMAT_VERSION = 2
@@ -160,15 +160,18 @@ class _Writing:
                 "bias": self._tensor(f"{name}.bias", module.bias),
                 "x": _codes(module.x),
             }
-        if isinstance(module, LSQQuantizer):
+        if isinstance(module, Quantizer):
+            if not module.only_clips:
+                kind = type(module).__name__
+                raise ExportError(f"{name}: a packed file has no form for what a {kind} does before it rounds")
             return "quantize", {
                 "scale": self._tensor(f"{name}.step", module.step),
                 "low": module.grid.low,
                 "high": module.grid.high,
                 "offset": module.grid.offset,
                 "binary": module.grid.binary,
-                "floor": _finite(getattr(module, "floor", -math.inf)),
-                "ceiling": _finite(getattr(module, "ceiling", math.inf)),
+                "floor": _finite(module.floor),
+                "ceiling": _finite(module.ceiling),
             }
         if isinstance(module, (FloatLayer, QuantizedLayer)) or type(module) in QUANTIZED_LAYERS:
             return self._float_layer(name, module)

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from brfx.export.integer import IntegerModel
 from brfx.export.layers import IntegerConv, Requantize
 from brfx.graph import call_sites
-from brfx.nn import LSQActivationQuantizer
+from brfx.nn import ActivationQuantizer
 from brfx.trace import pruned
 
 
@@ -68,7 +68,7 @@ class _Quantized(_Running):
 
     def run_node(self, n: Node) -> Any:
         output = super().run_node(n)
-        if n in self.sites and isinstance(self.module.get_submodule(str(n.target)), LSQActivationQuantizer):
+        if n in self.sites and isinstance(self.module.get_submodule(str(n.target)), ActivationQuantizer):
             self.seen[self.sites[n]] = output.detach().clone()
         return output
 

@@ -15,9 +15,9 @@ from brfx.card import card_entries
 from brfx.errors import ExportError, first_line
 from brfx.export.destination import as_inputs, destination, replacing
 from brfx.export.onnx import quiet
-from brfx.graph import attribute, set_module
+from brfx.graph import set_module, step_read
 from brfx.grid import Grid, positive_step
-from brfx.nn import LSQQuantizer, ResidualAdd
+from brfx.nn import QuantizedLayer, QuantizedMultiheadAttention, Quantizer, ResidualAdd
 from brfx.observing import graphs
 from brfx.trace import pruned
 
@@ -141,7 +141,7 @@ def _with_quant(qmodel: nn.Module) -> nn.Module:
         for node in list(gm.graph.nodes):
             add = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
             if isinstance(add, ResidualAdd):
-                steps = [attribute(gm, value).detach() for value in node.args[2:]]
+                steps = [step_read(gm, value) for value in node.args[2:]]
                 set_module(gm, str(node.target), _QuantAdd(add, steps[0], steps[1] if len(steps) > 1 else None))
                 read = node.args[2:]
                 node.args = node.args[:2]
@@ -150,13 +150,28 @@ def _with_quant(qmodel: nn.Module) -> nn.Module:
                         gm.graph.erase_node(value)
         gm.graph.lint()
         gm.recompile()
+    prepared = _prepare_weights(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, LSQQuantizer) and module.calibrated:
+        if isinstance(module, Quantizer) and module.calibrated:
             step = positive_step(module.step.detach())
-            stand_in = _Quant(step, module.grid, zero_point=-module.grid.offset, prepare=module.prepare)
+            prepare = None if module in prepared else module.prepare
+            stand_in = _Quant(step, module.grid, zero_point=-module.grid.offset, prepare=prepare)
             parent, _, leaf = name.rpartition(".")
             model.get_submodule(parent)._modules[leaf] = stand_in
     return model.requires_grad_(False)
+
+
+def _prepare_weights(model: nn.Module) -> set[Quantizer]:
+    """Let layers hold what their quantizers round: a runtime's own tanh, say, may come to another code. Those whose
+    weights are so now."""
+    prepared = set()
+    for layer in model.modules():
+        pairs = layer.regularized() if isinstance(layer, (QuantizedLayer, QuantizedMultiheadAttention)) else []
+        for weight, quantizer in pairs:
+            if quantizer.calibrated and not quantizer.only_clips and isinstance(weight, nn.Parameter):
+                weight.copy_(quantizer.prepare(weight))
+                prepared.add(quantizer)
+    return prepared
 
 
 def _tidy(proto: Any) -> None:

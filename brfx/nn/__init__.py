@@ -21,11 +21,13 @@ from brfx.nn.lsq import (
     lsq_quantize,
 )
 from brfx.nn.observer import ActivationObserver
+from brfx.nn.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
 from brfx.nn.residual import AlignedAdd, ResidualAdd, StreamAdd
 
 __all__ = [
     "QUANTIZED_LAYERS",
     "ActivationObserver",
+    "ActivationQuantizer",
     "AlignedAdd",
     "LSQActivationQuantizer",
     "LSQQuantizer",
@@ -41,8 +43,10 @@ __all__ = [
     "QuantizedLayer",
     "QuantizedLinear",
     "QuantizedMultiheadAttention",
+    "Quantizer",
     "ResidualAdd",
     "StreamAdd",
     "StreamQuantizer",
+    "WeightQuantizer",
     "lsq_quantize",
 ]

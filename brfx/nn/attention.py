@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from brfx.factory import activation_quantizer, weight_quantizer
 from brfx.nn.layers import adopted
-from brfx.nn.lsq import LSQActivationQuantizer, LSQWeightQuantizer
+from brfx.nn.quantizer import WeightQuantizer
 
 
 class QuantizedAttention(nn.Module):
@@ -87,7 +88,7 @@ class QuantizedAttention(nn.Module):
 
 
 class QuantizedMultiheadAttention(nn.MultiheadAttention):
-    """``nn.MultiheadAttention`` with LSQ-quantized weights and inputs of all its products.
+    """``nn.MultiheadAttention`` with quantized weights and inputs of all its products.
 
     The layer keeps its parameters and their names, and gains
 
@@ -113,6 +114,7 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
         *,
         per_channel: bool = False,
         symmetric: bool = False,
+        method: str = "lsq",
     ) -> Self:
         """The quantized form of ``layer``, with its very parameters, settings and hooks.
 
@@ -121,6 +123,7 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
             weight_bits, act_bits: ``None`` leaves weights, or activations, in FP32.
             per_channel: one step per output channel of a weight.
             symmetric: put weights on the grid without a zero.
+            method: of the weights' quantizers, one of :data:`brfx.factory.WEIGHT_QUANTIZERS`.
         """
         kind = cls
         if type(layer) not in cls.__mro__:
@@ -135,8 +138,8 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
         if weight_bits is not None:
             for name, weight in new.latent_weights().items():
                 step_shape = (len(weight), 1) if per_channel else ()
-                new.weight_quantizers[name] = LSQWeightQuantizer(
-                    weight_bits, step_shape=step_shape, symmetric=symmetric
+                new.weight_quantizers[name] = weight_quantizer(
+                    weight_bits, step_shape=step_shape, symmetric=symmetric, method=method
                 )
         for child in (new.input_quantizer, new.attention, new.output_quantizer, new.weight_quantizers):
             child.to(layer.out_proj.weight.device).train(layer.training)
@@ -147,7 +150,7 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
         names = ["in_proj_weight"] if self.packed else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
         return {**{name: getattr(self, name) for name in names}, "out_proj_weight": self.out_proj.weight}
 
-    def regularized(self) -> list[tuple[Tensor, LSQWeightQuantizer]]:
+    def regularized(self) -> list[tuple[Tensor, WeightQuantizer]]:
         """Each latent weight with its quantizer, for the bin regularizer."""
         weights = self.latent_weights()
         return [(weights[name], quantizer) for name, quantizer in self.weight_quantizers.items()]  # type: ignore[misc]
@@ -252,4 +255,4 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
 
 
 def _quantizer(bits: int | None, reason: str, *, signed: bool = True) -> nn.Module:
-    return nn.Identity() if bits is None else LSQActivationQuantizer(bits, signed=signed, reason=reason)
+    return nn.Identity() if bits is None else activation_quantizer(bits, signed=signed, reason=reason)

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from brfx.grid import in_full
 from brfx.nn.hooks import has_hooks
 from brfx.nn.layers import QuantizedLayer
-from brfx.nn.lsq import LSQQuantizer
+from brfx.nn.quantizer import Quantizer
 
 #: ``(code, step, dtype) -> values``
 Decode = Callable[[Tensor, Tensor, torch.dtype], Tensor]
@@ -28,12 +27,9 @@ class Coded(NamedTuple):
     step: Tensor | None  #: as it was in this forward; an optimizer may change the parameter before backward
 
 
-def coded(quantizer: LSQQuantizer, x: Tensor) -> Coded:
+def coded(quantizer: Quantizer, x: Tensor) -> Coded:
     """``quantizer(x)`` with its codes."""
-    values = quantizer(x)
-    code = quantizer.grid.encode(quantizer.prepare(in_full(x.detach())), quantizer.step.detach(), least=quantizer.floor)
-    code, scale = quantizer.grid.integers(code, quantizer.step.detach())
-    return Coded(values, code.to(torch.int8 if quantizer.signed else torch.uint8), scale)
+    return Coded(quantizer(x), *quantizer.integers(x.detach()))
 
 
 def uncoded(values: Tensor) -> Coded:

@@ -8,7 +8,8 @@ from typing import Any, Self, TypeVar
 
 from torch import Tensor, nn
 
-from brfx.nn.lsq import LSQActivationQuantizer, LSQWeightQuantizer
+from brfx.factory import weight_quantizer
+from brfx.nn.quantizer import ActivationQuantizer, WeightQuantizer
 
 _Kind = TypeVar("_Kind", bound=nn.Module)
 
@@ -42,8 +43,8 @@ class QuantizedLayer(nn.Module):
     """
 
     weight: Any  # the float layer's own Parameter
-    weight_quantizer: LSQWeightQuantizer | None
-    input_quantizer: LSQActivationQuantizer | None
+    weight_quantizer: WeightQuantizer | None
+    input_quantizer: ActivationQuantizer | None
     channel_dim = 0  # of the output channels in ``weight``
 
     @classmethod
@@ -54,9 +55,16 @@ class QuantizedLayer(nn.Module):
 
     @classmethod
     def from_float(
-        cls, layer: nn.Module, bits: int | None, *, per_channel: bool = False, symmetric: bool = False
+        cls,
+        layer: nn.Module,
+        bits: int | None,
+        *,
+        per_channel: bool = False,
+        symmetric: bool = False,
+        method: str = "lsq",
     ) -> Self:
-        """The quantized form of ``layer``; ``bits=None`` leaves its weight in FP32, ``symmetric`` is the grid's."""
+        """The quantized form of ``layer``; ``bits=None`` leaves its weight in FP32, ``symmetric`` is the grid's,
+        ``method`` one of :data:`brfx.factory.WEIGHT_QUANTIZERS`."""
         new = cls.adopt(layer)
         new.weight_quantizer = new.input_quantizer = None
         if bits is not None:
@@ -65,7 +73,7 @@ class QuantizedLayer(nn.Module):
             shape = [1] * weight.dim()
             shape[cls.channel_dim] = weight.shape[cls.channel_dim]
             step_shape = tuple(shape) if per_channel else ()
-            new.weight_quantizer = LSQWeightQuantizer(bits, step_shape=step_shape, symmetric=symmetric)
+            new.weight_quantizer = weight_quantizer(bits, step_shape=step_shape, symmetric=symmetric, method=method)
             new.weight_quantizer.to(weight.device).train(layer.training)
         return new
 
@@ -80,7 +88,7 @@ class QuantizedLayer(nn.Module):
     def quantized_input(self, x: Tensor) -> Tensor:
         return x if self.input_quantizer is None else self.input_quantizer(x)  # type: ignore[no-any-return]
 
-    def regularized(self) -> list[tuple[Tensor, LSQWeightQuantizer]]:
+    def regularized(self) -> list[tuple[Tensor, WeightQuantizer]]:
         """Each latent weight with its quantizer, for the bin regularizer."""
         return [] if self.weight_quantizer is None else [(self.weight, self.weight_quantizer)]
 
@@ -103,15 +111,15 @@ class _QuantizedConv(QuantizedLayer):
 
 
 class QuantizedConv1d(_QuantizedConv, nn.Conv1d):
-    """``nn.Conv1d`` with an LSQ-quantized weight."""
+    """``nn.Conv1d`` with a quantized weight."""
 
 
 class QuantizedConv2d(_QuantizedConv, nn.Conv2d):
-    """``nn.Conv2d`` with an LSQ-quantized weight."""
+    """``nn.Conv2d`` with a quantized weight."""
 
 
 class QuantizedConv3d(_QuantizedConv, nn.Conv3d):
-    """``nn.Conv3d`` with an LSQ-quantized weight."""
+    """``nn.Conv3d`` with a quantized weight."""
 
 
 class _QuantizedConvTranspose(QuantizedLayer):
@@ -131,19 +139,19 @@ class _QuantizedConvTranspose(QuantizedLayer):
 
 
 class QuantizedConvTranspose1d(_QuantizedConvTranspose, nn.ConvTranspose1d):
-    """``nn.ConvTranspose1d`` with an LSQ-quantized weight."""
+    """``nn.ConvTranspose1d`` with a quantized weight."""
 
 
 class QuantizedConvTranspose2d(_QuantizedConvTranspose, nn.ConvTranspose2d):
-    """``nn.ConvTranspose2d`` with an LSQ-quantized weight."""
+    """``nn.ConvTranspose2d`` with a quantized weight."""
 
 
 class QuantizedConvTranspose3d(_QuantizedConvTranspose, nn.ConvTranspose3d):
-    """``nn.ConvTranspose3d`` with an LSQ-quantized weight."""
+    """``nn.ConvTranspose3d`` with a quantized weight."""
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):
-    """``nn.Linear`` with an LSQ-quantized weight."""
+    """``nn.Linear`` with a quantized weight."""
 
     def forward(self, input: Tensor) -> Tensor:
         return nn.functional.linear(self.quantized_input(input), self.quantized_weight(), self.bias)

@@ -8,20 +8,19 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from brfx.config import QATConfig
+from brfx.factory import activation_quantizer
 from brfx.flow import Flow, analyse, operation
-from brfx.graph import free_name, insert_after, scope, set_module
+from brfx.graph import free_name, insert_after, scope, set_module, step_node
 from brfx.nn import (
+    ActivationQuantizer,
     AlignedAdd,
-    LSQActivationQuantizer,
     QuantizedAttention,
-    QuantizedClippedReLU,
     QuantizedLayer,
     QuantizedMultiheadAttention,
     ResidualAdd,
     StreamAdd,
-    StreamQuantizer,
 )
-from brfx.nn.lsq import BORDER_OF_SUMS
+from brfx.nn.quantizer import BORDER_OF_SUMS
 from brfx.operators import LINEAR, passes
 from brfx.python_calls import QuantizedFunction
 
@@ -36,7 +35,7 @@ class AlignResiduals:
 
         y = QuantizedClippedReLU(branch + shortcut)  ->  y = QuantizedClippedReLU(AlignedAdd(branch, shortcut, S, s))
         y = StreamQuantizer(branch + shortcut)       ->  y = StreamQuantizer(StreamAdd(branch, shortcut, S))
-        y = branch + stream                          ->  y = LSQActivationQuantizer(branch) + stream
+        y = branch + stream                          ->  y = ActivationQuantizer(branch) + stream
 
     The first form, exact on integer kernels (:class:`brfx.nn.AlignedAdd`), where a quantized ReLU of at most 4 bits
     takes the sum and the shortcut is on a grid of at most 4 bits or comes from a layer itself; S and s are the steps.
@@ -81,21 +80,23 @@ class AlignResiduals:
             name = free_name(gm, f"{scope(node)}.{node.name}_branch".lstrip("."))
             negative = flows[branch].negative
             reason = f"{flows[branch].source} into a residual add"
-            quantizer = LSQActivationQuantizer(own.residual_bits, signed=negative, regularized=False, reason=reason)
+            quantizer = activation_quantizer(
+                own.residual_bits, signed=negative, regularized=False, reason=reason, method=own.act_quantizer
+            )
             quantized = insert_after(gm, branch, name, quantizer)
             flows[quantized] = Flow(quantized, negative, "quantizer")  # a later add may read it
         return 1
 
     @staticmethod
-    def _relu_behind(gm: GraphModule, node: Node) -> QuantizedClippedReLU | None:
+    def _relu_behind(gm: GraphModule, node: Node) -> ActivationQuantizer | None:
         users = list(node.users)
         if len(users) == 1 and users[0].op == "call_module":
             module = gm.get_submodule(str(users[0].target))
-            return module if isinstance(module, QuantizedClippedReLU) else None
+            return module if isinstance(module, ActivationQuantizer) and module.is_relu else None
         return None
 
     @staticmethod
-    def _code(gm: GraphModule, node: Node, flows: dict[Node, Flow]) -> LSQActivationQuantizer | None:
+    def _code(gm: GraphModule, node: Node, flows: dict[Node, Flow]) -> ActivationQuantizer | None:
         """The unsigned quantizer whose very levels ``node`` holds, not scaled by a dropout or a factor."""
         while node is not flows[node].grid:
             name, args, kwargs = operation(gm, node)
@@ -103,7 +104,7 @@ class AlignResiduals:
                 return None
             node = node.all_input_nodes[0]
         module = gm.get_submodule(str(node.target))
-        return module if isinstance(module, LSQActivationQuantizer) and not module.signed else None
+        return module if isinstance(module, ActivationQuantizer) and not module.signed else None
 
     @staticmethod
     def _align(
@@ -113,16 +114,16 @@ class AlignResiduals:
         set_module(gm, name, aligned)
         with gm.graph.inserting_before(node):
             quantizers = [next(iter(node.users)), *([source] if source is not None else [])]
-            steps = [gm.graph.get_attr(f"{quantizer.target}.step") for quantizer in quantizers]
+            steps = [step_node(gm, str(quantizer.target)) for quantizer in quantizers]
             new = gm.graph.call_module(name, (*addends, *steps))
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
 
 
-def _exact_add(behind: QuantizedClippedReLU, shortcut: LSQActivationQuantizer | None) -> ResidualAdd | None:
+def _exact_add(behind: ActivationQuantizer, shortcut: ActivationQuantizer | None) -> ResidualAdd | None:
     """The add that integer kernels compute as the quantizer ``behind`` it does; ``shortcut=None`` is a projection."""
-    if isinstance(behind, StreamQuantizer):
+    if behind.is_stream:
         return StreamAdd(projection=shortcut is None) if shortcut in (None, behind) else None
     high_in = shortcut.grid.high if shortcut else None
     return AlignedAdd(behind.grid.high, high_in) if AlignedAdd.fits(behind.grid.high, high_in) else None

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from torch.fx import GraphModule
 
 from brfx.graph import free_name, insert_before, module_calls
-from brfx.nn import ActivationObserver, LSQActivationQuantizer
+from brfx.nn import ActivationObserver, ActivationQuantizer
 
 
 @dataclass(frozen=True)
 class InsertObservers:
     """Put an observer in front of each activation quantizer that is to be regularized.
 
-        y = LSQActivationQuantizer(x)    ->    h = ActivationObserver(x); y = LSQActivationQuantizer(h)
+        y = ActivationQuantizer(x)    ->    h = ActivationObserver(x); y = ActivationQuantizer(h)
 
     Requires: the quantizers are in place.
     Ensures: each such quantizer's input is an observer; a second run changes 0 sites.
@@ -23,7 +23,7 @@ class InsertObservers:
         sites = [
             node
             for node, module in module_calls(gm)
-            if isinstance(module, LSQActivationQuantizer) and module.regularized and node.args[0] not in observed
+            if isinstance(module, ActivationQuantizer) and module.regularized and node.args[0] not in observed
         ]
         for node in sites:
             insert_before(gm, node, free_name(gm, f"{node.target}_observer"), ActivationObserver())

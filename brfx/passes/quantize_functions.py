@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from brfx.config import QATConfig
+from brfx.factory import weight_quantizer
 from brfx.flow import Operand, operands
 from brfx.graph import free_name, scope, set_module
-from brfx.nn import LSQWeightQuantizer, QuantizedAttention
+from brfx.nn import QuantizedAttention, WeightQuantizer
 from brfx.operators import is_attention
 from brfx.python_calls import QuantizedFunction
 
@@ -18,7 +19,7 @@ from brfx.python_calls import QuantizedFunction
 class QuantizeFunctions:
     """Quantize weights on their way into a function, and what a graph cannot see into.
 
-        y = F.linear(x, w)                       ->  q = LSQWeightQuantizer(w); y = F.linear(x, q)
+        y = F.linear(x, w)                       ->  q = WeightQuantizer(w); y = F.linear(x, q)
         y = F.scaled_dot_product_attention(...)  ->  y = QuantizedAttention(...)
         y = shifted_window_attention(...)        ->  y = QuantizedFunction(...)
 
@@ -50,7 +51,7 @@ class QuantizeFunctions:
             return 1
         if node.op == "call_function":
             function = QuantizedFunction.of(
-                node.target, own.weight_bits_or_none, own.inner_act_bits, symmetric=own.symmetric
+                node.target, own.weight_bits_or_none, own.inner_act_bits, **own.weight_method
             )
             if function is not None:
                 self._replace(gm, node, free_name(gm, f"{name}_calls"), function)
@@ -67,7 +68,7 @@ class QuantizeFunctions:
             assert own.weight_bits is not None
             path = free_name(gm, f"{name}_weight")
             shape = self._step_shape(gm, operand) if own.per_channel else ()
-            set_module(gm, path, LSQWeightQuantizer(own.weight_bits, step_shape=shape, symmetric=own.symmetric))
+            set_module(gm, path, weight_quantizer(own.weight_bits, step_shape=shape, **own.weight_method))
             with gm.graph.inserting_after(operand.node):
                 quantized = gm.graph.call_module(path, (operand.node,))
             node.replace_input_with(operand.node, quantized)
@@ -85,7 +86,7 @@ class QuantizeFunctions:
 
     @staticmethod
     def _quantized(gm: GraphModule, node: Node) -> bool:
-        return node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), LSQWeightQuantizer)
+        return node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), WeightQuantizer)
 
     @staticmethod
     def _replace(gm: GraphModule, node: Node, name: str, module: QuantizedAttention | QuantizedFunction) -> None:

@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from brfx.config import QATConfig
+from brfx.factory import activation_quantizer
 from brfx.flow import AVERAGES, Flow, Operand, analyse, operands
 from brfx.graph import free_name, module_calls, scope, set_module
-from brfx.nn import QUANTIZED_LAYERS, LSQActivationQuantizer, QuantizedLayer, StreamQuantizer
+from brfx.nn import QUANTIZED_LAYERS, ActivationQuantizer, QuantizedLayer
 
 
 @dataclass(frozen=True)
 class QuantizeInputs:
     """Put a quantizer in front of each operand that is not on a grid already.
 
-        y = QuantizedConv2d(x)    ->    q = LSQActivationQuantizer(x); y = QuantizedConv2d(q)
-        y = matmul(a, b)          ->    qa = LSQActivationQuantizer(a); qb = ...; y = matmul(qa, qb)
+        y = QuantizedConv2d(x)    ->    q = ActivationQuantizer(x); y = QuantizedConv2d(q)
+        y = matmul(a, b)          ->    qa = ActivationQuantizer(a); qb = ...; y = matmul(qa, qb)
 
     A stream that is wider than the layer's inputs (``WidenStreams``) is no grid that the layer may read.
     A value on a grid stays on it through max-pooling, reshapes, dropout, the concatenation of one grid and the like
@@ -73,14 +74,16 @@ def _wide(gm: GraphModule, flow: Flow, own: QATConfig) -> bool:
     """Whether a value lies on the grid of a residual stream, and that has more bits than the layer reads."""
     stream = None if flow.grid is None else gm.get_submodule(str(flow.grid.target))
     assert own.act_bits is not None
-    return isinstance(stream, StreamQuantizer) and stream.bits > own.act_bits
+    return isinstance(stream, ActivationQuantizer) and stream.is_stream and stream.bits > own.act_bits
 
 
 def _insert(gm: GraphModule, value: Node, name: str, flow: Flow, bits: int, own: QATConfig) -> Node:
     sign = "may be negative" if flow.negative else "is never negative"
     regularized = not flow.from_input and bits == own.act_bits and flow.source not in AVERAGES
     reason = "a residual stream" if flow.source == "quantizer" else f"{flow.source} {sign}"
-    quantizer = LSQActivationQuantizer(bits, signed=flow.negative, regularized=regularized, reason=reason)
+    quantizer = activation_quantizer(
+        bits, signed=flow.negative, regularized=regularized, reason=reason, method=own.act_quantizer
+    )
     set_module(gm, name, quantizer)
     with gm.graph.inserting_after(value):
         node = gm.graph.call_module(name, (value,))

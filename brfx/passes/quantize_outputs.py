@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from brfx.config import QATConfig
+from brfx.factory import activation_quantizer
 from brfx.flow import Flow, analyse, operation, quantizer_behind
 from brfx.graph import free_name, insert_after, module_calls
-from brfx.nn import LSQActivationQuantizer
 from brfx.nn.layers import has_integer_form
 
 
@@ -17,8 +17,8 @@ from brfx.nn.layers import has_integer_form
 class QuantizeOutputs:
     """Put a quantizer of ``residual_bits`` behind each convolution whose output no quantizer takes alone.
 
-        y = silu(BatchNorm2d(conv(x)))  ->  y = silu(LSQActivationQuantizer(BatchNorm2d(conv(x))))
-        y = conv(x); f(y); g(y)         ->  y = LSQActivationQuantizer(conv(x)); f(y); g(y)
+        y = silu(BatchNorm2d(conv(x)))  ->  y = silu(ActivationQuantizer(BatchNorm2d(conv(x))))
+        y = conv(x); f(y); g(y)         ->  y = ActivationQuantizer(conv(x)); f(y); g(y)
 
     An integer kernel writes codes of 8 bits. Most convolutions have a quantizer behind them, directly or behind
     max-pooling, a concatenation and the like, and need no other. A plain ReLU goes before the new one, which is
@@ -42,7 +42,7 @@ class QuantizeOutputs:
             codes = bool(node.args) and flows[node.args[0]].grid is not None  # type: ignore[index]
             if own is None or own.residual_bits == 32 or not codes or quantizer_behind(gm, value) is not None:
                 continue
-            _insert(gm, value, f"{node.target}_output", flows[value], own.residual_bits)
+            _insert(gm, value, f"{node.target}_output", flows[value], own)
             changed += 1
         return changed
 
@@ -56,9 +56,10 @@ def _output(gm: GraphModule, node: Node) -> Node:
     return node
 
 
-def _insert(gm: GraphModule, value: Node, name: str, flow: Flow, bits: int) -> None:
+def _insert(gm: GraphModule, value: Node, name: str, flow: Flow, own: QATConfig) -> None:
     taken_by = sorted({operation(gm, user)[0] or user.name for user in value.users})
-    quantizer = LSQActivationQuantizer(
-        bits, signed=flow.negative, regularized=False, reason=f"a convolution into {', '.join(taken_by)}"
+    reason = f"a convolution into {', '.join(taken_by)}"
+    quantizer = activation_quantizer(
+        own.residual_bits, signed=flow.negative, regularized=False, reason=reason, method=own.act_quantizer
     )
     insert_after(gm, value, free_name(gm, name), quantizer)

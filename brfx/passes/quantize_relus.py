@@ -6,9 +6,10 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from brfx.config import QATConfig
+from brfx.factory import relu_quantizer
 from brfx.flow import operation
 from brfx.graph import module_calls, set_module
-from brfx.nn import QuantizedClippedReLU
+from brfx.nn import ActivationQuantizer
 from brfx.nn.hooks import give_hooks
 from brfx.operators import JOINS, passes
 
@@ -51,12 +52,12 @@ def _only_joined(gm: GraphModule, node: Node) -> bool:
     return bool(uses) and all(uses)
 
 
-def quantized_relu(module: nn.Module, config: QATConfig, name: str) -> QuantizedClippedReLU | None:
+def quantized_relu(module: nn.Module, config: QATConfig, name: str) -> ActivationQuantizer | None:
     """The quantized form of a ReLU or ReLU6, under the lower of its own ceiling and ``config``'s; else ``None``."""
     own = config.at(name, type(module).__name__)
     if own is None or own.act_bits in (None, 32) or type(module) not in (nn.ReLU, nn.ReLU6):
         return None
     ceilings = [c for c in (own.clip_value, 6.0 if type(module) is nn.ReLU6 else None) if c is not None]
-    new = QuantizedClippedReLU(own.act_bits, clip_value=min(ceilings, default=None))
+    new = relu_quantizer(own.act_bits, clip_value=min(ceilings, default=None), method=own.act_quantizer)
     give_hooks(module, new)
     return new

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from brfx.config import QATConfig
+from brfx.factory import stream_quantizer
 from brfx.flow import operation
 from brfx.graph import module_calls, set_module
-from brfx.nn import QuantizedClippedReLU, StreamQuantizer
+from brfx.nn import ActivationQuantizer
 from brfx.operators import passes
 
 _ADDS = ("add", "iadd")
@@ -38,12 +39,12 @@ class WidenStreams:
         for stream in self._streams(gm):
             first = str(stream[0].target)
             relu = gm.get_submodule(first)
-            assert isinstance(relu, QuantizedClippedReLU)
+            assert isinstance(relu, ActivationQuantizer)
             bits = self._bits(stream[0], relu)
             for node in stream[1:]:
                 gm.delete_submodule(str(node.target))
                 node.target = first
-            set_module(gm, first, StreamQuantizer(bits, clip_value=relu.clip_value))
+            set_module(gm, first, stream_quantizer(bits, clip_value=relu.clip_value))
             changed += len(stream)
         return changed
 
@@ -52,7 +53,7 @@ class WidenStreams:
         relus = {
             node: (self._bits(node, module), module.clip_value)
             for node, module in module_calls(gm)
-            if isinstance(module, QuantizedClippedReLU) and module.bits < self._bits(node, module)
+            if isinstance(module, ActivationQuantizer) and module.is_relu and module.bits < self._bits(node, module)
         }
         streams: dict[Node, list[Node]] = {}  # by each of its ReLUs
         for node, kind in relus.items():
@@ -66,9 +67,9 @@ class WidenStreams:
         found = {id(members): sorted(members, key=order.__getitem__) for members in streams.values()}
         return list(found.values())
 
-    def _bits(self, node: Node, relu: QuantizedClippedReLU) -> int:
+    def _bits(self, node: Node, relu: ActivationQuantizer) -> int:
         own = self.config.at(f"{self.scope}{node.target}", "ReLU")
-        return relu.bits if own is None or isinstance(relu, StreamQuantizer) else own.stream_bits
+        return relu.bits if own is None or relu.is_stream else own.stream_bits
 
 
 def _adds(gm: GraphModule, node: Node) -> list[Node]:
