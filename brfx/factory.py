@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from brfx.nn.quantizer import ActivationQuantizer, WeightQuantizer
 
 #: What ``weight_quantizer`` takes: the class, ``(bits, step_shape=, symmetric=)``.
-WEIGHT_QUANTIZERS = {"lsq": "brfx.nn.lsq:LSQWeightQuantizer"}
+WEIGHT_QUANTIZERS = {"lsq": "brfx.nn.lsq:LSQWeightQuantizer", "dorefa": "brfx.nn.dorefa:DoReFaWeightQuantizer"}
 
 #: What ``act_quantizer`` takes: the class, ``(bits, signed=, regularized=, reason=)``, and that of a ReLU,
 #: ``(bits, clip_value=)``. LSQ quantizes what may be negative, whatever is chosen: it has a form for that.
-ACT_QUANTIZERS = {"lsq": ("brfx.nn.lsq:LSQActivationQuantizer", "brfx.nn.lsq:QuantizedClippedReLU")}
+ACT_QUANTIZERS = {
+    "lsq": ("brfx.nn.lsq:LSQActivationQuantizer", "brfx.nn.lsq:QuantizedClippedReLU"),
+    "pact": ("brfx.nn.pact:PACTQuantizer", "brfx.nn.pact:PACTReLU"),
+}
 
 
 def weight_quantizer(

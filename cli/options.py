@@ -28,6 +28,7 @@ from brfx.config import (
     read_job_config,
 )
 from brfx.errors import ConfigError
+from brfx.factory import ACT_QUANTIZERS, WEIGHT_QUANTIZERS
 from brfx.recipe import Settings, read_recipe, read_settings, recipe_names
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -175,6 +176,14 @@ quantizer_options = combine(
         "--weight-grid",
         type=click.Choice(WEIGHT_GRIDS),
         help="Levels of weights: with a zero, or symmetric without one.  [default: signed]",
+    ),
+    click.option(
+        "--weight-quantizer", type=click.Choice(list(WEIGHT_QUANTIZERS)), help="Method for weights.  [default: lsq]"
+    ),
+    click.option(
+        "--act-quantizer",
+        type=click.Choice(list(ACT_QUANTIZERS)),
+        help="Method for activations that are never negative.  [default: lsq]",
     ),
     click.option(
         "--placement",

@@ -97,3 +97,16 @@ def test_recipes_are_listed_and_printed(capsys):
     assert capsys.readouterr().out.split() == ["accurate", "br-paper", "fast", "lsq-paper", "seed"]
     cli(["recipes", "lsq-paper"], standalone_mode=False)
     assert "\nlr = 0.01\n" in capsys.readouterr().out
+
+
+def test_methods_of_quantization_are_flags_and_settings_of_a_file(job_of, tmp_path):
+    job = job_of("quantize", "--act-quantizer", "pact", "--weight-quantizer", "dorefa", "--weight-grid", "symmetric")
+    assert (job.qat.act_quantizer, job.qat.weight_quantizer, job.qat.weight_grid) == ("pact", "dorefa", "symmetric")
+    path = tmp_path / "mine.toml"
+    path.write_text('[qat]\nact_quantizer = "pact"\n[[qat.overrides]]\nmatch = "fc"\nweight_quantizer = "dorefa"\n')
+    job = job_of("quantize", "--config", path)
+    assert (job.qat.act_quantizer, job.qat.overrides) == ("pact", (("fc", {"weight_quantizer": "dorefa"}),))
+    assert any("alpha learned (PACT)" in line for line in jobs.banner(job))
+    with pytest.raises(ConfigError, match="act_quantizer='log2': takes 'lsq' or"):
+        path.write_text('[qat]\nact_quantizer = "log2"\n')
+        job_of("quantize", "--config", path)

@@ -141,6 +141,9 @@ def run_by(path, x):
         {"bits": 4, "per_channel": True},
         {"weight_bits": 1, "act_bits": 3},
         {"bits": 8},
+        {"bits": 2, "act_quantizer": "pact", "weight_quantizer": "dorefa"},
+        {"bits": 3, "act_quantizer": "pact", "weight_quantizer": "dorefa", "weight_grid": "symmetric"},
+        {"bits": 4, "act_quantizer": "pact", "weight_quantizer": "dorefa", "per_channel": True, "stream_bits": 4},
     ],
 )
 def test_the_file_alone_gives_the_outputs_bit_for_bit(tmp_path, settings):

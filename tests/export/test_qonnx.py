@@ -59,6 +59,14 @@ def executed(path, x: Tensor) -> Tensor:
         {"weight_bits": 1, "act_bits": 2},
         {"bits": 1, "input_bits": 1},
         {"bits": 3, "placement": "paper"},
+        {"bits": 2, "act_quantizer": "pact", "weight_quantizer": "dorefa"},
+        {
+            "bits": 2,
+            "act_quantizer": "pact",
+            "weight_quantizer": "dorefa",
+            "stream_bits": 2,
+            "weight_grid": "symmetric",
+        },
     ],
 )
 @pytest.mark.parametrize("model", ["tiny", "projected"])
