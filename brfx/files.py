@@ -14,8 +14,9 @@ from brfx.card import card_of
 from brfx.checkpoint import load
 from brfx.data import DEFAULTS, BatchLoader, Preprocessing, load_dataset
 from brfx.errors import ExportError
-from brfx.export import OnnxReport, export_onnx, export_packed, export_qonnx, export_torch
+from brfx.export import OnnxReport
 from brfx.export.benchmark import Timing, benchmark, float_onnx, int8_onnx
+from brfx.export.table import exporter_for
 from brfx.export.verify import Verification, runner, verify
 from brfx.models import build_model
 
@@ -23,7 +24,7 @@ from brfx.models import build_model
 def export_file(ckpt: Path, output: Path, model: str = "", profile: str = "compact") -> OnnxReport | None:
     """Write ``model.pt`` in the form that ``output``'s suffix names; one that exists is an error.
 
-    ``.onnx`` (``.qonnx.onnx`` for QONNX), ``.safetensors`` (packed), ``.pt2`` (torch.export).
+    :data:`brfx.export.table.EXPORTERS` has the suffixes.
 
     Returns:
         The report of an ONNX file, else ``None``.
@@ -34,19 +35,11 @@ def export_file(ckpt: Path, output: Path, model: str = "", profile: str = "compa
     """
     if output.exists():
         raise ExportError(f"{output} exists already: choose another --output")
+    exporter = exporter_for(output)
     qmodel = _load_own(ckpt, model)
     example = _random_images(_image_size(qmodel), 2)
-    if output.name.endswith(".qonnx.onnx"):
-        export_qonnx(qmodel, output, example)
-    elif output.suffix == ".onnx":
-        return export_onnx(qmodel, output, example, profile)
-    elif output.suffix == ".safetensors":
-        export_packed(qmodel, output)
-    elif output.suffix == ".pt2":
-        export_torch(qmodel, output, example)
-    else:
-        raise ExportError(f"{output}: the suffix says what to write: .onnx, .qonnx.onnx, .safetensors or .pt2")
-    return None
+    report = exporter.write(qmodel, output, example, profile)
+    return report if isinstance(report, OnnxReport) else None
 
 
 def verify_files(

@@ -3,6 +3,24 @@
 They stand in the graph for the export alone. Values between them are floats that lie on a grid, ``code * scale``;
 inside they are integers, computed as ONNX Runtime's kernels compute them, so that running the graph in PyTorch is the
 reference that an exported file is held to, bit for bit.
+
+``code`` is ``stored - zero_point``, with ``stored`` a byte from ``low`` to ``high`` (:class:`Codes`). ``round`` is half
+to even; sums are exact up to 32 bits.
+
+============  ==========================================================================================================
+operator      what it computes
+============  ==========================================================================================================
+requantize    ``clip(round(x / scale), low - zero_point, high - zero_point) * scale_out``
+recode        :func:`requantize` of what lies on a grid and is never negative: a table of 256 bytes in a runtime
+convolution   ``clip(round((sum(weight * code) + bias) * x_scale * weight_scale / y_scale), ...) * y_scale``, with int8
+              weights, one ``weight_scale`` a channel, an int32 bias, and the bounds of ``y``
+linear        ``float(code @ weight) * scale + bias``, with int8 weights, one ``scale`` or one a column, a float bias
+product       ``float(left_code @ right_code) * (left_scale * right_scale)``, of two activations
+============  ==========================================================================================================
+
+What else a graph of the integer form calls is torch's, in floating point: adds of values on one unit, pooling,
+reshapes, softmax. A new operator needs a line here, a ``custom_op`` with its shape, a translation to ONNX
+(:func:`translations`) and a node in docs/packed-format.md; ``tests/export/test_operators.py`` holds them together.
 """
 
 from __future__ import annotations
