@@ -373,6 +373,7 @@ class JobConfig:
             ``"per_value"``.
         lambda_br, lambda_br_act: weights of the two bin regularizers; 0 switches one off. Default 0.1 and 0.01; in the
             per-value form 0.001 and 0.
+        lambda_kurtosis: weight of the weights' kurtosis regularizer (:mod:`brfx.kurtosis`); 0: off.
         br_backprop_to_alpha_act: let the activations' regularizer train the activation steps.
         freeze_weight_alpha, freeze_act_alpha: freeze those steps when regularization starts.
         teacher: another FP32 network to distill from, ``NAME=FILE``: a model as ``model`` takes it, and its checkpoint.
@@ -407,6 +408,7 @@ class JobConfig:
     br_form: str = "mean"
     lambda_br: float | None = None
     lambda_br_act: float | None = None
+    lambda_kurtosis: float = 0.0
     br_backprop_to_alpha_act: bool = False
     freeze_weight_alpha: bool = False
     freeze_act_alpha: bool = False
@@ -430,7 +432,7 @@ class JobConfig:
             if getattr(self, name) is not None and not getattr(self, name) >= 1:
                 raise ConfigError(f"{name}={_shown(getattr(self, name))}: takes 1 or more")
         self._check_quantization()
-        for name in ("lambda_br", "lambda_br_act", "workers"):
+        for name in ("lambda_br", "lambda_br_act", "lambda_kurtosis", "workers"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={_shown(getattr(self, name))}: takes 0 or more")
         if not 0 <= self.val_fraction < 1:

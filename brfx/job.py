@@ -25,10 +25,12 @@ from brfx.errors import BrfxError, ConfigError, DataError, TrainingError, first_
 from brfx.export import OnnxReport, export_onnx, snap_biases
 from brfx.factory import about_activations, about_weights
 from brfx.grid import Grid
+from brfx.kurtosis import KurtosisTerm
 from brfx.models import CIFAR_RESNETS, build_model, example_inputs, require_model
 from brfx.penalty import BinPenalty
 from brfx.pipeline import prepare_qat
 from brfx.ranks import from_first, rank, ranks, share_state, together
+from brfx.regularizer import Regularizer, Regularizers
 from brfx.statistics import WeightStatistics
 from brfx.train import Callback, Evaluation, FitResult, TensorBoard, evaluate, fit, reestimate_batch_norm
 from brfx.train.batch_norm import small_batches_named
@@ -265,12 +267,19 @@ def banner(job: JobConfig) -> list[str]:
         form = " per value" if job.br_form == "per_value" else ""
         regularized = f"BR lambda {weight:g}{form}" if weight and job.train.epochs else "no BR"
         lines.append(f"{name}: {len(grid.codes)} levels, {grid}, {about}; {regularized}")
+    if job.lambda_kurtosis and job.train.epochs:
+        lines[0] += f", kurtosis lambda {job.lambda_kurtosis:g}"
     return lines
 
 
-def _penalty(job: JobConfig, qmodel: nn.Module) -> BinPenalty | None:
-    if not job.lambda_br and not job.lambda_br_act:
-        return None
+def _penalty(job: JobConfig, qmodel: nn.Module) -> Regularizer | None:
+    bins = _bin_penalty(job, qmodel) if job.lambda_br or job.lambda_br_act else None
+    if not job.lambda_kurtosis:
+        return bins
+    return Regularizers(bins or qmodel, KurtosisTerm(qmodel, job.lambda_kurtosis))
+
+
+def _bin_penalty(job: JobConfig, qmodel: nn.Module) -> BinPenalty:
     return BinPenalty(
         qmodel,
         weight=job.lambda_br or 0.0,
@@ -285,10 +294,11 @@ def _penalty(job: JobConfig, qmodel: nn.Module) -> BinPenalty | None:
 def _require_penalty_epochs(job: JobConfig) -> None:
     warmup = job.train.warmup_epochs
     assert warmup is not None
-    if job.train.epochs and warmup >= job.train.epochs and (job.lambda_br or job.lambda_br_act):
+    if job.train.epochs and warmup >= job.train.epochs and (job.lambda_br or job.lambda_br_act or job.lambda_kurtosis):
+        also = " --lambda-kurtosis 0" if job.lambda_kurtosis else ""
         raise ConfigError(
             f"a warm-up of {warmup} epochs leaves none of {job.train.epochs} for bin regularization: "
-            "lower --warmup-epochs, raise --qat-epochs, or set --lambda-br 0 --lambda-br-act 0"
+            f"lower --warmup-epochs, raise --qat-epochs, or set --lambda-br 0 --lambda-br-act 0{also}"
         )
 
 

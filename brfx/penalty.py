@@ -26,6 +26,7 @@ from brfx.nn import (
 )
 from brfx.observing import observed_forward, observed_sites
 from brfx.ranks import ranks, summed
+from brfx.regularizer import Regularizer
 
 
 class BinLoss(NamedTuple):
@@ -36,7 +37,7 @@ class BinLoss(NamedTuple):
     act: Tensor
 
 
-class BinPenalty(nn.Module):
+class BinPenalty(Regularizer):
     """Wraps a rewritten model: ``output, br = BinPenalty(qmodel)(x)``; add ``br.total`` to the loss.
 
     Wrap *this* in DDP or ``torch.compile``, not the model inside it: the penalty reads the model's parameters, and a
@@ -101,8 +102,7 @@ class BinPenalty(nn.Module):
         ]
 
     @property
-    def told(self) -> tuple[str, ...]:
-        """The terms that :func:`brfx.fit` logs: those that it trains."""
+    def logged_terms(self) -> tuple[str, ...]:
         return ("weight",) * self._train_weight + ("act",) * self._train_act
 
     def begin(self) -> None:

@@ -221,6 +221,12 @@ penalty_options = combine(
         type=click.Choice(list(BR_FORMS)),
         help="Bins count equally, as published, or each value is pulled alike whatever its bin holds.",
     ),
+    _job(
+        "--lambda-kurtosis",
+        "lambda_kurtosis",
+        type=float,
+        help="Weight of the weights' kurtosis regularizer (KURE); 0: off.",
+    ),
     _train("--qat-epochs", name="epochs", type=int, help="Epochs, warm-up included; 0: calibrate and export only."),
     _train(
         "--warmup-epochs",

@@ -64,9 +64,8 @@ class Batches(Protocol):
 class Penalty(Protocol):
     """A module around the trained one: ``penalty(x) -> (output, terms)``, ``terms`` a named tuple.
 
-    ``terms.total`` is added to the loss, the others are logged (those named in ``told`` where the module has one).
-    ``begin()`` is called when the warm-up is over.
-    :class:`brfx.BinPenalty` is one.
+    ``terms.total`` is added to the loss, the others are logged. ``begin()`` is called when the warm-up is over.
+    :class:`brfx.regularizer.Regularizer` is one that says which terms are logged, and may have a faster form.
     """
 
     def __call__(self, *inputs: Any) -> tuple[Any, Any]: ...

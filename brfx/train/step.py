@@ -20,6 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from brfx.compiling import compiled
 from brfx.config import TrainConfig
 from brfx.ranks import ranks
+from brfx.regularizer import HasTrainingForm, Regularizer
 
 log = logging.getLogger(__name__)
 
@@ -68,15 +69,16 @@ def loss_step(
     """The function that is differentiated: ``loss``, plus ``terms.total`` if there is a penalty.
 
     Args:
-        model, penalty: as in :func:`brfx.fit`. One that has a method ``training_form(kernels)`` gives a function that
-            computes the same and trains faster, and one with ``told`` the names of the terms to log.
-        kernels: what ``training_form`` is asked for; ``None``: the modules are called as they are.
+        model, penalty: as in :func:`brfx.fit`. A :class:`~brfx.regularizer.Regularizer` says which of its terms are
+            logged; of another penalty all are.
+        kernels: what a ``training_form`` is asked for, where there is one; ``None``: the modules are called as they
+            are.
         precision: ``"bf16"`` and ``"fp16"`` run the model under autocast; the loss is in FP32.
         loss: default cross-entropy.
     """
     module: Any = model if penalty is None else penalty
     run: Callable[[Tensor], Any] = module
-    if kernels is not None and hasattr(module, "training_form"):
+    if kernels is not None and isinstance(module, HasTrainingForm):
         run = module.training_form(kernels)
     device = next(model.parameters()).device.type
     loss = loss or objective(TrainConfig())
@@ -88,7 +90,8 @@ def loss_step(
         numbers = {"task": task.detach(), "correct": (logits.argmax(1) == labels).sum()}
         if terms is None:
             return task, numbers
-        for name in getattr(penalty, "told", [name for name in terms._fields if name != "total"]):
+        declared = isinstance(penalty, Regularizer)
+        for name in penalty.logged_terms if declared else [name for name in terms._fields if name != "total"]:
             numbers[name] = getattr(terms, name).detach()
         return task + terms.total, numbers
 

@@ -110,3 +110,11 @@ def test_methods_of_quantization_are_flags_and_settings_of_a_file(job_of, tmp_pa
     with pytest.raises(ConfigError, match="act_quantizer='log2': takes 'lsq' or"):
         path.write_text('[qat]\nact_quantizer = "log2"\n')
         job_of("quantize", "--config", path)
+
+
+def test_kurtosis_regularization_is_a_flag_and_off_by_default(job_of):
+    assert job_of("quantize").lambda_kurtosis == 0
+    job = job_of("quantize", "--lambda-kurtosis", "0.5", "--qat-epochs", 5)
+    assert job.lambda_kurtosis == 0.5 and jobs.banner(job)[0].endswith("BR lambda 0.1, kurtosis lambda 0.5")
+    with pytest.raises(ConfigError, match=r"lambda_kurtosis=-1\.0: takes 0 or more"):
+        job_of("quantize", "--lambda-kurtosis", "-1")
