@@ -46,6 +46,7 @@ from brfx.nn import (
     ResidualAdd,
 )
 from brfx.nn.layers import has_integer_form
+from brfx.nn.residual import LEVELS
 from brfx.observing import graphs
 from brfx.operators import LINEAR, is_attention
 from brfx.python_calls import QuantizedCall
@@ -225,7 +226,7 @@ class _Rewriting:
         branch, shortcut, *read = node.args
         out, *into = (self._step(step).float() for step in read)
         unit, zero_point, multiple = add.units(out, into[0] if into else None)
-        codes = Codes(float(unit), int(zero_point), 0, 255)
+        codes = Codes(float(unit), int(zero_point), 0, LEVELS)
         site = self.sites[node]
         addends = [self._branch(node, branch, codes, f"{site}.branch")]
         if multiple is None:

@@ -70,11 +70,11 @@ class _QuantAdd(nn.Module):
 
     def __init__(self, add: ResidualAdd, step_out: Tensor, step_in: Tensor | None) -> None:
         super().__init__()
-        unit, zero_point, multiple = add.units(step_out, step_in)
-        self.branch, self.shortcut = (_Quant(unit, _BYTE, zero_point=float(zero_point) - 128) for _ in range(2))
-        worth = None if multiple is None or step_in is None else unit * multiple / positive_step(step_in)
-        self.rounds_shortcut = multiple is None
-        self.register_buffer("factor", worth)
+        units = add.units(step_out, step_in)
+        zero_point = float(units.zero_point) - 128  # of int8
+        self.branch, self.shortcut = (_Quant(units.unit, _BYTE, zero_point=zero_point) for _ in range(2))
+        self.rounds_shortcut = units.multiple is None
+        self.register_buffer("factor", add.shortcut_factor(units, step_in))
 
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
         if self.rounds_shortcut:

@@ -67,16 +67,24 @@ class ResidualAdd(nn.Module):
             return branch + shortcut
         dtype = torch.promote_types(branch.dtype, shortcut.dtype)
         branch, shortcut = in_full(branch), in_full(shortcut)
-        unit, zero_point, multiple = self.units(step_out, step_in)
-        rounded = self.round(branch, unit, zero_point)
-        if multiple is None:
-            total = rounded + self.round(shortcut, unit, zero_point)
+        units = self.units(step_out, step_in)
+        rounded = self.round(branch, units.unit, units.zero_point)
+        if units.multiple is None:
+            total = rounded + self.round(shortcut, units.unit, units.zero_point)
         else:
-            whole = shortcut if step_in is None else shortcut * (unit * multiple / positive_step(step_in.detach()))
-            total = rounded + whole
+            factor = self.shortcut_factor(units, step_in)
+            total = rounded + (shortcut if factor is None else shortcut * factor)
         if torch.is_autocast_enabled(total.device.type):
             return total  # exact; layers cast what they read
         return total.to(dtype)
+
+    @staticmethod
+    def shortcut_factor(units: AddendUnits, step_in: Tensor | None) -> Tensor | None:
+        """What a shortcut on the grid of ``step_in`` is multiplied by, so that its codes are worth whole numbers of
+        units; ``None``: nothing, they are so already, or the shortcut is rounded."""
+        if units.multiple is None or step_in is None:
+            return None
+        return units.unit * units.multiple / positive_step(step_in.detach())
 
     @staticmethod
     def round(values: Tensor, unit: Tensor, zero_point: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from brfx.export.attention import as_matmul
 from brfx.export.integer import integer_model
 from brfx.export.layers import IntegerConv, IntegerProduct, Storage
 from brfx.export.parity import compare_codes
+from brfx.export.qonnx import _with_quant
 from brfx.models import build_model
-from brfx.nn import LSQActivationQuantizer, StreamQuantizer
+from brfx.nn import AlignedAdd, LSQActivationQuantizer, StreamAdd, StreamQuantizer
 from brfx.train import reestimate_batch_norm
 
 
@@ -371,3 +372,29 @@ def test_a_sum_that_leaves_32_bits_is_refused_by_the_layer_s_name(inputs, fits):
     else:
         with pytest.raises(brfx.BrfxError, match=r"^0: its sums can reach"):
             integer_model(qmodel)
+
+
+@pytest.mark.parametrize("stream_bits", [2, 8])
+def test_every_form_takes_a_residual_add_s_integers_from_its_module(images, monkeypatch, stream_bits):
+    """With other integers than are best, the network is another one: all forms are that one."""
+    for kind in (AlignedAdd, StreamAdd):
+
+        def units(self, step_out, step_in=None, own=kind.units):
+            units = own(self, step_out, step_in)
+            multiple = None if units.multiple is None else units.multiple + isinstance(self, AlignedAdd)
+            return units._replace(zero_point=units.zero_point - 90, multiple=multiple)
+
+        monkeypatch.setattr(kind, "units", units)
+    torch.manual_seed(0)
+    qmodel = trained(Mixed(), images, bits=2, stream_bits=stream_bits)
+    brfx.snap_biases(qmodel)
+    integer = integer_model(qmodel)
+    assert all(site.flipped <= 0.005 * site.codes for site in compare_codes(qmodel, integer, images))
+    torch.testing.assert_close(integer.model(images), qmodel(images), rtol=0.05, atol=0.05)
+    adds = [module for module in _with_quant(qmodel).modules() if hasattr(module, "rounds_shortcut")]
+    assert len(adds) == (2 if stream_bits == 2 else 1)
+    for add, name in zip(adds, ("a", "b")[-len(adds) :], strict=True):
+        grid = integer.layers[name].y
+        assert float(add.branch.zero_point) + 128 == grid.zero_point
+        assert float(add.branch.scale) == pytest.approx(grid.scale)
+    assert (adds[0].factor is None) == (stream_bits == 8)
