@@ -1,11 +1,13 @@
 """Every method of quantization, from preparing to exporting, through what all of them have in common."""
 
 import copy
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,6 +16,7 @@ from brfx.calibration import quantizers
 from brfx.config import QATConfig, TrainConfig
 from brfx.errors import ConfigError, ExportError
 from brfx.export.integer import integer_model
+from brfx.export.layers import codes_of
 from brfx.export.parity import compare_codes
 from brfx.factory import ACT_QUANTIZERS, WEIGHT_QUANTIZERS, activation_quantizer, relu_quantizer, weight_quantizer
 from brfx.nn import ActivationQuantizer, WeightQuantizer
@@ -139,19 +142,75 @@ def test_codes_kept_for_backward_change_no_gradient(weights: str, grid: str) -> 
 
 
 class Functional(nn.Module):
-    def __init__(self) -> None:
+    """A weight that a function reads: as it is, or ``scaled``, which is computed."""
+
+    def __init__(self, scaled: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(4, 3))
+        self.weight, self.scaled = nn.Parameter(torch.randn(40, 30)), scaled
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(F.relu(x), self.weight * 2 if self.scaled else self.weight)
 
 
-def test_a_weight_that_a_function_reads_is_not_packed_without_its_preparation(tmp_path: Path) -> None:
-    qmodel = brfx.prepare_qat(Functional(), settings("dorefa", "pact"))
-    brfx.calibrate(qmodel, [torch.randn(8, 3)])
+def functional(scaled: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    qmodel = brfx.prepare_qat(Functional(scaled), settings("dorefa", "pact"))
+    brfx.calibrate(qmodel, [torch.randn(8, 30)])
+    return qmodel.eval()
+
+
+def test_a_weight_that_a_function_reads_is_exported_prepared(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
+    qmodel, x = functional(), torch.randn(4, 30)
+    before = qmodel(x)
+    torch.testing.assert_close(integer_model(qmodel).model(x), before)
+    report = brfx.export_onnx(qmodel, tmp_path / "model.onnx", x)
+    brfx.export_qonnx(qmodel, tmp_path / "model.qonnx.onnx", x)
+    assert report.reference_difference < 1e-5
+    for name in ("model.onnx", "model.qonnx.onnx"):
+        assert "Tanh" not in {node.op_type for node in onnx.load(tmp_path / name).graph.node}
+    brfx.export_packed(qmodel, tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        nodes = json.loads(file.metadata()["brfx"])["nodes"]
+        (node,) = (node for node in nodes if node["op"] == "quantize")
+        (source,) = (other for other in nodes if other["name"] in node["inputs"])
+        values = file.get_tensor(source["attributes"]["value"]["tensor"])
+    (weight,) = (quantizer for quantizer in quantizers(qmodel).values() if isinstance(quantizer, WeightQuantizer))
+    assert torch.equal(values, weight.prepare(qmodel.weight).detach()) and not weight.prepared
+    assert torch.equal(qmodel(x), before)
+
+
+def test_a_preparation_that_a_packed_file_cannot_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"weight: a packed file has no form for what a DoReFaWeightQuantizer does"):
-        brfx.export_packed(qmodel, tmp_path / "model.safetensors")
+        brfx.export_packed(functional(scaled=True), tmp_path / "model.safetensors")
+
+
+def test_codes_alone_are_no_form_of_what_is_prepared_first() -> None:
+    quantizer = weight_quantizer(2, method="dorefa")
+    quantizer.begin_calibration()
+    quantizer(torch.randn(9))
+    assert codes_of(quantizer) is None
+    quantizer.prepared = True
+    assert codes_of(quantizer).high == 3
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
+def test_attention_takes_weights_through_their_quantizers() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 8)
+    qmodel = brfx.prepare_qat(Tokens(), settings("dorefa", "pact", per_channel=True)).eval()
+    brfx.calibrate(qmodel, [x])
+    integer = integer_model(qmodel)
+    assert len(integer.layers) == 4 and not integer.float_layers
+    torch.testing.assert_close(integer.model(x), qmodel(x))
 
 
 @pytest.mark.parametrize("name", ["weight_quantizer", "act_quantizer"])

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule, Node
 
 from brfx.export.operators import Codes, convolution, linear, product, recode, requantize
+from brfx.graph import attribute, free_name, module_calls
 from brfx.grid import Grid, positive_step
-from brfx.nn import QuantizedLayer, Quantizer
+from brfx.nn import QuantizedLayer, Quantizer, WeightQuantizer
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -141,9 +143,9 @@ class FloatLayer(nn.Module):
 
 
 def codes_of(quantizer: Quantizer) -> Codes | None:
-    """The uint8 codes of a quantizer of one step; ``None`` for signs, which no clipped rounding makes."""
+    """The uint8 codes of a quantizer of one step; ``None`` for what no clipped rounding makes, such as signs."""
     grid, step = quantizer.grid, float(positive_step(quantizer.step.detach()))
-    if grid.binary:
+    if grid.binary or not quantizer.only_clips:
         return None
     high = grid.high
     if quantizer.ceiling < math.inf:
@@ -157,6 +159,27 @@ def codes_of_weight(layer: QuantizedLayer) -> tuple[Tensor, Tensor]:
     broadcasts (:meth:`brfx.nn.Quantizer.integers`)."""
     assert layer.weight_quantizer is not None
     return layer.weight_quantizer.integers(layer.weight.detach())
+
+
+@torch.no_grad()
+def prepare_function_weights(gm: GraphModule) -> None:
+    """Give the graph, where a parameter is prepared and rounded for a function, the prepared values as a constant: a
+    runtime's own tanh, say, may come to another code.
+
+    y = F.linear(x, quantizer(weight))  ->  y = F.linear(x, quantizer(prepared))
+    """
+    for node, module in module_calls(gm):
+        source = node.args[0] if node.args else None
+        if not isinstance(module, WeightQuantizer) or module.only_clips or not isinstance(source, Node):
+            continue
+        if module.calibrated and source.op == "get_attr":
+            name = free_name(gm, f"{node.target}_prepared".replace(".", "_"))
+            gm.register_buffer(name, module.prepare(attribute(gm, source).detach()))
+            with gm.graph.inserting_before(node):
+                node.replace_input_with(source, gm.graph.get_attr(name))
+            module.prepared = True
+            if not source.users:
+                gm.graph.erase_node(source)
 
 
 class Storage(NamedTuple):

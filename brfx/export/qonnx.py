@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from brfx.calibration import require_calibrated
 from brfx.card import card_entries
 from brfx.errors import ExportError, first_line
 from brfx.export.destination import as_inputs, destination, replacing
+from brfx.export.layers import prepare_function_weights
 from brfx.export.onnx import quiet
-from brfx.graph import set_module, step_read
+from brfx.graph import attribute, set_module, step_read
 from brfx.grid import Grid, positive_step
 from brfx.nn import QuantizedLayer, QuantizedMultiheadAttention, Quantizer, ResidualAdd
 from brfx.observing import graphs
@@ -148,30 +150,31 @@ def _with_quant(qmodel: nn.Module) -> nn.Module:
                 for value in read:
                     if not value.users:
                         gm.graph.erase_node(value)
+        prepare_function_weights(gm)
         gm.graph.lint()
         gm.recompile()
-    prepared = _prepare_weights(model)
+    _prepare_weights(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, Quantizer) and module.calibrated:
             step = positive_step(module.step.detach())
-            prepare = None if module in prepared else module.prepare
-            stand_in = _Quant(step, module.grid, zero_point=-module.grid.offset, prepare=prepare)
+            stand_in = _Quant(step, module.grid, zero_point=-module.grid.offset, prepare=module.prepare)
             parent, _, leaf = name.rpartition(".")
             model.get_submodule(parent)._modules[leaf] = stand_in
     return model.requires_grad_(False)
 
 
-def _prepare_weights(model: nn.Module) -> set[Quantizer]:
-    """Let layers hold what their quantizers round: a runtime's own tanh, say, may come to another code. Those whose
-    weights are so now."""
-    prepared = set()
-    for layer in model.modules():
-        pairs = layer.regularized() if isinstance(layer, (QuantizedLayer, QuantizedMultiheadAttention)) else []
-        for weight, quantizer in pairs:
-            if quantizer.calibrated and not quantizer.only_clips and isinstance(weight, nn.Parameter):
-                weight.copy_(quantizer.prepare(weight))
-                prepared.add(quantizer)
-    return prepared
+def _prepare_weights(model: nn.Module) -> None:
+    """Let layers hold what their quantizers round, where that is not the weight itself and nothing else reads it."""
+    layers = [layer for layer in model.modules() if isinstance(layer, (QuantizedLayer, QuantizedMultiheadAttention))]
+    pairs = [pair for layer in layers for pair in layer.regularized()]
+    reads = Counter(id(weight) for weight, _ in pairs)
+    for gm in graphs(model).values():
+        reads.update(id(attribute(gm, node)) for node in gm.graph.nodes if node.op == "get_attr")
+    for weight, quantizer in pairs:
+        alone = isinstance(weight, nn.Parameter) and reads[id(weight)] == 1
+        if alone and quantizer.calibrated and not quantizer.only_clips:
+            weight.copy_(quantizer.prepare(weight))
+            quantizer.prepared = True
 
 
 def _tidy(proto: Any) -> None:

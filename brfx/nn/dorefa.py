@@ -39,23 +39,22 @@ class DoReFaWeightQuantizer(WeightQuantizer):
         super().__init__(bits, symmetric=symmetric)
         self.register_buffer("step", torch.full(step_shape, math.nan))
 
-    def prepare(self, values: Tensor) -> Tensor:
+    def transform(self, values: Tensor) -> Tensor:
         """``tanh(w) / max|tanh(w)|``, times the largest level."""
-        return self._prepared(values, self.step)
+        return self._scaled(values, self.step)
 
-    def _prepared(self, values: Tensor, step: Tensor) -> Tensor:
+    def _scaled(self, values: Tensor, step: Tensor) -> Tensor:
         squashed = torch.tanh(in_full(values))
         return squashed / positive_step(self._largest(squashed)) * (self.grid.reach * step)
 
     def _largest(self, squashed: Tensor) -> Tensor:
         """The largest magnitude of the values that share a step, in the shape of the step."""
         if self.step.numel() == 1:
-            return squashed.abs().amax().reshape(self.step.shape)
+            return squashed.abs().max().reshape(self.step.shape)
         return squashed.abs().amax([dim for dim, size in enumerate(self.step.shape) if size == 1], keepdim=True)
 
     def encode(self, values: Tensor, step: Tensor | None = None) -> Tensor:
-        step = self.step if step is None else step
-        return self.grid.encode(self._prepared(values, step), step)
+        return super().encode(values) if step is None else self.grid.encode(self._scaled(values, step), step)
 
     def first_step(self, values: Tensor, start: StartRule) -> Tensor:
         """``max|tanh(w)|`` at the largest level; no rule is searched by."""

@@ -22,7 +22,7 @@ class Quantizer(nn.Module):
 
     What comes out is ``grid.decode(encode(values), step)``, bit for bit: an integer times a scale, so that every
     exporter writes what was trained. A kind of quantizer defines :meth:`quantize` with its gradients, ``step``, and
-    where they differ :meth:`prepare` (with :meth:`encode`), :meth:`set_step` and :meth:`first_step`.
+    where they differ :meth:`transform`, :meth:`set_step` and :meth:`first_step`.
 
     ``step`` is NaN until :func:`brfx.calibrate` sets it; :class:`~brfx.errors.NotCalibratedError` is raised when the
     module is run before. ``mode`` is ``"quantize"``, ``"pass"`` (values go through, see
@@ -44,6 +44,8 @@ class Quantizer(nn.Module):
     #: How far beyond the outermost code a value still counts as inside for its gradient, in codes;
     #: :data:`BORDER_OF_SUMS` where what is quantized is a sum of codes.
     border: float = 0.0
+    #: Whether what it is given has been through :meth:`transform` already; exporters set it in copies of a model.
+    prepared: bool = False
     #: Whether Python code decides if it is reached at all: calibration may then leave it without a step.
     optional: bool = False
 
@@ -64,8 +66,8 @@ class Quantizer(nn.Module):
 
     @property
     def only_clips(self) -> bool:
-        """Whether :meth:`prepare` is the clipping between ``floor`` and ``ceiling`` and nothing else."""
-        return type(self).prepare is Quantizer.prepare
+        """Whether :meth:`transform` is the clipping between ``floor`` and ``ceiling`` and nothing else, or is done."""
+        return self.prepared or type(self).transform is Quantizer.transform
 
     def forward(self, input: Tensor) -> Tensor:  # named as a ReLU's, which it may stand for
         values = input
@@ -80,7 +82,11 @@ class Quantizer(nn.Module):
         return self.quantize(values)
 
     def prepare(self, values: Tensor) -> Tensor:
-        """What happens to the values before they are quantized: here they are clipped."""
+        """What is rounded: the values after :meth:`transform`."""
+        return values if self.prepared else self.transform(values)
+
+    def transform(self, values: Tensor) -> Tensor:
+        """What happens to the values before they are rounded: here they are clipped."""
         return clipped(values, self.floor, self.ceiling)
 
     def quantize(self, values: Tensor) -> Tensor:

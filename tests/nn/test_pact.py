@@ -54,7 +54,7 @@ def test_a_fixed_ceiling_is_kept_too() -> None:
     quantizer = calibrated(PACTReLU(8, clip_value=6.0), 10.2)
     x = torch.tensor([5.0, 6.0, 9.0, 11.0], dtype=torch.float64, requires_grad=True)
     output = quantizer(x)
-    assert output.max() == 6 and quantizer.clip_value == 6
+    assert output.max().item() == pytest.approx(6) and quantizer.clip_value == 6
     output.sum().backward()
     assert x.grad.tolist() == [1, 0, 0, 0] and quantizer.alpha.grad == 0
 
@@ -69,7 +69,7 @@ def test_a_sum_of_codes_that_is_alpha_counts_as_inside() -> None:
 
 def test_calibration_sets_alpha_by_the_start_rule() -> None:
     quantizer, x = PACTReLU(2), torch.randn(64, 8)
-    assert math.isnan(quantizer.alpha)
+    assert quantizer.alpha.isnan()
     quantizer.begin_calibration("lsq")
     quantizer(x)
     quantizer.end_calibration()
@@ -81,7 +81,7 @@ def test_calibration_sets_alpha_by_the_start_rule() -> None:
 def test_an_fp32_state_dict_leaves_it_without_alpha() -> None:
     quantizer = calibrated(PACTReLU(2), 3.0)
     quantizer.load_state_dict({}, strict=False)
-    assert not quantizer.has_step() and math.isnan(quantizer.alpha)
+    assert not quantizer.has_step() and quantizer.alpha.isnan()
     quantizer.load_state_dict({"alpha": torch.tensor(2.0)})
     assert quantizer.calibrated and quantizer.step == 2 / 3
 
