@@ -83,17 +83,21 @@ class Regularizers(Regularizer):
 
     def __init__(self, run: nn.Module, *terms: WeightTerm) -> None:
         super().__init__()
-        self.run, self.terms = run, nn.ModuleList(terms)
-        self.terms.to(next(run.parameters()).device)
+        self.run, self._list = run, nn.ModuleList(terms)
+        self._list.to(next(run.parameters()).device)
         names = self.logged_terms
         if len(set(names)) < len(names):
             raise ConfigError(f"two regularizers of one name: {', '.join(names)}")
         self._fields = namedtuple("Terms", ("total", *names))  # type: ignore[misc]
 
     @property
+    def terms(self) -> list[WeightTerm]:
+        return list(self._list)  # type: ignore[arg-type]
+
+    @property
     def logged_terms(self) -> tuple[str, ...]:
         inner = self.run.logged_terms if isinstance(self.run, Regularizer) else ()
-        return (*inner, *(term.name for term in self.terms))  # type: ignore[misc]
+        return (*inner, *(term.name for term in self.terms))
 
     def begin(self) -> None:
         if isinstance(self.run, Regularizer):

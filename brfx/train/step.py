@@ -90,8 +90,8 @@ def loss_step(
         numbers = {"task": task.detach(), "correct": (logits.argmax(1) == labels).sum()}
         if terms is None:
             return task, numbers
-        declared = isinstance(penalty, Regularizer)
-        for name in penalty.logged_terms if declared else [name for name in terms._fields if name != "total"]:
+        fields = [name for name in terms._fields if name != "total"]
+        for name in penalty.logged_terms if isinstance(penalty, Regularizer) else fields:
             numbers[name] = getattr(terms, name).detach()
         return task + terms.total, numbers
 
