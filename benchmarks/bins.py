@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from brfx.binreg import bin_loss
-from brfx.compiling import compiled
+from brfx.fast.saved_codes import coded
+from brfx.kernels.batch_norm import batch_norm
+from brfx.kernels.inductor import compiled
 from brfx.nn import QuantizedClippedReLU
-from brfx.nn.codes import coded
-from brfx.nn.norm import batch_norm
-from brfx.penalty import bins, late_bins
+from brfx.regularizers.bin_penalty import bins, late_bins
+from brfx.regularizers.bin_regularizer import bin_loss
 
 #: Maps and the clip of their ReLU.
 MAPS = (

@@ -42,7 +42,7 @@ from benchmarks.model_inputs import (  # noqa: E402
     settle,
 )
 from brfx.calibration import quantizers  # noqa: E402
-from brfx.trace import trace_islands  # noqa: E402
+from brfx.graph.trace import trace_islands  # noqa: E402
 
 BEGIN, END = "<!-- coverage: begin -->", "<!-- coverage: end -->"
 LINES = Path("runs/coverage.jsonl")

@@ -24,7 +24,7 @@ import torchvision
 import brfx
 from brfx.export import OnnxReport
 from brfx.export.benchmark import Timing
-from brfx.files import benchmark_files, export_file, verify_files
+from brfx.jobs.files import benchmark_files, export_file, verify_files
 from brfx.train import reestimate_batch_norm
 
 BEGIN, END = "<!-- models: begin -->", "<!-- models: end -->"

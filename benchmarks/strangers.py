@@ -19,7 +19,7 @@ from torch.fx import GraphModule  # noqa: E402
 
 import brfx  # noqa: E402
 from benchmarks.dispatch_count import DistinctValues  # noqa: E402
-from brfx.operators import words  # noqa: E402
+from brfx.graph.torch_ops import words  # noqa: E402
 
 BEGIN, END = "<!-- strangers: begin -->", "<!-- strangers: end -->"
 NAMES = words(

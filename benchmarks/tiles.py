@@ -13,8 +13,8 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from brfx.compiling import compiled
-from brfx.nn.norm import batch_norm
+from brfx.kernels.batch_norm import batch_norm
+from brfx.kernels.inductor import compiled
 
 #: Maps of ResNet-20 at batch 128, and of MobileNetV2 and ResNet-18 at batch 8.
 SHAPES = [(128, 16, 32, 32), (128, 64, 8, 8), (8, 96, 112, 112), (8, 64, 112, 112), (8, 192, 28, 28), (8, 960, 7, 7)]

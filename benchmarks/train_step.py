@@ -669,11 +669,12 @@ it that hold the median with 95 % probability (of fewer than 6 rounds: the least
   `compile="kernels"` of `fit`: each convolution, which stays PyTorch's own, and what follows it up to its quantizer are
   one compiled function, and eager autograd runs between them; compiled is `compile="on"`. Before anything is timed, the
   gradients of each case are compared with those of the plain eager step in float64 on a small batch, to 1e-6 of each
-  one's norm (`--no-check` leaves that to `tests/test_penalty.py`). Memory that a step frees goes back to the kernel or
-  not as the C library decides, in all cases alike; `fit` itself keeps it (`benchmarks/kept_memory.py`).
+  one's norm (`--no-check` leaves that to `tests/regularizers/test_bin_penalty.py`). Memory that a step frees goes back
+  to the kernel or not as the C library decides, in all cases alike; `fit` itself keeps it
+  (`benchmarks/kept_memory.py`).
 - **FP32** is plain eager, or `torch.compile` as it comes, and what all ratios are to. **FP32 in brfx.fit** is the same
-  float model with the compiler options that `fit` gives (`brfx/compiling.py`): part of what brfx gains is open to every
-  network.
+  float model with the compiler options that `fit` gives (`brfx/kernels/inductor.py`): part of what brfx gains is
+  open to every network.
 - **published** is LSQ from autograd operations with `detach`, and the regularizer's loop over bins, mean and variance
   of the values that a mask selects, as the papers print them.
 - **Brevitas** has learned scales for weights and ReLUs, {BITS} bits. **torchao** is `prepare_qat_pt2e` with

@@ -7,44 +7,44 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from brfx.auditing import audit
-    from brfx.binreg import BinRegularizer
+    from brfx.analysis.audit import audit
+    from brfx.analysis.dead_filters import dead_filters
+    from brfx.analysis.observe import observe
+    from brfx.analysis.weight_statistics import WeightStatistics
     from brfx.calibration import calibrate, quantization_disabled
-    from brfx.checkpoint import float_state_dict, load, save
     from brfx.config import QATConfig, TrainConfig
     from brfx.errors import BrfxError
     from brfx.export import export_onnx, export_packed, export_qonnx, export_torch, snap_biases
-    from brfx.filters import dead_filters
+    from brfx.io.model_file import float_state_dict, load, save
     from brfx.models import build_model
-    from brfx.observing import observe
-    from brfx.penalty import BinPenalty
-    from brfx.pipeline import prepare_qat
-    from brfx.statistics import WeightStatistics
+    from brfx.prepare import prepare_qat
+    from brfx.regularizers.bin_penalty import BinPenalty
+    from brfx.regularizers.bin_regularizer import BinRegularizer
     from brfx.train import evaluate, fit
 
 _HOMES = {
-    "BinPenalty": "brfx.penalty",
-    "BinRegularizer": "brfx.binreg",
+    "BinPenalty": "brfx.regularizers.bin_penalty",
+    "BinRegularizer": "brfx.regularizers.bin_regularizer",
     "BrfxError": "brfx.errors",
     "QATConfig": "brfx.config",
     "TrainConfig": "brfx.config",
-    "WeightStatistics": "brfx.statistics",
-    "audit": "brfx.auditing",
+    "WeightStatistics": "brfx.analysis.weight_statistics",
+    "audit": "brfx.analysis.audit",
     "build_model": "brfx.models",
     "calibrate": "brfx.calibration",
-    "dead_filters": "brfx.filters",
+    "dead_filters": "brfx.analysis.dead_filters",
     "evaluate": "brfx.train",
     "export_onnx": "brfx.export",
     "export_packed": "brfx.export",
     "export_qonnx": "brfx.export",
     "export_torch": "brfx.export",
     "fit": "brfx.train",
-    "float_state_dict": "brfx.checkpoint",
-    "load": "brfx.checkpoint",
-    "observe": "brfx.observing",
-    "prepare_qat": "brfx.pipeline",
+    "float_state_dict": "brfx.io.model_file",
+    "load": "brfx.io.model_file",
+    "observe": "brfx.analysis.observe",
+    "prepare_qat": "brfx.prepare",
     "quantization_disabled": "brfx.calibration",
-    "save": "brfx.checkpoint",
+    "save": "brfx.io.model_file",
     "snap_biases": "brfx.export",
 }
 

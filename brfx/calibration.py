@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from brfx.analysis.dead_filters import Filters, dead_at_start, described, leave_out, revive
+from brfx.analysis.dead_filters import dead_filters as found_dead
+from brfx.analysis.sqnr import LEAST_DB, lossy_at_8_bits
 from brfx.config import DEAD_FILTERS
 from brfx.errors import ConfigError, DataError, NotCalibratedError
-from brfx.filters import Filters, dead_at_start, described, leave_out, revive
-from brfx.filters import dead_filters as found_dead
 from brfx.nn import Quantizer, ResidualAdd
-from brfx.sqnr import LEAST_DB, lossy_at_8_bits
-from brfx.start import START_RULES
+from brfx.quant.step_init import START_RULES
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from brfx.errors import ConfigError
-from brfx.factory import ACT_QUANTIZERS, WEIGHT_QUANTIZERS
+from brfx.quant.factory import ACT_QUANTIZERS, WEIGHT_QUANTIZERS
 
 PLACEMENTS = ("deploy", "paper")
 WEIGHT_GRIDS = ("signed", "symmetric")
@@ -87,9 +87,9 @@ class QATConfig:
             quantizer takes (``"deploy"``); 32 leaves the first and the last in FP32.
         weight_grid: ``"signed"`` has a zero, levels ``-2**(bits-1) .. 2**(bits-1) - 1`` steps, as in the LSQ paper.
             ``"symmetric"`` has none: ``-1.5, -0.5, 0.5, 1.5`` steps at 2 bits; for weights of 1 to 4 bits.
-        weight_quantizer, act_quantizer: how they are quantized, ``"lsq"`` or another kind (:mod:`brfx.factory`). What
-            may be negative, attention, products in Python code and residual streams have LSQ's quantizer of activations
-            in any case.
+        weight_quantizer, act_quantizer: how they are quantized, ``"lsq"`` or another kind
+            (:mod:`brfx.quant.factory`). What may be negative, attention, products in Python code and residual streams
+            have LSQ's quantizer of activations in any case.
         stream_bits: bits of a residual stream (``"deploy"``), 1 to 8: where an add reads a ReLU's output, that output
             has a grid of its own, and each layer behind it reads it requantized to that layer's ``act_bits``. At
             ``act_bits`` or below the stream is as narrow as the layers' inputs.
@@ -373,7 +373,7 @@ class JobConfig:
             ``"per_value"``.
         lambda_br, lambda_br_act: weights of the two bin regularizers; 0 switches one off. Default 0.1 and 0.01; in the
             per-value form 0.001 and 0.
-        lambda_kurtosis: weight of the weights' kurtosis regularizer (:mod:`brfx.kurtosis`); 0: off.
+        lambda_kurtosis: weight of the weights' kurtosis regularizer (:mod:`brfx.regularizers.kurtosis`); 0: off.
         br_backprop_to_alpha_act: let the activations' regularizer train the activation steps.
         freeze_weight_alpha, freeze_act_alpha: freeze those steps when regularization starts.
         teacher: another FP32 network to distill from, ``NAME=FILE``: a model as ``model`` takes it, and its checkpoint.

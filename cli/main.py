@@ -44,7 +44,7 @@ def quantize(dry_run: bool, **given: Any) -> None:
     """Train a low-bit network from an FP32 checkpoint and export it."""
     resume = given["resume"] is not None
     job = build_job("quantize", given)
-    from brfx import job as jobs
+    from brfx.jobs import job as jobs
 
     if dry_run:
         render.audit(jobs.dry_run(job))
@@ -64,7 +64,7 @@ def train(**given: Any) -> None:
     """Train an FP32 baseline (best.pth is what `quantize --ckpt` takes)."""
     resume = given["resume"] is not None
     job = build_job("train", given)
-    from brfx import job as jobs
+    from brfx.jobs import job as jobs
 
     render.show_log()
     with render.progress("FP32") as callback:
@@ -78,7 +78,7 @@ def train(**given: Any) -> None:
 def evaluate(**given: Any) -> None:
     """Test accuracy of an FP32 checkpoint (with --model) or of a run's model.pt."""
     job = build_job("evaluate", given)
-    from brfx import job as jobs
+    from brfx.jobs import job as jobs
 
     kind, result = jobs.evaluate_file(job)
     render.console.print(f"{kind} top-1 accuracy: {render.evaluation(result)}")
@@ -101,7 +101,7 @@ def export(ckpt: Path, output: Path, model: str, profile: str) -> None:
     .onnx: integer kernels, compared with the model.  .safetensors: packed codes and a header (docs/packed-format.md).
     .pt2: torch.export, loads without brfx.  .qonnx.onnx: QONNX.
     """
-    from brfx import files
+    from brfx.jobs import files
 
     report = files.export_file(ckpt, output, model, profile)
     if report is None:
@@ -119,7 +119,7 @@ def export(ckpt: Path, output: Path, model: str, profile: str) -> None:
 @click.option("--integer", is_flag=True, help="Run a model.pt in its integer form, the reference interpreter.")
 def verify(first: Path, second: Path, data: str, data_dir: Path, images: int, integer: bool) -> None:
     """Compare two files of one model (.onnx, or brfx's .pt): outputs, decisions, accuracy, codes by layer."""
-    from brfx import files
+    from brfx.jobs import files
 
     render.verification(files.verify_files(first, second, data, data_dir, images, integer))
 
@@ -135,7 +135,7 @@ def benchmark(paths: tuple[Path, ...], batch_size: int, rounds: int, threads: in
 
     A model.pt among them adds its FP32 export and ONNX Runtime's own INT8 of that, to compare with.
     """
-    from brfx import files
+    from brfx.jobs import files
 
     render.timings(files.benchmark_files(list(paths), batch_size, rounds, threads, image_size))
 
@@ -159,7 +159,7 @@ def models(pattern: str) -> None:
 @click.option("--image-size", type=int, help="Pixels a side of the example.  [default: the model's own]")
 def inspect(**given: Any) -> None:
     """Show each layer of a rewritten model, or of a run's model.pt: bits, signs, steps, MACs."""
-    from brfx import job as jobs
+    from brfx.jobs import job as jobs
 
     render.audit(jobs.inspect(build_job("inspect", given)))
 
@@ -177,7 +177,7 @@ def recipes(name: str | None) -> None:
 @click.argument("folder", metavar="DIR", default="runs", type=click.Path(path_type=Path))
 def runs(folder: Path) -> None:
     """List the runs in DIR and below side by side.  [default: runs]"""
-    from brfx.runs import read_runs
+    from brfx.jobs.runs import read_runs
 
     render.runs(read_runs(folder))
 

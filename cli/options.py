@@ -28,7 +28,7 @@ from brfx.config import (
     read_job_config,
 )
 from brfx.errors import ConfigError
-from brfx.factory import ACT_QUANTIZERS, WEIGHT_QUANTIZERS
+from brfx.quant.factory import ACT_QUANTIZERS, WEIGHT_QUANTIZERS
 from brfx.recipe import Settings, read_recipe, read_settings, recipe_names
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -15,12 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from brfx.auditing import Audit
+    from brfx.analysis.audit import Audit
     from brfx.export import OnnxReport
     from brfx.export.benchmark import Timing
     from brfx.export.verify import Verification
-    from brfx.job import JobResult
-    from brfx.runs import Run
+    from brfx.jobs.job import JobResult
+    from brfx.jobs.runs import Run
     from brfx.train import EpochMetrics, Evaluation
     from brfx.train import Progress as Where
 
@@ -41,7 +41,7 @@ def show_log(*, passes: bool = False) -> None:
     logger.handlers = [_LogLines()]
     logger.setLevel(logging.INFO)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of no CUDA at every compile
-    logging.getLogger("brfx.pipeline").setLevel(logging.INFO if passes else logging.WARNING)
+    logging.getLogger("brfx.prepare").setLevel(logging.INFO if passes else logging.WARNING)
 
 
 def error(message: str) -> None:

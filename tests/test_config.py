@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 import brfx
 from brfx.config import JobConfig, QATConfig, TrainConfig
 from brfx.errors import ConfigError
-from brfx.grid import Grid
 from brfx.nn import QuantizedClippedReLU, QuantizedLayer, StreamQuantizer
+from brfx.quant.grid import Grid
 
 
 def bits_of(qmodel) -> dict[str, int]:

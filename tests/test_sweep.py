@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.coverage import check_model
 from benchmarks.model_inputs import model_names
-from brfx.operators import words
+from brfx.graph.torch_ops import words
 
 #: One of each: plain, aux heads, cat, preactivation, gates, linear bottleneck, fx-wrapped attention, MHA, 3-d layers,
 #: a buffer that no forward reads, segmentation, a detector and optical flow (islands).

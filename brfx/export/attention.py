@@ -7,11 +7,11 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from brfx.export.layers import IntegerLinear, IntegerProduct, Requantize, codes_of, integer_linear
-from brfx.grid import Grid
+from brfx.graph.source_rewrite import QuantizedCall
+from brfx.graph.torch_ops import LINEAR
 from brfx.nn import QuantizedAttention, QuantizedMultiheadAttention, Quantizer, WeightQuantizer
 from brfx.nn.layers import adopted
-from brfx.operators import LINEAR
-from brfx.python_calls import QuantizedCall
+from brfx.quant.grid import Grid
 
 #: Matrix products of two activations.
 PRODUCTS = ("matmul", "rmatmul", "mm", "bmm")

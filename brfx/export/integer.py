@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchvision.ops import StochasticDepth
 
+from brfx.analysis.observe import graphs
 from brfx.calibration import require_calibrated
 from brfx.errors import ExportError
 from brfx.export.attention import PRODUCTS, IntegerAttention, IntegerCall, IntegerMultiheadAttention, as_matmul
@@ -33,9 +34,11 @@ from brfx.export.layers import (
     prepare_function_weights,
 )
 from brfx.export.operators import Codes
-from brfx.flow import analyse, commutes_with_rounding, operands, operation
-from brfx.graph import attribute, call_counts, call_sites, free_name, set_module, step_read
-from brfx.grid import positive_step
+from brfx.graph.dataflow import analyse, commutes_with_rounding, operands, operation
+from brfx.graph.source_rewrite import QuantizedCall
+from brfx.graph.torch_ops import LINEAR, is_attention
+from brfx.graph.trace import pruned
+from brfx.graph.utils import attribute, call_counts, call_sites, free_name, set_module, step_read
 from brfx.nn import (
     ActivationObserver,
     ActivationQuantizer,
@@ -48,10 +51,7 @@ from brfx.nn import (
 )
 from brfx.nn.layers import has_integer_form
 from brfx.nn.residual import LEVELS
-from brfx.observing import graphs
-from brfx.operators import LINEAR, is_attention
-from brfx.python_calls import QuantizedCall
-from brfx.trace import pruned
+from brfx.quant.grid import positive_step
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from brfx.export.operators import Codes, convolution, linear, product, recode, requantize
-from brfx.graph import attribute, free_name, module_calls
-from brfx.grid import Grid, positive_step
+from brfx.graph.utils import attribute, free_name, module_calls
 from brfx.nn import QuantizedLayer, Quantizer, WeightQuantizer
+from brfx.quant.grid import Grid, positive_step
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 

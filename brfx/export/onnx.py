@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from brfx.card import card_of
+from brfx.analysis.observe import graphs
 from brfx.errors import ExportError, first_line
 from brfx.export.destination import as_inputs, destination, replacing
 from brfx.export.integer import IntegerModel, integer_model
 from brfx.export.operators import translations
 from brfx.export.parity import SiteParity, compare_codes
 from brfx.export.proto import own_zero_points, share_codes, store_quantized, store_weights, strip
-from brfx.flow import operation
+from brfx.graph.dataflow import operation
+from brfx.metadata import card_of
 from brfx.nn import QuantizedLayer
-from brfx.observing import graphs
 
 log = logging.getLogger(__name__)
 

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.operator_schemas import normalize_function
 
-from brfx.card import card_entries
 from brfx.errors import ExportError, first_line
 from brfx.export.destination import destination, replacing
 from brfx.export.integer import integer_model
 from brfx.export.layers import FloatLayer, IntegerConv, IntegerLinear, IntegerProduct, Requantize, Storage
 from brfx.export.operators import Codes
 from brfx.export.packing import pack, unpack
+from brfx.graph.torch_ops import name_of
+from brfx.metadata import card_entries
 from brfx.nn import QUANTIZED_LAYERS, QuantizedLayer, Quantizer
-from brfx.operators import name_of
 
 FORMAT_VERSION = 2
 

@@ -11,9 +11,9 @@ from torch.fx import GraphModule, Node
 
 from brfx.export.integer import IntegerModel
 from brfx.export.layers import IntegerConv, Requantize
-from brfx.graph import call_sites
+from brfx.graph.trace import pruned
+from brfx.graph.utils import call_sites
 from brfx.nn import ActivationQuantizer
-from brfx.trace import pruned
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from brfx.analysis.observe import graphs
 from brfx.calibration import require_calibrated
-from brfx.card import card_entries
 from brfx.errors import ExportError, first_line
 from brfx.export.destination import as_inputs, destination, replacing
 from brfx.export.layers import prepare_function_weights
 from brfx.export.onnx import quiet
-from brfx.graph import attribute, set_module, step_read
-from brfx.grid import Grid, positive_step
+from brfx.graph.trace import pruned
+from brfx.graph.utils import attribute, set_module, step_read
+from brfx.metadata import card_entries
 from brfx.nn import QuantizedLayer, QuantizedMultiheadAttention, Quantizer, ResidualAdd
-from brfx.observing import graphs
-from brfx.trace import pruned
+from brfx.quant.grid import Grid, positive_step
 
 DOMAIN = "qonnx.custom_op.general"
 _OPSET = 18

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from brfx.calibration import require_calibrated
-from brfx.card import card_entries
 from brfx.errors import ExportError, first_line
 from brfx.export.destination import as_inputs, destination, replacing
+from brfx.metadata import card_entries
 from brfx.nn import QuantizedLayer
 
 

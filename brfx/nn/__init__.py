@@ -12,7 +12,9 @@ from brfx.nn.layers import (
     QuantizedLayer,
     QuantizedLinear,
 )
-from brfx.nn.lsq import (
+from brfx.nn.observer import ActivationObserver
+from brfx.nn.residual import AlignedAdd, ResidualAdd, StreamAdd
+from brfx.quant.lsq import (
     LSQActivationQuantizer,
     LSQQuantizer,
     LSQWeightQuantizer,
@@ -20,9 +22,7 @@ from brfx.nn.lsq import (
     StreamQuantizer,
     lsq_quantize,
 )
-from brfx.nn.observer import ActivationObserver
-from brfx.nn.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
-from brfx.nn.residual import AlignedAdd, ResidualAdd, StreamAdd
+from brfx.quant.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
 
 __all__ = [
     "QUANTIZED_LAYERS",

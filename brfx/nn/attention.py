@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from brfx.factory import activation_quantizer, weight_quantizer
 from brfx.nn.layers import adopted
-from brfx.nn.quantizer import WeightQuantizer
+from brfx.quant.factory import activation_quantizer, weight_quantizer
+from brfx.quant.quantizer import WeightQuantizer
 
 
 class QuantizedAttention(nn.Module):
@@ -123,7 +123,7 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
             weight_bits, act_bits: ``None`` leaves weights, or activations, in FP32.
             per_channel: one step per output channel of a weight.
             symmetric: put weights on the grid without a zero.
-            method: of the weights' quantizers, one of :data:`brfx.factory.WEIGHT_QUANTIZERS`.
+            method: of the weights' quantizers, one of :data:`brfx.quant.factory.WEIGHT_QUANTIZERS`.
         """
         kind = cls
         if type(layer) not in cls.__mro__:

@@ -8,8 +8,8 @@ from typing import Any, Self, TypeVar
 
 from torch import Tensor, nn
 
-from brfx.factory import weight_quantizer
-from brfx.nn.quantizer import ActivationQuantizer, WeightQuantizer
+from brfx.quant.factory import weight_quantizer
+from brfx.quant.quantizer import ActivationQuantizer, WeightQuantizer
 
 _Kind = TypeVar("_Kind", bound=nn.Module)
 
@@ -64,7 +64,7 @@ class QuantizedLayer(nn.Module):
         method: str = "lsq",
     ) -> Self:
         """The quantized form of ``layer``; ``bits=None`` leaves its weight in FP32, ``symmetric`` is the grid's,
-        ``method`` one of :data:`brfx.factory.WEIGHT_QUANTIZERS`."""
+        ``method`` one of :data:`brfx.quant.factory.WEIGHT_QUANTIZERS`."""
         new = cls.adopt(layer)
         new.weight_quantizer = new.input_quantizer = None
         if bits is not None:

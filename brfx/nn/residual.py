@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from brfx.grid import in_full, nearest_code, positive_step
-from brfx.nn.norm import sum_by_channel
+from brfx.kernels.batch_norm import sum_by_channel
+from brfx.quant.grid import in_full, nearest_code, positive_step
 
 #: Codes of a branch are uint8 or int8.
 LEVELS = 255

@@ -8,9 +8,10 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from brfx.config import QATConfig
-from brfx.factory import activation_quantizer
-from brfx.flow import Flow, analyse, operation
-from brfx.graph import free_name, insert_after, scope, set_module, step_node
+from brfx.graph.dataflow import Flow, analyse, operation
+from brfx.graph.source_rewrite import QuantizedFunction
+from brfx.graph.torch_ops import LINEAR, passes
+from brfx.graph.utils import free_name, insert_after, scope, set_module, step_node
 from brfx.nn import (
     ActivationQuantizer,
     AlignedAdd,
@@ -20,9 +21,8 @@ from brfx.nn import (
     ResidualAdd,
     StreamAdd,
 )
-from brfx.nn.quantizer import BORDER_OF_SUMS
-from brfx.operators import LINEAR, passes
-from brfx.python_calls import QuantizedFunction
+from brfx.quant.factory import activation_quantizer
+from brfx.quant.quantizer import BORDER_OF_SUMS
 
 _ADDS = ("add", "iadd")
 _MULTIPLY = (QuantizedLayer, QuantizedMultiheadAttention, QuantizedAttention, QuantizedFunction)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule
 
-from brfx.graph import free_name, insert_before, module_calls
+from brfx.graph.utils import free_name, insert_before, module_calls
 from brfx.nn import ActivationObserver, ActivationQuantizer
 
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from brfx.config import QATConfig
-from brfx.factory import weight_quantizer
-from brfx.flow import Operand, operands
-from brfx.graph import free_name, scope, set_module
+from brfx.graph.dataflow import Operand, operands
+from brfx.graph.source_rewrite import QuantizedFunction
+from brfx.graph.torch_ops import is_attention
+from brfx.graph.utils import free_name, scope, set_module
 from brfx.nn import QuantizedAttention, WeightQuantizer
-from brfx.operators import is_attention
-from brfx.python_calls import QuantizedFunction
+from brfx.quant.factory import weight_quantizer
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class QuantizeFunctions:
         y = shifted_window_attention(...)        ->  y = QuantizedFunction(...)
 
     The last is any Python function that was kept whole by ``torch.fx.wrap`` and multiplies matrices inside: its source
-    is rewritten, see :mod:`brfx.python_calls`.
+    is rewritten, see :mod:`brfx.graph.source_rewrite`.
 
     Requires: nothing.
     Ensures: every weight operand of a function comes out of a quantizer; a second run changes 0 sites.

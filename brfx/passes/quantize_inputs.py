@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from brfx.config import QATConfig
-from brfx.factory import activation_quantizer
-from brfx.flow import AVERAGES, Flow, Operand, analyse, operands
-from brfx.graph import free_name, module_calls, scope, set_module
+from brfx.graph.dataflow import AVERAGES, Flow, Operand, analyse, operands
+from brfx.graph.utils import free_name, module_calls, scope, set_module
 from brfx.nn import QUANTIZED_LAYERS, ActivationQuantizer, QuantizedLayer
+from brfx.quant.factory import activation_quantizer
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class QuantizeInputs:
 
     A stream that is wider than the layer's inputs (``WidenStreams``) is no grid that the layer may read.
     A value on a grid stays on it through max-pooling, reshapes, dropout, the concatenation of one grid and the like
-    (:mod:`brfx.flow`). The quantizer is unsigned where the value cannot be negative. What comes from the graph's
-    inputs alone gets ``input_bits``, an average ``residual_bits``, all else the layer's ``act_bits``. Operands of one
-    value share a quantizer if they have the same bits.
+    (:mod:`brfx.graph.dataflow`). The quantizer is unsigned where the value cannot be negative. What comes from the
+    graph's inputs alone gets ``input_bits``, an average ``residual_bits``, all else the layer's ``act_bits``. Operands
+    of one value share a quantizer if they have the same bits.
 
     Requires: ``QuantizeLayers``, ``QuantizeFunctions``, ``QuantizeReLUs``.
     Ensures: every operand of a layer that is to be quantized is on a grid; a second run changes 0 sites.

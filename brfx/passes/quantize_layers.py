@@ -6,9 +6,9 @@ from torch import nn
 from torch.fx import GraphModule
 
 from brfx.config import QATConfig
-from brfx.graph import module_calls, set_module
+from brfx.graph.trace import computes_as
+from brfx.graph.utils import module_calls, set_module
 from brfx.nn import QUANTIZED_LAYERS, QuantizedLayer, QuantizedMultiheadAttention
-from brfx.trace import computes_as
 
 
 @dataclass(frozen=True)

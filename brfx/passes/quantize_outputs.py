@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from brfx.config import QATConfig
-from brfx.factory import activation_quantizer
-from brfx.flow import Flow, analyse, operation, quantizer_behind
-from brfx.graph import free_name, insert_after, module_calls
+from brfx.graph.dataflow import Flow, analyse, operation, quantizer_behind
+from brfx.graph.utils import free_name, insert_after, module_calls
 from brfx.nn.layers import has_integer_form
+from brfx.quant.factory import activation_quantizer
 
 
 @dataclass(frozen=True)

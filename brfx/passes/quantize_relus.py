@@ -6,12 +6,12 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from brfx.config import QATConfig
-from brfx.factory import relu_quantizer
-from brfx.flow import operation
-from brfx.graph import module_calls, set_module
+from brfx.graph.dataflow import operation
+from brfx.graph.torch_ops import JOINS, passes
+from brfx.graph.utils import module_calls, set_module
+from brfx.kernels.hooks import give_hooks
 from brfx.nn import ActivationQuantizer
-from brfx.nn.hooks import give_hooks
-from brfx.operators import JOINS, passes
+from brfx.quant.factory import relu_quantizer
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
-from brfx.graph import free_name, replace_with_module, scope
+from brfx.graph.utils import free_name, replace_with_module, scope
 
 _FUNCTIONS: dict[object, type[nn.Module]] = {
     F.relu: nn.ReLU,

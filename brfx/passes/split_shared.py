@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule
 
-from brfx.graph import call_counts, free_name, module_calls, set_module
+from brfx.graph.utils import call_counts, free_name, module_calls, set_module
 
 
 @dataclass(frozen=True)

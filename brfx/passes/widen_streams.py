@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from brfx.config import QATConfig
-from brfx.factory import stream_quantizer
-from brfx.flow import operation
-from brfx.graph import module_calls, set_module
+from brfx.graph.dataflow import operation
+from brfx.graph.torch_ops import passes
+from brfx.graph.utils import module_calls, set_module
 from brfx.nn import ActivationQuantizer
-from brfx.operators import passes
+from brfx.quant.factory import stream_quantizer
 
 _ADDS = ("add", "iadd")
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.utils.hooks import RemovableHandle
 
-from brfx.ranks import ranks
+from brfx.distributed import ranks
 
 
 def culprit(model: nn.Module, images: Tensor, loss: Tensor) -> str:

@@ -18,9 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from brfx.config import TrainConfig
+from brfx.distributed import (
+    batch_norms_synced,
+    from_all,
+    from_first,
+    largest,
+    lost_ranks_named,
+    rank,
+    ranks,
+    share_buffers,
+)
 from brfx.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError, first_line
-from brfx.ranks import batch_norms_synced, from_all, from_first, largest, lost_ranks_named, rank, ranks, share_buffers
-from brfx.state import versioned
+from brfx.io.state_dict import versioned
 from brfx.train.batch_norm import reestimate_batch_norm, small_batches_named
 from brfx.train.checkpoint import (
     FOLDER,
@@ -65,7 +74,7 @@ class Penalty(Protocol):
     """A module around the trained one: ``penalty(x) -> (output, terms)``, ``terms`` a named tuple.
 
     ``terms.total`` is added to the loss, the others are logged. ``begin()`` is called when the warm-up is over.
-    :class:`brfx.regularizer.Regularizer` is one that says which terms are logged, and may have a faster form.
+    :class:`brfx.regularizers.Regularizer` is one that says which terms are logged, and may have a faster form.
     """
 
     def __call__(self, *inputs: Any) -> tuple[Any, Any]: ...

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy
 
-from brfx.compiling import compiled
 from brfx.config import TrainConfig
-from brfx.ranks import ranks
-from brfx.regularizer import HasTrainingForm, Regularizer
+from brfx.distributed import ranks
+from brfx.kernels.inductor import compiled
+from brfx.regularizers import HasTrainingForm, Regularizer
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +69,8 @@ def loss_step(
     """The function that is differentiated: ``loss``, plus ``terms.total`` if there is a penalty.
 
     Args:
-        model, penalty: as in :func:`brfx.fit`. A :class:`~brfx.regularizer.Regularizer` says which of its terms are
-            logged; of another penalty all are.
+        model, penalty: as in :func:`brfx.fit`. A :class:`~brfx.regularizers.Regularizer` says which of its
+            terms are logged; of another penalty all are.
         kernels: what a ``training_form`` is asked for, where there is one; ``None``: the modules are called as they
             are.
         precision: ``"bf16"`` and ``"fp16"`` run the model under autocast; the loss is in FP32.

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from brfx.config import TrainConfig
+from brfx.distributed import anywhere
 from brfx.errors import TrainingError
-from brfx.ranks import anywhere
 from brfx.train.optim import build_optimizer, rate_factor
 
 #: Loss scaling that halves its scale below this finds no gradient that is finite.

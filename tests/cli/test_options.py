@@ -6,9 +6,9 @@ from dataclasses import asdict
 import pytest
 from brfx_cli.main import cli
 
-from brfx import job as jobs
 from brfx.config import TrainConfig
 from brfx.errors import ConfigError
+from brfx.jobs import job as jobs
 
 
 class Reached(Exception):

@@ -136,8 +136,8 @@ def test_uncalibrated(images):
 def test_few_codes_of_the_real_network_flip_before_its_biases_are_snapped(
     real_checkpoint, cifar10_test, stream_bits, share
 ):
-    from brfx.checkpoint import load_float
     from brfx.data import Preprocessing
+    from brfx.io.model_file import load_float
 
     model = build_model("resnet20", 10)
     load_float(model, real_checkpoint)
@@ -148,8 +148,8 @@ def test_few_codes_of_the_real_network_flip_before_its_biases_are_snapped(
 
 
 def test_with_biases_snapped_no_code_of_the_real_network_flips(real_checkpoint, cifar10_test):
-    from brfx.checkpoint import load_float
     from brfx.data import Preprocessing
+    from brfx.io.model_file import load_float
 
     model = build_model("resnet20", 10)
     load_float(model, real_checkpoint)

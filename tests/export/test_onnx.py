@@ -8,12 +8,12 @@ from torch.nn import functional as F
 from torchvision.models.swin_transformer import SwinTransformer
 
 import brfx
-from brfx.card import card_of
 from brfx.data import Preprocessing
 from brfx.export.integer import integer_model
 from brfx.export.layers import saturates
 from brfx.export.onnx import onnx_runner
 from brfx.export.operators import Codes
+from brfx.metadata import card_of
 from brfx.models import build_model
 
 onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")

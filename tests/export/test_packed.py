@@ -10,12 +10,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import brfx
-from brfx.card import card_of
 from brfx.config import QATConfig
 from brfx.data import Preprocessing
 from brfx.errors import ExportError
 from brfx.export.integer import integer_model
 from brfx.export.packed import export_packed, read_packed
+from brfx.metadata import card_of
 from brfx.models import build_model
 
 

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import brfx
-from brfx.card import card_of
 from brfx.config import QATConfig
 from brfx.data import Preprocessing
 from brfx.errors import ExportError, NotCalibratedError
+from brfx.metadata import card_of
 
 onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
 pytest.importorskip("onnxscript", reason="the extra onnx is not installed")

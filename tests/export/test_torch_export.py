@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 import brfx
-from brfx.card import card_of
 from brfx.config import QATConfig
 from brfx.data import Preprocessing
 from brfx.errors import ExportError, NotCalibratedError
 from brfx.export.torch_export import export_torch
+from brfx.metadata import card_of
 from brfx.models import build_model
 
 LOADER = """

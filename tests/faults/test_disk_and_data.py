@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import brfx
-from brfx import job as jobs
 from brfx.data import BatchLoader
 from brfx.errors import TrainingError
+from brfx.jobs import job as jobs
 from brfx.nn import LSQQuantizer
 from brfx.train import Callback, Evaluation, FitResult, fit
 from brfx.train.checkpoint import read_checkpoint

@@ -5,9 +5,9 @@ from textwrap import dedent
 from torch import nn
 from torch.fx import GraphModule
 
-from brfx.graph import dump
-from brfx.pipeline import Pass, apply
-from brfx.trace import trace
+from brfx.graph.trace import trace
+from brfx.graph.utils import dump
+from brfx.prepare import Pass, apply
 
 
 def assert_rewrites(model: nn.Module, rewrite: Pass, before: str, after: str, sites: int) -> GraphModule:

@@ -4,11 +4,11 @@ from torch import nn
 
 import brfx
 from brfx.config import QATConfig
-from brfx.graph import dump
+from brfx.graph.trace import trace
+from brfx.graph.utils import dump
 from brfx.nn import AlignedAdd, LSQActivationQuantizer, StreamAdd
-from brfx.nn.lsq import BORDER_OF_SUMS
 from brfx.passes import AlignResiduals, QuantizeLayers, QuantizeReLUs, ReLUToModule, WidenStreams
-from brfx.trace import trace
+from brfx.quant.lsq import BORDER_OF_SUMS
 
 
 class Block(nn.Module):

@@ -3,10 +3,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from brfx.config import QATConfig
+from brfx.graph.source_rewrite import QuantizedFunction
+from brfx.graph.trace import trace
 from brfx.nn import QuantizedAttention
 from brfx.passes import QuantizeFunctions
-from brfx.python_calls import QuantizedFunction
-from brfx.trace import trace
 
 from .helpers import assert_rewrites
 

@@ -2,10 +2,10 @@ import torch
 from torch import nn
 
 from brfx.config import QATConfig
-from brfx.flow import analyse
+from brfx.graph.dataflow import analyse
+from brfx.graph.trace import trace
 from brfx.passes import QuantizeInputs, QuantizeLayers, QuantizeReLUs
-from brfx.pipeline import apply
-from brfx.trace import trace
+from brfx.prepare import apply
 
 from .helpers import assert_rewrites
 

@@ -5,10 +5,10 @@ from torch.fx import GraphModule
 
 from brfx import audit, calibrate, prepare_qat, quantization_disabled
 from brfx.config import QATConfig
+from brfx.graph.trace import is_plain_layer, trace
 from brfx.nn import QUANTIZED_LAYERS, LSQWeightQuantizer, QuantizedLayer
 from brfx.passes import QuantizeLayers
 from brfx.passes.quantize_layers import quantized_layer
-from brfx.trace import is_plain_layer, trace
 
 from .helpers import assert_rewrites
 

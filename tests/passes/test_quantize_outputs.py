@@ -2,9 +2,9 @@ import torch
 from torch import nn
 
 from brfx.config import QATConfig
+from brfx.graph.trace import trace
 from brfx.passes import AlignResiduals, QuantizeInputs, QuantizeLayers, QuantizeOutputs, QuantizeReLUs
-from brfx.pipeline import apply
-from brfx.trace import trace
+from brfx.prepare import apply
 
 CONFIG = QATConfig(bits=2)
 

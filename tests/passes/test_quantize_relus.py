@@ -20,7 +20,7 @@ def test_relu_and_relu6_become_quantized_clipped_relus():
 
 @pytest.mark.parametrize(("clip", "ceilings"), [(4.0, [4.0, 4.0]), (8.0, [8.0, 6.0]), (None, [None, 6.0])])
 def test_the_lower_ceiling_holds(clip, ceilings):
-    from brfx.trace import trace
+    from brfx.graph.trace import trace
 
     gm = trace(nn.Sequential(nn.ReLU(), nn.ReLU6()))
     QuantizeReLUs(QATConfig(clip_value=clip))(gm)

@@ -56,7 +56,7 @@ def test_a_functional_relu_is_named_after_its_scope():
         def forward(self, x):
             return self.block(x)
 
-    from brfx.trace import trace
+    from brfx.graph.trace import trace
 
     gm = trace(Outer())
     ReLUToModule()(gm)

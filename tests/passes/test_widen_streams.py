@@ -5,11 +5,11 @@ from torch.nn import functional as F
 
 import brfx
 from brfx.config import QATConfig
-from brfx.graph import dump, module_calls
+from brfx.graph.trace import trace
+from brfx.graph.utils import dump, module_calls
 from brfx.models import build_model
 from brfx.nn import QuantizedClippedReLU, ResidualAdd, StreamAdd, StreamQuantizer
 from brfx.passes import QuantizeReLUs, WidenStreams
-from brfx.trace import trace
 
 
 class Stage(nn.Module):

@@ -1,0 +1,298 @@
+"""The form of a rewritten graph that trains fastest and in the least memory. It computes what the graph computes.
+
+Two things differ. Layers and residual adds keep the *codes* of what they read, and layers those of their weights, a
+byte a value instead of four (:mod:`brfx.fast.saved_codes`). And the chains from a layer to the quantizer behind it
+(convolution, batch norm, residual add, ReLU, rounding, the bins of the regularizer) can be compiled, each as one
+function, for models that otherwise run eagerly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from operator import getitem
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.fx import GraphModule, Node
+
+from brfx.analysis.observe import Look, watched
+from brfx.fast.saved_codes import Coded, apply_coded, coded, coded_weight, decode, remade, takes_codes, uncoded
+from brfx.graph.torch_ops import name_of
+from brfx.graph.trace import TracedModule, generated, pruned
+from brfx.graph.utils import attribute
+from brfx.kernels.batch_norm import batch_norm, can_tile
+from brfx.kernels.inductor import compiled
+from brfx.nn import ActivationObserver, ActivationQuantizer, ResidualAdd
+
+#: What a chain is made of, besides the layers that it starts with and the quantizer that it ends in.
+_LINKS = frozenset({"add", "iadd"})
+_LINK_MODULES = (ActivationObserver, ResidualAdd)
+#: What reads the floats of a quantizer, besides the adds that are functions.
+_READERS = (ActivationObserver, ResidualAdd, ActivationQuantizer)
+
+
+class QuantizedGraph(TracedModule):
+    """What :func:`brfx.prepare_qat` makes of a model that can be traced whole."""
+
+    def training_form(self, kernels: bool) -> Callable[..., Any]:
+        """A function that computes in training what calling this computes; see :func:`lean_forward`."""
+        return partial(lean_forward(self, None, kernels=kernels), self)
+
+
+def lean_forward(
+    gm: GraphModule, look: Look | None, *, kernels: bool, late: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """A function ``(gm, *inputs) -> output``, or ``(output, {site: seen})`` with a ``look``, for training mode.
+
+    Args:
+        gm: a rewritten graph, calibrated.
+        look: see :func:`brfx.analysis.observe.observed_forward`.
+        kernels: compile chains and the weights' quantizers, for use without ``torch.compile`` around the whole.
+        late: looks at activations instead of ``look``, with one argument more: ``(quantizer, values, told)``. The
+            function is then ``(gm, told, *inputs)``.
+    """
+    graph = pruned(gm, True) if look is None else watched(gm, True, look)
+    if late is not None:
+        look_late(gm, graph, look, late)
+    keep_codes(gm, graph)
+    look_behind(graph, {look, late}, kernels=kernels)
+    tile_norms(gm, graph)
+    if kernels:
+        compile_weights(gm, graph)
+        compile_chains(gm, graph)
+        compile_decoding(graph)
+    graph.eliminate_dead_code(_impure)
+    return generated(gm, graph)  # type: ignore[no-any-return]
+
+
+def look_late(gm: GraphModule, graph: fx.Graph, look: Look | None, late: Callable[..., Any]) -> None:
+    """Look at activations with a function that is told where to leave what backward finds.
+
+    s = look(quantizer, x)  ->  s = late(quantizer, x, told)
+    """
+    with graph.inserting_before(next(iter(graph.nodes))):
+        told = graph.placeholder("told")
+    for node in graph.nodes:
+        if node.target is look and isinstance(attribute(gm, node.args[0]), ActivationQuantizer):
+            node.target, node.args = late, (*node.args, told)
+
+
+def look_behind(graph: fx.Graph, looks: set[Any], *, kernels: bool) -> None:
+    """Let what looks at an activation come after what writes the quantized one to memory: inductor makes one loop of
+    two over the same values, but only where the one that sums is the second.
+
+    s = late(quantizer, x, told); c = coded(quantizer, x); y = apply_coded(conv, c)
+    ->  c = coded(quantizer, x); y = apply_coded(conv, c); s = late(quantizer, x, told)
+
+    Args:
+        graph: with codes kept.
+        looks: the functions that look.
+        kernels: whether chains are to be compiled, which end where ``coded`` does.
+    """
+    sinks = {_module_of(node): node for node in graph.nodes if node.target is coded}
+    for node in [node for node in graph.nodes if node.target in looks and _module_of(node) in sinks]:
+        sink = sinks[_module_of(node)]
+        writers = [] if kernels else [user for user in sink.users if user.target is apply_coded]
+        next(iter(writers), sink).append(node)
+
+
+def keep_codes(gm: GraphModule, graph: fx.Graph) -> None:
+    """Let what reads a quantizer's output keep its code.
+
+    q = quantizer(x); y = conv(q)  ->  c = coded(quantizer, x); y = apply_coded(conv, c)
+    q = quantizer(x); z = q + y    ->  c = coded(quantizer, x); z = remade(c) + y
+    y = conv(x)                    ->  y = apply_coded(conv, uncoded(x))
+    """
+    for node in list(graph.nodes):
+        if not _is(gm, node, ActivationQuantizer):
+            continue
+        with graph.inserting_before(node):
+            pair = graph.call_function(coded, (graph.get_attr(str(node.target)), *node.args))
+            values = graph.call_function(getitem, (pair, 0))
+        for user in list(node.users):
+            if user.op == "call_module" and takes_codes(gm.get_submodule(str(user.target))) and user.args == (node,):
+                _call_instead(graph, user, apply_coded, pair)
+            elif _is(gm, user, _READERS) or name_of(user.target) in _LINKS:
+                with graph.inserting_before(user):
+                    user.replace_input_with(node, graph.call_function(remade, (pair,)))
+        node.replace_all_uses_with(values)
+        graph.erase_node(node)
+    for node in list(graph.nodes):
+        if node.op == "call_module" and takes_codes(gm.get_submodule(str(node.target))) and len(node.args) == 1:
+            with graph.inserting_before(node):
+                pair = graph.call_function(uncoded, node.args)
+            _call_instead(graph, node, apply_coded, pair)
+
+
+def tile_norms(gm: GraphModule, graph: fx.Graph) -> None:
+    """Let batch norms have the sums that compiled code is fast at.
+
+    y = bn(x)  ->  y = batch_norm(bn, x)
+    """
+    for node in list(graph.nodes):
+        if node.op == "call_module" and can_tile(gm.get_submodule(str(node.target))) and len(node.args) == 1:
+            _call_instead(graph, node, batch_norm, *node.args)
+
+
+def _call_instead(graph: fx.Graph, node: Node, function: Callable[..., Any], *args: Any) -> None:
+    """``function(module, *args)`` in the place of a call of the module."""
+    with graph.inserting_before(node):
+        new = graph.call_function(function, (graph.get_attr(str(node.target)), *args))
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def compile_weights(gm: GraphModule, graph: fx.Graph) -> None:
+    """Quantize the weights of all layers in one compiled call.
+
+    y = apply_coded(conv, c)  ->  w = _all_weights(conv, ...); y = apply_coded(conv, c, w[0])
+    """
+    users = [node for node in graph.nodes if node.target is apply_coded]
+    names = list(dict.fromkeys(_module_of(node) for node in users))
+    if not names:
+        return
+    with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+        weights = graph.call_function(_all_weights, tuple(graph.get_attr(name) for name in names))
+        each = {name: graph.call_function(getitem, (weights, index)) for index, name in enumerate(names)}
+    for node in users:
+        node.args = (*node.args, each[_module_of(node)])
+
+
+def _all_weights(*layers: Any) -> list[Coded]:
+    weights: list[Coded] = _compiled_weights(*layers)
+    return weights
+
+
+def _coded_weights(*layers: Any) -> list[Coded]:
+    return [coded_weight(layer) for layer in layers]
+
+
+_compiled_weights = compiled(_coded_weights)
+
+
+def compile_chains(gm: GraphModule, graph: fx.Graph) -> None:
+    """Make each chain that ends in a quantizer one call of a compiled function.
+
+    y = apply_coded(conv, c, w); b = bn(y); d = coded(quantizer, b)  ->  d = chain_0(conv, c, w, bn, quantizer)
+    """
+    for sink in [node for node in graph.nodes if node.target is coded]:
+        _compile_chain(gm, graph, _chain(gm, sink))
+
+
+def _chain(gm: GraphModule, sink: Node) -> list[Node]:
+    """The nodes of a chain in order: ``coded``, what else looks at its input, and what leads there alone."""
+    source = sink.args[1]
+    assert isinstance(source, Node)
+    members = {sink}
+    members |= {user for user in source.users if user.args[:1] and _module_of(user) == _module_of(sink) != ""}
+    waiting = [source]
+    while waiting:
+        node = waiting.pop()
+        if node not in members and _is_link(gm, node) and set(node.users) <= members:
+            members.add(node)
+            waiting.extend(node.all_input_nodes)
+    return [node for node in sink.graph.nodes if node in members]
+
+
+def _is_link(gm: GraphModule, node: Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(gm.get_submodule(str(node.target)), _LINK_MODULES)
+    if node.target in (apply_coded, batch_norm, remade, uncoded):
+        return True
+    return node.op.startswith("call") and name_of(node.target) in _LINKS
+
+
+def _compile_chain(gm: GraphModule, graph: fx.Graph, chain: list[Node]) -> None:
+    """Modules become arguments, so that equal chains of a model are one function, compiled once."""
+    inner, copies, arguments = fx.Graph(), dict[Node, Node](), list[Node]()
+
+    def copied(node: Node) -> Node:
+        if node not in copies:
+            copies[node] = inner.placeholder(f"x{len(arguments)}")
+            arguments.append(node)
+        return copies[node]
+
+    with graph.inserting_before(chain[-1]):
+        modules = {node: graph.get_attr(str(node.target)) for node in chain if node.op == "call_module"}
+    for node in chain:  # placeholders come first
+        for read in (*([modules[node]] if node in modules else []), *node.all_input_nodes):
+            if read not in chain:
+                copied(read)
+    for node in chain:
+        if node in modules:
+            args = fx.node.map_arg((modules[node], *node.args), copied)
+            copies[node] = inner.call_function(_call, args)
+        else:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), copied)
+            copies[node] = inner.create_node(node.op, node.target, args, kwargs)  # no name: equal chains, equal text
+    results = [node for node in chain if not set(node.users) <= set(chain)]
+    inner.output(tuple(copies[node] for node in results))
+    kinds = tuple(_kind(gm, node) for node in arguments)
+    with graph.inserting_before(chain[-1]):
+        call = graph.call_function(_compiled(inner, kinds), tuple(arguments))
+        for index, node in enumerate(results):
+            node.replace_all_uses_with(graph.call_function(getitem, (call, index)))
+    for node in reversed(chain):
+        graph.erase_node(node)
+
+
+_COMPILED: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+
+def _compiled(graph: fx.Graph, kinds: tuple[str, ...]) -> Callable[..., Any]:
+    """The compiled function of a chain; chains of one text over modules of one kind share it."""
+    key = (graph.python_code("self").src, kinds)
+    if key not in _COMPILED:
+        run = compiled(generated(nn.Module(), graph))
+
+        def chain(*args: Any) -> Any:
+            return run(None, *args)
+
+        chain.__name__ = f"chain_{len(_COMPILED)}"  # what the graph around it calls it
+        _COMPILED[key] = chain
+    return _COMPILED[key]
+
+
+def _kind(gm: GraphModule, node: Node) -> str:
+    if node.op != "get_attr":
+        return ""
+    value = attribute(gm, node)
+    if isinstance(value, ActivationQuantizer):
+        return repr(value)
+    return type(value).__name__
+
+
+def compile_decoding(graph: fx.Graph) -> None:
+    """Let layers that are in no chain decode with a compiled function.
+
+    y = apply_coded(fc, c, w)  ->  y = _apply_decoding(fc, c, w)
+    """
+    for node in graph.nodes:
+        if node.target is apply_coded:
+            node.target = _apply_decoding
+
+
+def _apply_decoding(layer: nn.Module, x: Coded, weight: Coded) -> Tensor:
+    return apply_coded(layer, x, weight, _compiled_decode)
+
+
+_compiled_decode = compiled(decode, dynamic=True)
+
+
+def _call(module: Callable[..., Any], *args: Any) -> Any:
+    return module(*args)
+
+
+def _is(gm: GraphModule, node: Node, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> bool:
+    return node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), kind)
+
+
+def _module_of(node: Node) -> str:
+    first = node.args[0] if node.args else None
+    return str(first.target) if isinstance(first, Node) and first.op == "get_attr" else ""
+
+
+def _impure(node: Node) -> bool:
+    """What must not be taken for dead: only ``get_attr`` and the items of tuples may go."""
+    return node.op != "get_attr" and node.target is not getitem

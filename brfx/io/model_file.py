@@ -1,0 +1,268 @@
+"""Weights from and to files: FP32 checkpoints as they come, and brfx's own ``model.pt``."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from brfx.calibration import require_calibrated
+from brfx.config import QATConfig
+from brfx.data import Preprocessing
+from brfx.errors import CheckpointError, ConfigError
+from brfx.graph.call_arguments import Calls
+from brfx.graph.trace import Tracing, is_plain
+from brfx.io.state_dict import versioned
+from brfx.metadata import ModelCard, card_of
+from brfx.models import ModelSource, build_model
+from brfx.nn import Quantizer
+from brfx.prepare import rewrite, unwrapped
+from brfx.train.checkpoint import write_atomically
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "checkpoint")
+_PREFIXES = ("module.", "_orig_mod.")
+_FORMAT = 1
+
+
+def read_file(path: Path) -> Any:
+    """The content of a checkpoint; tensors and plain containers only, so that no file can run code.
+
+    Args:
+        path: .safetensors, or whatever ``torch.save`` wrote (zip or legacy), under any name.
+
+    Raises:
+        CheckpointError: absent, empty, truncated, or holding pickled code, which is refused.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: {'is a folder, not a checkpoint' if path.is_dir() else 'no such file'}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "weights_only" in str(error).lower():
+            raise CheckpointError(
+                f"{path}: refused, it holds Python objects besides tensors, and reading these could run code; "
+                "save model.state_dict() instead of the model"
+            ) from error
+        raise CheckpointError(f"{path}: not a checkpoint, or a damaged one ({_first_line(error)})") from error
+    except Exception as error:  # torch, zipfile and safetensors each have their own for damaged files
+        raise CheckpointError(
+            f"{path}: truncated, damaged or not a checkpoint ({_first_line(error)}); copy it again from its source"
+        ) from error
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The state dict in a checkpoint, out of its wrappings (``state_dict``, ``model``, ...) and without the prefixes
+    ``module.`` and ``_orig_mod.`` that DataParallel, DDP and ``torch.compile`` leave.
+
+    Raises:
+        CheckpointError: as :func:`read_file`, or there is no state dict in the file.
+    """
+    content = read_file(path)
+    while isinstance(content, Mapping) and not _is_state_dict(content):
+        inner = [content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
+        if not inner:
+            break
+        content = inner[0]
+    if not isinstance(content, Mapping) or not _is_state_dict(content):
+        keys = f"its keys are {', '.join(map(str, list(content)[:6]))}" if isinstance(content, Mapping) else ""
+        raise CheckpointError(
+            f"{path}: no state dict in it (a {type(content).__name__}; {keys}); looked under {', '.join(_WRAPPERS)}"
+        )
+    return {_strip(str(key)): value for key, value in content.items()}
+
+
+def load_float(model: nn.Module, path: Path, *, named_by: str = "--model") -> None:
+    """Load an FP32 checkpoint into the model it was trained as.
+
+    Args:
+        model: what :func:`brfx.build_model` made.
+        path: the file.
+        named_by: the flag that said which model, for the error.
+
+    Raises:
+        CheckpointError: as :func:`read_state_dict`; or the first keys and shapes that do not fit, and what to do.
+    """
+    state = read_state_dict(path)
+    own = model.state_dict()
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    surplus = [key for key in state if key not in own]
+    shapes = [key for key in own if key in state and state[key].shape != own[key].shape]
+    if not (missing or surplus or shapes):
+        state = versioned(state, model)
+        model.load_state_dict(state, strict=False)  # an absent num_batches_tracked is all that may lack
+        return
+    if any(".weight_quantizer." in key for key in surplus):
+        raise CheckpointError(
+            f"{path}: is of a quantized model, an FP32 one is wanted; use the run's model.pt as --ckpt"
+        )
+    parts = []
+    if shapes:
+        key = shapes[0]
+        parts.append(f"{key} is {tuple(state[key].shape)} in the file and {tuple(own[key].shape)} in the model")
+        if len(shapes) > 1:
+            parts[-1] += f" ({len(shapes) - 1} more shapes differ)"
+    for what, keys in (("lacks", missing), ("has beyond the model's", surplus)):
+        if keys:
+            parts.append(f"it {what} {', '.join(keys[:3])}" + (f" and {len(keys) - 3} more" if len(keys) > 3 else ""))
+    last = [key for key in shapes if own[key].shape[1:] == state[key].shape[1:]]
+    advice = f"is it another architecture than {named_by} says?"
+    if named_by == "--model" and shapes and len(last) == len(shapes) <= 2 and not missing and not surplus:
+        advice = f"pass --num-classes {state[last[0]].shape[0]}"
+    raise CheckpointError(f"{path} does not fit {type(model).__name__}: {'; '.join(parts)}; {advice}")
+
+
+def float_state_dict(qmodel: nn.Module) -> dict[str, Tensor]:
+    """The FP32 weights and buffers of a rewritten model under the original model's keys."""
+    own = {
+        f"{name}.{key}"
+        for name, module in qmodel.named_modules(remove_duplicate=False)
+        if isinstance(module, Quantizer)
+        for key in module.state_dict()
+    }
+    return {key: value for key, value in qmodel.state_dict().items() if key not in own}
+
+
+def save(qmodel: nn.Module, path: str | Path) -> None:
+    """Write a calibrated model so that :func:`load` can rebuild it: plain data, no code, written atomically.
+
+    Raises:
+        NotCalibratedError: a quantizer has no step.
+        ConfigError: an argument that the trace held fixed is no plain value.
+    """
+    require_calibrated(qmodel)
+    card = card_of(qmodel)
+    content = {
+        "format": "brfx",
+        "format_version": _FORMAT,
+        "brfx": version("brfx"),
+        "config": asdict(card.config),
+        "source": card.source and asdict(card.source),
+        "preprocessing": card.preprocessing and asdict(card.preprocessing),
+        "classes": card.classes and list(card.classes),
+        "tracing": _plain(card.tracing),
+        "state_dict": {key: value.detach().cpu() for key, value in qmodel.state_dict().items()},
+    }
+    write_atomically(Path(path), content)
+
+
+def is_brfx_file(path: Path) -> bool:
+    """Whether ``path`` is a file that :func:`save` wrote."""
+    if path.suffix == ".safetensors" or not path.is_file():
+        return False
+    content = read_file(path)
+    return isinstance(content, Mapping) and content.get("format") == "brfx"
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Read what :func:`save` wrote, on the CPU and in eval mode.
+
+    Args:
+        path: the file.
+        model: the float model it was made from, where that is one of the user's own; its weights do not matter.
+
+    Raises:
+        CheckpointError: the file cannot be read, is not brfx's, does not fit ``model``, or needs one; or a type that
+            was not to be traced into is neither in ``model`` nor beside its class.
+    """
+    path = Path(path)
+    content = read_file(path)
+    if not isinstance(content, Mapping) or content.get("format") != "brfx":
+        raise CheckpointError(
+            f"{path}: not a model that brfx.save wrote; load FP32 checkpoints with --model NAME --ckpt"
+        )
+    if content.get("format_version") != _FORMAT:
+        raise CheckpointError(f"{path}: format {content.get('format_version')}, this brfx reads {_FORMAT}; update brfx")
+    try:
+        config = QATConfig(**content["config"])
+        source = ModelSource(**content["source"]) if content["source"] else None
+        preprocessing = Preprocessing(**content["preprocessing"]) if content["preprocessing"] else None
+        classes = tuple(content["classes"]) if content["classes"] else None
+        state = dict(content["state_dict"])
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(
+            f"{path}: a brfx file with something missing or changed ({_first_line(error)})"
+        ) from error
+    if model is None:
+        if source is None or ".py" in source.name:
+            whose = f"was built by {source.name}" if source else "is of a class of your own"
+            raise CheckpointError(
+                f"{path}: the model {whose}, and no code is run from a file: brfx.load(path, model=...)"
+            )
+        model = build_model(source.name, source.num_classes, cifar_stem=source.cifar_stem)
+    model = unwrapped(model)
+    qmodel = rewrite(model, config, _tracing(content.get("tracing"), model, path))
+    try:
+        qmodel.load_state_dict(versioned(state, qmodel))
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit the model: {' '.join(str(error).split())[:300]}") from error
+    card: ModelCard = card_of(qmodel)
+    card.source, card.preprocessing, card.classes = source, preprocessing, classes
+    return qmodel.eval()
+
+
+def _plain(tracing: Tracing) -> dict[str, Any]:
+    """How a model was traced, in words and numbers; types by their names."""
+    for name, value in (tracing.concrete_args or {}).items():
+        if not is_plain(value):
+            raise ConfigError(f"concrete_args: {name} is a {type(value).__name__}, and a file holds plain values only")
+    return {
+        "concrete_args": tracing.concrete_args and dict(tracing.concrete_args),
+        "leaf_modules": [_name(kind) for kind in tracing.leaf_modules],
+        "calls": asdict(tracing.calls),
+    }
+
+
+def _tracing(content: Any, model: nn.Module, path: Path) -> Tracing:
+    """What :func:`_plain` wrote. Types come from the model, its module and torch; nothing is imported for a file."""
+    if content is None:  # written before files told
+        return Tracing()
+    try:
+        leaves = tuple(_leaf(str(name), model, path) for name in content["leaf_modules"])
+        return Tracing(content["concrete_args"], leaves, Calls(**content["calls"]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: a brfx file with something missing or changed ({_first_line(error)})"
+        ) from error
+
+
+def _leaf(name: str, model: nn.Module, path: Path) -> type[nn.Module]:
+    for kind in dict.fromkeys(base for module in model.modules() for base in type(module).__mro__):
+        if _name(kind) == name and issubclass(kind, nn.Module):
+            return kind
+    module, _, qualified = name.partition(":")
+    if module == type(model).__module__ or module.split(".")[0] in ("torch", "torchvision"):
+        value: Any = sys.modules.get(module)
+        for part in qualified.split("."):
+            value = getattr(value, part, None)
+        if isinstance(value, type) and issubclass(value, nn.Module):
+            return value
+    raise CheckpointError(f"{path}: was traced with {name} as one of leaf_modules, and the model has no such module")
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _is_state_dict(content: Mapping[Any, Any]) -> bool:
+    return bool(content) and all(isinstance(value, Tensor) for value in content.values())
+
+
+def _strip(key: str) -> str:
+    while key.startswith(_PREFIXES):
+        key = key.removeprefix(_PREFIXES[0]).removeprefix(_PREFIXES[1])
+    return key
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]

@@ -1,0 +1,1 @@
+"""The command line's work: from a checkpoint and images to files to ship."""

@@ -1,0 +1,483 @@
+"""The main job: from a checkpoint and images to a trained low-bit network and files to ship."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from brfx.analysis.audit import Audit, audit
+from brfx.analysis.weight_statistics import WeightStatistics
+from brfx.calibration import calibrate
+from brfx.config import JobConfig
+from brfx.data import DEFAULTS, BatchLoader, Dataset, Preprocessing, load_dataset, with_overrides
+from brfx.distributed import from_first, rank, ranks, share_state, together
+from brfx.errors import BrfxError, ConfigError, DataError, TrainingError, first_line
+from brfx.export import OnnxReport, export_onnx, snap_biases
+from brfx.io.model_file import is_brfx_file, load, load_float, read_state_dict, save
+from brfx.metadata import card_of
+from brfx.models import CIFAR_RESNETS, build_model, example_inputs, require_model
+from brfx.prepare import prepare_qat
+from brfx.quant.factory import about_activations, about_weights
+from brfx.quant.grid import Grid
+from brfx.regularizers import Regularizer, Regularizers
+from brfx.regularizers.bin_penalty import BinPenalty
+from brfx.regularizers.kurtosis import KurtosisTerm
+from brfx.train import Callback, Evaluation, FitResult, TensorBoard, evaluate, fit, reestimate_batch_norm
+from brfx.train.batch_norm import small_batches_named
+from brfx.train.checkpoint import FOLDER, Checkpoints, has_checkpoints, write_text_atomically, written_into
+from brfx.train.loop import seed_everything
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a run came to. ``test`` and ``test_float`` are on the test images, read once, at the end."""
+
+    run_dir: Path
+    fit: FitResult | None
+    test: Evaluation
+    test_float: Evaluation | None = None
+    onnx: OnnxReport | None = None
+    onnx_problem: str | None = None
+
+
+def train_float(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool = False) -> JobResult:
+    """Train an FP32 baseline; leaves ``best.pth``, ``last.pth``, ``config.json`` and ``metrics.jsonl`` in its folder.
+
+    Args:
+        job: the settings. Of processes that ``torchrun`` started, each calls this; rank 0 alone writes.
+        callbacks: told of batches and epochs.
+        resume: go on with the unfinished run in ``job.output_dir``.
+
+    Raises:
+        BrfxError: a setting, the data or the output folder is not right; nothing has been written then.
+    """
+    with together(job.train.device) as device:
+        job = replace(job, train=replace(job.train, device=device))
+        _require_device(device)
+        run_dir = _run_dir(job, resume)
+        require_model(job.model)
+        dataset = read_data(job)
+        seed_everything(job.train.seed)
+        model = _float_model(job, dataset, job.ckpt)
+        train_data, val_data = _loaders(job, dataset)
+        callbacks = _with_tensorboard(job, run_dir, callbacks)
+        _open_run(job, run_dir, resume)
+        result = fit(model, train_data, val_data, job.train, run_dir=run_dir, resume=resume, callbacks=callbacks)
+        return _close_run(JobResult(run_dir, result, evaluate(model, _test_loader(job, dataset))))
+
+
+def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool = False) -> JobResult:
+    """The main job; leaves ``model.pt``, ``model.onnx``, ``best.pth``, ``last.pth``, ``config.json``,
+    ``metrics.jsonl`` and ``result.json`` in the run folder.
+
+    Args:
+        job: the settings. Of processes that ``torchrun`` started, each calls this; rank 0 alone writes.
+        callbacks: told of batches and epochs.
+        resume: go on with the unfinished run in ``job.output_dir``.
+
+    Raises:
+        BrfxError: a setting, the checkpoint, the data or the output folder is not right; nothing has been written then.
+    """
+    if job.ckpt is None:
+        raise ConfigError("quantize starts from an FP32 checkpoint: --ckpt FILE (`brfx train` makes one)")
+    ckpt = job.ckpt
+    with together(job.train.device) as device:
+        job = replace(job, train=replace(job.train, device=device))
+        _require_penalty_epochs(job)
+        _require_device(device)
+        run_dir = _run_dir(job, resume)
+        require_model(job.model)
+        read_state_dict(ckpt)
+        dataset = read_data(job)
+        model = _float_model(job, dataset, ckpt)
+        teacher = _teacher(job, dataset, model)
+        qmodel = prepare_qat(model, job.qat, _example(dataset, 2))
+        card = card_of(qmodel)
+        card.preprocessing, card.classes = dataset.preprocessing, dataset.classes
+        train_data, val_data = _loaders(job, dataset)
+        callbacks = _with_tensorboard(job, run_dir, callbacks)
+        _open_run(job, run_dir, resume)
+        model.to(device)
+        qmodel.to(device)
+        if not (resume and has_checkpoints(run_dir)):
+            _calibrate(job, model, qmodel, dataset, val_data)
+        for line in banner(job):
+            log.info(line)
+        result = None
+        if job.train.epochs:
+            result = fit(
+                qmodel,
+                train_data,
+                val_data,
+                job.train,
+                penalty=_penalty(job, qmodel),
+                statistics=WeightStatistics(qmodel, after=job.train.warmup_epochs or 0),
+                teacher=teacher,
+                run_dir=run_dir,
+                resume=resume,
+                callbacks=callbacks,
+            )
+        _write_model(qmodel, run_dir)
+        try:
+            snap_biases(qmodel)
+        except Exception as error:  # the network is not to be lost for the sake of a file
+            log.warning("biases stay as they are: %s", first_line(error))
+        _write_model(qmodel, run_dir)
+        onnx_report, problem = None, None
+        if rank() == 0:
+            onnx_report, problem = _write_onnx(qmodel, run_dir, _example(dataset, 8).to(device))
+        test_data = _test_loader(job, dataset)
+        test, test_float = evaluate(qmodel, test_data), evaluate(model, test_data)
+        return _close_run(JobResult(run_dir, result, test, test_float, onnx_report, problem))
+
+
+def _calibrate(
+    job: JobConfig, model: nn.Module, qmodel: nn.Module, dataset: Dataset, val_data: BatchLoader | None
+) -> None:
+    """Start the steps and the batch norms' statistics of ``qmodel`` from whole batches, on rank 0 for all."""
+    if val_data is not None:
+        log.info("FP32 on validation: %.2f %%", 100 * evaluate(model, val_data).accuracy)
+    if rank() == 0:
+        whole, _ = _loaders(job, dataset, shared=False)
+        batches = [images.to(job.train.device) for images, _ in islice(iter(whole), job.calibration_batches)]
+        with small_batches_named("calibration"):
+            settings: dict[str, Any] = {"dead_filters": job.dead_filters, "seed": job.train.seed}
+            calibrate(qmodel, batches, start=job.start, batch_statistics=True, **settings)
+            reestimate_batch_norm(qmodel, batches)
+    share_state(qmodel)
+    came_to = "" if val_data is None else f": {100 * evaluate(qmodel, val_data).accuracy:.2f} % on validation"
+    log.info("Calibrated on %d batches%s", job.calibration_batches, came_to)
+
+
+def _write_model(qmodel: nn.Module, run_dir: Path) -> None:
+    """Write ``model.pt``; rank 0 alone."""
+    if rank() == 0:
+        with written_into(run_dir):
+            save(qmodel, run_dir / "model.pt")
+
+
+def _write_onnx(qmodel: nn.Module, run_dir: Path, example: Tensor) -> tuple[OnnxReport | None, str | None]:
+    """Write ``model.onnx``; the report, or why there is no such file, whatever went wrong."""
+    try:
+        return export_onnx(qmodel, run_dir / "model.onnx", example), None
+    except Exception as error:
+        if isinstance(error.__cause__, OSError):  # a full disk says nothing of the model
+            raise TrainingError(f"{error}; free some space, then go on with --resume {run_dir}") from error
+        return None, str(error) if isinstance(error, BrfxError) else f"{type(error).__name__}: {first_line(error)}"
+
+
+def _with_tensorboard(job: JobConfig, run_dir: Path, callbacks: Iterable[Callback]) -> list[Callback]:
+    if not job.tensorboard or rank() > 0:
+        return list(callbacks)
+    return [*callbacks, TensorBoard(run_dir / "tensorboard")]
+
+
+def dry_run(job: JobConfig) -> Audit:
+    """What ``quantize`` would train, layer by layer; nothing is written."""
+    if job.ckpt is None:
+        raise ConfigError("quantize starts from an FP32 checkpoint: --ckpt FILE (`brfx train` makes one)")
+    dataset = read_data(job)
+    qmodel = prepare_qat(_float_model(job, dataset, job.ckpt), job.qat, _example(dataset, 2))
+    return audit(qmodel, _example(dataset, 1))
+
+
+def evaluate_file(job: JobConfig) -> tuple[str, Evaluation]:
+    """Test accuracy of an FP32 checkpoint or a run's ``model.pt``, behind what it is: ``"FP32"``, ``"W2A2"`` ..."""
+    ckpt = job.ckpt
+    if ckpt is None:
+        raise ConfigError("say what to evaluate: --ckpt FILE")
+    _require_device(job.train.device)
+    if is_brfx_file(ckpt):
+        qmodel = load(ckpt, _own_model(job))
+        card = card_of(qmodel)
+        name = card.source.name if card.source else job.model
+        job = replace(job, model=name)
+        dataset = read_data(job, card.preprocessing)
+        if card.classes is not None and card.classes != dataset.classes:
+            raise DataError(
+                f"{ckpt} knows {len(card.classes)} classes ({', '.join(card.classes[:3])} ...), "
+                f"the data has {len(dataset.classes)} ({', '.join(dataset.classes[:3])} ...): give it its own data"
+            )
+        kind = f"W{card.config.weight_bits}A{card.config.act_bits}"
+        return kind, evaluate(qmodel.to(job.train.device), _test_loader(job, dataset))
+    require_model(job.model)
+    read_state_dict(ckpt)
+    dataset = read_data(job)
+    model = _float_model(job, dataset, ckpt)
+    return "FP32", evaluate(model.to(job.train.device), _test_loader(job, dataset))
+
+
+def inspect(job: JobConfig) -> Audit:
+    """What runs quantized, and what not, of a run's ``model.pt``, or of ``--model`` as ``job.qat`` would rewrite it."""
+    if job.ckpt is not None and is_brfx_file(job.ckpt):
+        qmodel = load(job.ckpt, _own_model(job))
+        preprocessing = card_of(qmodel).preprocessing
+        size = job.image_size or (preprocessing.image_size if preprocessing else _own_image_size(job.model))
+    else:
+        if not job.model:
+            raise ConfigError("say what to inspect: --model NAME, or --ckpt with a run's model.pt")
+        model = build_model(job.model, job.num_classes, cifar_stem=job.cifar_stem)
+        if job.ckpt is not None:
+            load_float(model, job.ckpt)
+        size = job.image_size or _own_image_size(job.model)
+        qmodel = prepare_qat(model, job.qat, example_inputs(job.model, size, 2))
+    return audit(qmodel, *example_inputs(job.model, size))
+
+
+def read_data(job: JobConfig, preprocessing: Preprocessing | None = None) -> Dataset:
+    """The data set of a job; where none is named, the model's own."""
+    source = job.data or _own_dataset(job.model)
+    default = preprocessing or DEFAULTS.get(source) or Preprocessing(_own_image_size(job.model))
+    return load_dataset(
+        source,
+        data_dir=job.data_dir,
+        preprocessing=with_overrides(default, job.image_size, job.mean, job.std),
+        download=job.download,
+        val_fraction=job.val_fraction,
+        seed=job.train.seed,
+        workers=job.workers,
+        skip_bad_images=job.skip_bad_images,
+    )
+
+
+def banner(job: JobConfig) -> list[str]:
+    """What is about to happen to weights and activations, a line each."""
+    assert job.qat.weight_bits is not None and job.qat.act_bits is not None
+    lines = []
+    qat, weights, acts = job.qat, about_weights(job.qat.weight_quantizer), about_activations(job.qat.act_quantizer)
+    for name, bits, grid, about, weight in (
+        ("Weights", qat.weight_bits, Grid(job.qat.weight_bits, True, qat.symmetric), weights, job.lambda_br),
+        ("Activations", qat.act_bits, Grid(job.qat.act_bits, False), acts, job.lambda_br_act),
+    ):
+        if bits == 32:
+            lines.append(f"{name}: FP32")
+            continue
+        form = " per value" if job.br_form == "per_value" else ""
+        regularized = f"BR lambda {weight:g}{form}" if weight and job.train.epochs else "no BR"
+        lines.append(f"{name}: {len(grid.codes)} levels, {grid}, {about}; {regularized}")
+    if job.lambda_kurtosis and job.train.epochs:
+        lines[0] += f", kurtosis lambda {job.lambda_kurtosis:g}"
+    return lines
+
+
+def _penalty(job: JobConfig, qmodel: nn.Module) -> Regularizer | None:
+    bins = _bin_penalty(job, qmodel) if job.lambda_br or job.lambda_br_act else None
+    if not job.lambda_kurtosis:
+        return bins
+    return Regularizers(bins or qmodel, KurtosisTerm(qmodel, job.lambda_kurtosis))
+
+
+def _bin_penalty(job: JobConfig, qmodel: nn.Module) -> BinPenalty:
+    return BinPenalty(
+        qmodel,
+        weight=job.lambda_br or 0.0,
+        act=job.lambda_br_act or 0.0,
+        form=job.br_form,
+        act_gradient_to_step=job.br_backprop_to_alpha_act,
+        freeze_weight_steps=job.freeze_weight_alpha,
+        freeze_act_steps=job.freeze_act_alpha,
+    )
+
+
+def _require_penalty_epochs(job: JobConfig) -> None:
+    warmup = job.train.warmup_epochs
+    assert warmup is not None
+    if job.train.epochs and warmup >= job.train.epochs and (job.lambda_br or job.lambda_br_act or job.lambda_kurtosis):
+        also = " --lambda-kurtosis 0" if job.lambda_kurtosis else ""
+        raise ConfigError(
+            f"a warm-up of {warmup} epochs leaves none of {job.train.epochs} for bin regularization: "
+            f"lower --warmup-epochs, raise --qat-epochs, or set --lambda-br 0 --lambda-br-act 0{also}"
+        )
+
+
+def _require_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {device}: not usable here ({str(error).splitlines()[0]})") from error
+
+
+def _own_dataset(model: str) -> str:
+    if model in CIFAR_RESNETS:
+        return "cifar10"
+    raise DataError(
+        f"{model or 'this model'} has no data set of its own: give one with --data DIR (or digits, cifar10, cifar100)"
+    )
+
+
+def _own_image_size(model: str) -> int:
+    return 32 if model in CIFAR_RESNETS else 224
+
+
+def _own_model(job: JobConfig) -> nn.Module | None:
+    return build_model(job.model, job.num_classes, cifar_stem=job.cifar_stem) if ".py" in job.model else None
+
+
+def _classes(job: JobConfig, dataset: Dataset) -> int:
+    if job.num_classes not in (None, len(dataset.classes)):
+        raise DataError(f"--num-classes {job.num_classes}, but {dataset.name} has {len(dataset.classes)} classes")
+    return len(dataset.classes)
+
+
+def _float_model(job: JobConfig, dataset: Dataset, ckpt: Path | None) -> nn.Module:
+    """The FP32 classifier of a job, for the data's classes, with the checkpoint's weights if there is one."""
+    model = build_model(job.model, _classes(job, dataset), cifar_stem=job.cifar_stem)
+    if ckpt is not None:
+        load_float(model, ckpt)
+    _require_classifier(model, job.model, dataset)
+    return model
+
+
+def _teacher(job: JobConfig, dataset: Dataset, model: nn.Module) -> nn.Module | None:
+    """What is distilled from: the network that ``--teacher`` names, or else ``model``, the student's own in FP32.
+
+    It sees the student's images, and has a small stem where the student does (the CIFAR ResNets have no other).
+    """
+    if not job.train.distill:
+        return None
+    if job.teacher is None:
+        return model
+    name, _, file = job.teacher.partition("=")
+    require_model(name)
+    teacher = build_model(name, len(dataset.classes), cifar_stem=job.cifar_stem and name not in CIFAR_RESNETS)
+    load_float(teacher, Path(file), named_by="--teacher")
+    _require_classifier(teacher, name, dataset)
+    return teacher
+
+
+@torch.no_grad()
+def _require_classifier(model: nn.Module, name: str, dataset: Dataset) -> None:
+    size = dataset.preprocessing.image_size
+    training = model.training
+    try:
+        output: Any = model.eval()(torch.zeros(2, 3, size, size))
+    except Exception as error:
+        first = (str(error).splitlines() or [repr(error)])[0]
+        raise ConfigError(f"{name} does not run on images of 3x{size}x{size} ({first}); see --image-size") from error
+    finally:
+        model.train(training)
+    if not isinstance(output, torch.Tensor) or output.dim() != 2:
+        raise ConfigError(
+            f"{name} is no classifier (its output is a {type(output).__name__}): the command line trains "
+            "classifiers; use brfx.prepare_qat with a loop of your own (examples/own_loop.py)"
+        )
+    if output.shape[1] != len(dataset.classes):
+        raise DataError(f"{name} has {output.shape[1]} classes, {dataset.name} has {len(dataset.classes)}")
+
+
+def _example(dataset: Dataset, count: int) -> Tensor:
+    """The first images of validation, or of training where there is none, as the model sees them."""
+    split = dataset.val if len(dataset.val) else dataset.train
+    return next(iter(BatchLoader(split, dataset.preprocessing, count)))[0]
+
+
+def _loaders(job: JobConfig, dataset: Dataset, *, shared: bool = True) -> tuple[BatchLoader, BatchLoader | None]:
+    """Of training and, unless every image is trained on, of validation.
+
+    A ``shared`` one gives each rank its part of every training batch.
+    """
+    train = BatchLoader(
+        dataset.train,
+        dataset.preprocessing,
+        job.batch_size,
+        augment=True,
+        flip=dataset.flip,
+        drop_last=len(dataset.train) >= job.batch_size,
+        seed=job.train.seed,
+        device=job.train.device,
+        rank=rank() if shared else 0,
+        ranks=ranks() if shared else 1,
+    )
+    if not job.val_fraction:
+        return train, None
+    return train, BatchLoader(dataset.val, dataset.preprocessing, job.batch_size, device=job.train.device)
+
+
+def _test_loader(job: JobConfig, dataset: Dataset) -> BatchLoader:
+    return BatchLoader(dataset.test, dataset.preprocessing, job.batch_size, device=job.train.device)
+
+
+def _run_dir(job: JobConfig, resume: bool) -> Path:
+    """The folder of this run, the same on all ranks. Nothing is written yet.
+
+    Raises:
+        ConfigError: a new run's folder holds something already; one to resume is not there, or complete.
+    """
+    return from_first(_resumed_run_dir(job) if resume else _free_run_dir(job))
+
+
+def _resumed_run_dir(job: JobConfig) -> Path:
+    run_dir = job.output_dir
+    if run_dir is None or not run_dir.is_dir():
+        raise ConfigError(f"{run_dir}: there is no such run to resume")
+    if (run_dir / "result.json").exists():
+        raise ConfigError(f"{run_dir}: this run is complete, there is nothing to resume")
+    return run_dir
+
+
+def _free_run_dir(job: JobConfig) -> Path:
+    """The folder named, or a free name under ``runs/``."""
+    run_dir = job.output_dir
+    if run_dir is None:
+        bits = "fp32" if job.command == "train" else f"w{job.qat.weight_bits}a{job.qat.act_bits}"
+        name = f"runs/{Path(job.model.partition(':')[0]).stem}-{bits}"
+        return next(path for i in count(1) if not (path := Path(name if i == 1 else f"{name}-{i}")).exists())
+    begun = {"config.json.partial"}  # all that a run leaves that is killed while it is opened
+    if rank() == 0 and run_dir.exists() and (not run_dir.is_dir() or {p.name for p in run_dir.iterdir()} - begun):
+        raise ConfigError(
+            f"{run_dir} is not empty: choose another --output-dir, or move it away; nothing was changed "
+            "(an unfinished run goes on with --resume)"
+        )
+    return run_dir
+
+
+def _open_run(job: JobConfig, run_dir: Path, resume: bool) -> None:
+    """Make the run folder and write ``config.json``; of a run that is resumed the first one stays."""
+    if rank() > 0 or resume:
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    settings = asdict(job) | {
+        "versions": {name: version(name) for name in ("brfx", "torch", "torchvision")},
+        "python": sys.version.split()[0],
+        "command_line": sys.argv,
+    }
+    write_text_atomically(run_dir / "config.json", json.dumps(settings, indent=2, default=str) + "\n")
+
+
+def _close_run(result: JobResult) -> JobResult:
+    """Write ``result.json``: accuracies on the test images, the epoch that they are of, and what each file weighs.
+
+    The run is then complete, and its checkpoints go.
+    """
+    if rank() > 0:
+        return result
+    run_dir = result.run_dir
+    files = [path for path in sorted(run_dir.iterdir()) if path.is_file()]
+    content = {
+        "test": asdict(result.test),
+        "test_float": result.test_float and asdict(result.test_float),
+        "epoch": result.fit and result.fit.epoch,
+        "stage": result.fit and result.fit.stage,
+        "val_accuracy": result.fit and result.fit.val_accuracy,
+        "compiled": result.fit and result.fit.compiled,
+        "skipped_batches": result.fit and result.fit.skipped,
+        "teacher_sha256": result.fit and result.fit.teacher_sha256,
+        "onnx": result.onnx and asdict(result.onnx),
+        "bytes": {path.name: path.stat().st_size for path in files},
+    }
+    with written_into(run_dir):
+        write_text_atomically(run_dir / "result.json", json.dumps(content, indent=2, default=str) + "\n")
+    Checkpoints(run_dir / FOLDER, keep=1).remove()
+    return result

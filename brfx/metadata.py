@@ -1,0 +1,64 @@
+"""What a rewritten model knows about itself, so that a file can be read without its code."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+from torch import nn
+
+from brfx.config import QATConfig
+from brfx.data import Preprocessing
+from brfx.errors import BrfxError
+from brfx.graph.trace import Tracing
+from brfx.models import ModelSource
+
+_KEY = "brfx"  # in ``meta``, which a GraphModule has and its deepcopy keeps; plain attributes are lost there
+
+
+@dataclass
+class ModelCard:
+    """Kept with the model and written into every file.
+
+    Attributes:
+        config: what was asked of :func:`brfx.prepare_qat`.
+        source: how to build the float model; ``None`` for a module of the user's own.
+        preprocessing: what images go through before the model; ``None`` where nobody said.
+        classes: names of the outputs; ``None`` where nobody said.
+        tracing: how the float model was traced.
+    """
+
+    config: QATConfig
+    source: ModelSource | None = None
+    preprocessing: Preprocessing | None = None
+    classes: tuple[str, ...] | None = None
+    tracing: Tracing = field(default_factory=Tracing)
+
+
+def card_entries(qmodel: nn.Module) -> dict[str, Any]:
+    """What an exported file says of the model in it: what it was made with, and how to feed it; plain data."""
+    card = card_of(qmodel)
+    return {
+        "brfx": version("brfx"),
+        "config": asdict(card.config),
+        "preprocessing": card.preprocessing and asdict(card.preprocessing),
+        "classes": card.classes and list(card.classes),
+    }
+
+
+def attach(qmodel: nn.Module, card: ModelCard) -> None:
+    """Give ``qmodel`` its card."""
+    vars(qmodel).setdefault("meta", {})[_KEY] = card
+
+
+def card_of(qmodel: nn.Module) -> ModelCard:
+    """The card of a model that :func:`brfx.prepare_qat` made.
+
+    Raises:
+        BrfxError: the model has none.
+    """
+    card = getattr(qmodel, "meta", {}).get(_KEY)
+    if not isinstance(card, ModelCard):
+        raise BrfxError(f"this {type(qmodel).__name__} was not made by brfx.prepare_qat")
+    return card

@@ -1,0 +1,1 @@
+"""Quantizers: the grid, the step's start, and one file per method."""

@@ -1,0 +1,252 @@
+"""The bin regularizers of a whole rewritten model, as a module that wraps it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from brfx.analysis.observe import observed_forward, observed_sites
+from brfx.calibration import quantizers
+from brfx.config import BR_FORMS
+from brfx.distributed import ranks, summed
+from brfx.errors import ConfigError
+from brfx.fast.training_graph import lean_forward
+from brfx.kernels.inductor import compiled
+from brfx.nn import (
+    ActivationQuantizer,
+    QuantizedLayer,
+    QuantizedMultiheadAttention,
+    Quantizer,
+    WeightQuantizer,
+)
+from brfx.quant.grid import Grid, in_full
+from brfx.regularizers import Regularizer
+from brfx.regularizers.bin_regularizer import bin_loss, bin_sums, joint_bin_sums, late_bin_sums, same_for_each
+
+
+class BinLoss(NamedTuple):
+    """``total`` is what to add to the task's loss; ``weight`` and ``act`` are L_BR before lambda."""
+
+    total: Tensor
+    weight: Tensor
+    act: Tensor
+
+
+class BinPenalty(Regularizer):
+    """Wraps a rewritten model: ``output, br = BinPenalty(qmodel)(x)``; add ``br.total`` to the loss.
+
+    Wrap *this* in DDP or ``torch.compile``, not the model inside it: the penalty reads the model's parameters, and a
+    wrapper that does not see it gives every rank its own gradient.
+
+    ``form="mean"`` is the paper's: a bin counts as the mean of ``(v - k*s)^2`` over it, so that the pull on one value
+    falls with the size of its bin. ``form="per_value"`` pulls each value alike, in layers of every size: a weight's
+    loss is ``sum (v - k*s)^2 / 2``, an activation's the same as a mean over the batch, and their gradients to a value
+    are ``v - k*s`` and ``(v - k*s) / batch``. Levels stay where they are, as in Nagel et al., ICML 2022: no step gets a
+    gradient. SGD of rate lr and momentum m then closes the share ``1 - exp(-1000 * weight * lr / (1 - m))`` of a
+    weight's distance to its level in 1,000 batches, in every layer, where nothing else moves it: with m = 0.9 and the
+    rate of 0.01 that a cosine from 0.02 is on average, 10 % at a lambda of 0.001, 63 % at 0.01, 99 % at 0.05.
+
+    Args:
+        qmodel: what :func:`brfx.prepare_qat` returned.
+        weight: lambda of the weights' regularizer (``--lambda-br``); in the mean form its gradient reaches the weight
+            steps.
+        act: lambda of the activations' regularizer (``--lambda-br-act``); its gradient reaches the layers above.
+        form: ``"mean"`` or ``"per_value"`` (``--br-form``), of both.
+        act_gradient_to_step: let the activations' regularizer train the activation steps too
+            (``--br-backprop-to-alpha-act``).
+        freeze_weight_steps, freeze_act_steps: what :meth:`begin` freezes.
+
+    Raises:
+        ConfigError: a lambda is negative; no such form; or one that trains no step is to train the activations'.
+    """
+
+    weight: Tensor
+    act: Tensor
+
+    def __init__(
+        self,
+        qmodel: nn.Module,
+        weight: float = 1.0,
+        act: float = 1.0,
+        *,
+        form: str = "mean",
+        act_gradient_to_step: bool = False,
+        freeze_weight_steps: bool = False,
+        freeze_act_steps: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (("weight", weight), ("act", act)):
+            if not value >= 0:
+                raise ConfigError(f"{name}={value!r}: a lambda takes 0 or more")
+        if form not in BR_FORMS:
+            raise ConfigError(f"form={form!r}: takes {' or '.join(BR_FORMS)}")
+        if form == "per_value" and act_gradient_to_step:
+            raise ConfigError('act_gradient_to_step=True: form="per_value" trains no step; it takes form="mean"')
+        self.per_value = form == "per_value"
+        self.model = qmodel
+        device = next(qmodel.parameters()).device
+        self.register_buffer("weight", torch.tensor(float(weight), device=device), persistent=False)
+        self.register_buffer("act", torch.tensor(float(act), device=device), persistent=False)
+        self._train_weight, self._train_act = weight > 0, act > 0
+        self.freeze_weight_steps, self.freeze_act_steps = freeze_weight_steps, freeze_act_steps
+        self._look = per_value if self.per_value else bins_that_train_steps if act_gradient_to_step else bins
+        self._observed_forward = observed_forward(qmodel, self._look)
+        self._sites = observed_sites(qmodel)
+        self._layers = [
+            module for module in qmodel.modules() if isinstance(module, (QuantizedLayer, QuantizedMultiheadAttention))
+        ]
+
+    @property
+    def logged_terms(self) -> tuple[str, ...]:
+        return ("weight",) * self._train_weight + ("act",) * self._train_act
+
+    def begin(self) -> None:
+        """The warm-up is over: freeze the steps that were to be frozen when regularization starts."""
+        for quantizer in quantizers(self.model).values():
+            weight = isinstance(quantizer, WeightQuantizer)
+            if self.freeze_weight_steps if weight else self.freeze_act_steps:
+                quantizer.learn(False)
+
+    def forward(self, *inputs: Any) -> tuple[Any, BinLoss]:
+        output, seen = self._observed_forward(self.model, *inputs)
+        return output, self._terms(seen, self.weight_loss)
+
+    def training_form(self, kernels: bool) -> Callable[..., tuple[Any, BinLoss]]:
+        """A function that computes what calling this computes and trains faster (:mod:`brfx.fast.training_graph`).
+
+        Two things differ. L_BR of the activations comes out of backward: ``act`` holds it from then on; in ``total``
+        it has its gradient and no value. And what has a lambda of 0 is not computed: its term is 0.
+
+        Args:
+            kernels: compile the pieces between layers, for use without ``torch.compile`` around the whole.
+        """
+        if not isinstance(self.model, GraphModule):
+            return self
+        weight_loss = compiled(self.weight_loss) if kernels else self.weight_loss
+        if not self._train_weight:
+            weight_loss = partial(self._total, [])
+        look, late, first = _OF_WEIGHTS[self._look], None, tuple[Tensor, ...]()
+        if self._train_act:
+            look, late = self._look, _LATE[self._look]
+            told, act = told_in_backward(self.model)
+            first = (told,)
+        forward = lean_forward(self.model, look, kernels=kernels, late=late)
+
+        def run(*inputs: Any) -> tuple[Any, BinLoss]:
+            output, seen = forward(self.model, *first, *inputs)
+            terms = self._terms({site: sums for site, sums in seen.items() if sums is not None}, weight_loss)
+            return output, terms._replace(act=act) if first else terms
+
+        return run
+
+    def weight_loss(self) -> Tensor:
+        """L_BR summed over the quantized weights of layers; 0 without any."""
+        by_grid: dict[Grid, list[tuple[Tensor, WeightQuantizer]]] = {}
+        for layer in self._layers:
+            for weight, quantizer in layer.regularized():
+                by_grid.setdefault(quantizer.grid, []).append((weight, quantizer))
+        losses = []
+        for grid, pairs in by_grid.items():
+            steps = [quantizer.step.detach() if self.per_value else quantizer.step for _, quantizer in pairs]
+            counts, squares = joint_bin_sums([quantizer.prepare(weight) for weight, quantizer in pairs], steps, grid)
+            losses.append(bin_loss(same_for_each(counts) if self.per_value else counts, squares))
+        return self._total(losses)
+
+    def _terms(self, seen: dict[str, tuple[Tensor, ...]], weight_loss: Callable[[], Tensor]) -> BinLoss:
+        of_functions = [isinstance(self._sites[site], WeightQuantizer) for site in seen]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._train_weight):
+            read = [bin_loss(*sums[:2]) for sums, weight in zip(seen.values(), of_functions, strict=True) if weight]
+            weight = weight_loss() + self._total(read)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._train_act):
+            acts = [sums for sums, weight in zip(seen.values(), of_functions, strict=True) if not weight]
+            late = [zero for sums in acts for zero in sums[2:]]
+            act = self._total([bin_loss(*sums) for sums in of_global_batch([sums[:2] for sums in acts])] + late)
+        return BinLoss(self.weight * weight + self.act * act, weight.detach(), act.detach())
+
+    def _total(self, losses: list[Tensor]) -> Tensor:
+        return torch.stack(losses).sum() if losses else self.weight.new_zeros(())
+
+
+def told_in_backward(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """A scalar that requires grad, and a scalar that holds what the last backward gave it."""
+    told = in_full(next(model.parameters())).new_zeros((), requires_grad=True)
+    value = torch.zeros_like(told, requires_grad=False)
+
+    def tell(told: Tensor) -> None:
+        assert told.grad is not None
+        value.copy_(told.grad)
+        told.grad = None
+
+    told.register_post_accumulate_grad_hook(tell)  # type: ignore[no-untyped-call]
+    return told, value
+
+
+def of_global_batch(sums: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    """The bins' counts and squares of all ranks' batches together, in one exchange."""
+    if ranks() == 1 or not sums:
+        return sums
+    flat = [part for counts, squares in sums for part in (counts, squares)]
+    parts = torch.split(summed(torch.cat(flat)), [len(part) for part in flat])
+    return [(parts[i].detach(), parts[i + 1]) for i in range(0, len(parts), 2)]
+
+
+def bins(quantizer: Quantizer, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The bins' sums of what a quantizer is given; of an activation without gradient to the step."""
+    step = quantizer.step if isinstance(quantizer, WeightQuantizer) else quantizer.step.detach()
+    return bin_sums(quantizer.prepare(values), step, quantizer.grid)
+
+
+def bins_that_train_steps(quantizer: Quantizer, values: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`bins` with gradient to every step."""
+    return bin_sums(quantizer.prepare(values), quantizer.step, quantizer.grid)
+
+
+def weight_bins(quantizer: Quantizer, values: Tensor) -> tuple[Tensor, Tensor] | None:
+    """:func:`bins` of weights alone; ``None`` of activations."""
+    return bins(quantizer, values) if isinstance(quantizer, WeightQuantizer) else None
+
+
+def per_value(quantizer: Quantizer, values: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`bins` whose squares are divided by the same for each value, without gradient to any step."""
+    counts, squares = bin_sums(quantizer.prepare(values), quantizer.step.detach(), quantizer.grid)
+    return same_for_each(counts, 1 if isinstance(quantizer, WeightQuantizer) else len(values)), squares
+
+
+def weight_per_value(quantizer: Quantizer, values: Tensor) -> tuple[Tensor, Tensor] | None:
+    """:func:`per_value` of weights alone; ``None`` of activations."""
+    return per_value(quantizer, values) if isinstance(quantizer, WeightQuantizer) else None
+
+
+def late_bins(quantizer: ActivationQuantizer, values: Tensor, told: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`bins` of an activation, with squares that are summed in backward (:func:`late_bin_sums`)."""
+    return _late_bins(quantizer, values, quantizer.step.detach(), told)
+
+
+def late_bins_that_train_steps(
+    quantizer: ActivationQuantizer, values: Tensor, told: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`late_bins` with gradient to the step."""
+    return _late_bins(quantizer, values, quantizer.step, told)
+
+
+def late_per_value(quantizer: ActivationQuantizer, values: Tensor, told: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`per_value` of an activation, with squares that are summed in backward."""
+    counts, squares, zero = late_bins(quantizer, values, told)
+    return same_for_each(counts, len(values)), squares, zero
+
+
+def _late_bins(
+    quantizer: ActivationQuantizer, values: Tensor, step: Tensor, told: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return late_bin_sums(values, step, quantizer.grid, told, floor=quantizer.floor, ceiling=quantizer.ceiling)
+
+
+#: What looks at weights alone, and at activations late, by what looks at both. Functions with names of their own, since
+#: chains of one text are compiled once (:mod:`brfx.fast.training_graph`).
+_OF_WEIGHTS: dict[Any, Any] = {bins: weight_bins, bins_that_train_steps: weight_bins, per_value: weight_per_value}
+_LATE: dict[Any, Any] = {bins: late_bins, bins_that_train_steps: late_bins_that_train_steps, per_value: late_per_value}

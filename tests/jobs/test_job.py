@@ -1,0 +1,93 @@
+import json
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import brfx
+from brfx.config import JobConfig, TrainConfig
+from brfx.jobs.job import quantize
+
+NET = """
+from torch import nn
+
+def net(num_classes=10):
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, num_classes),
+    )
+"""
+
+
+@pytest.fixture
+def job(digits, tmp_path):
+    """Two epochs of a network whose third filter lets nothing pass; returns what other settings make of it."""
+    file = tmp_path / "net.py"
+    file.write_text(NET)
+    torch.manual_seed(0)
+    model = brfx.build_model(f"{file}:net", 10)
+    assert isinstance(model[1], nn.BatchNorm2d)
+    with torch.no_grad():
+        model[1].weight[2], model[1].bias[2] = 1e-4, -1e-2
+    torch.save(model.state_dict(), tmp_path / "net.pth")
+
+    def with_settings(name, **settings):
+        train = TrainConfig(epochs=2, warmup_epochs=1, compile="off", seed=3)
+        common = {"command": "quantize", "model": f"{file}:net", "ckpt": tmp_path / "net.pth", "data": "digits"}
+        return JobConfig(**common, train=train, output_dir=tmp_path / name, **settings)
+
+    return with_settings
+
+
+def test_settings_of_regularizer_and_filters_reach_the_run_and_its_figures_its_metrics(job, caplog, monkeypatch):
+    told_to_calibrate = {}
+    monkeypatch.setattr(
+        "brfx.jobs.job.calibrate",
+        lambda *args, **given: told_to_calibrate.update(given) or brfx.calibrate(*args, **given),
+    )
+    caplog.set_level(logging.INFO, "brfx")
+    weights = {}
+    for name, settings in {
+        "paper": {},
+        "per value": {"br_form": "per_value", "lambda_br": 2.0, "dead_filters": "revive"},
+        "lsq": {"lambda_br": 0.0, "lambda_br_act": 0.0},
+    }.items():
+        caplog.clear()
+        run = quantize(job(name, **settings))
+        lines = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
+        weights[name] = [line["weights"] for line in lines]
+        assert [set(layers) for layers in weights[name]] == [{"0", "5"}] * 2
+        assert all(figures["closed"] == 0 for figures in weights[name][0].values())
+        config = json.loads((run.run_dir / "config.json").read_text())
+        assert config["br_form"] == settings.get("br_form", "mean")
+        assert config["dead_filters"] == settings.get("dead_filters", "keep")
+        assert (told_to_calibrate["dead_filters"], told_to_calibrate["seed"]) == (config["dead_filters"], 3)
+        told = "revived" if "dead_filters" in settings else "kept as they are"
+        assert f"let nothing pass; {told}: 0 2" in caplog.text
+        assert ("BR lambda 2 per value" in caplog.text) == (name == "per value")
+    for layer in ("0", "5"):
+        assert weights["per value"][1][layer]["closed"] > 0.5
+        assert weights["lsq"][1][layer]["closed"] < 0.2
+
+
+def test_an_export_that_fails_in_any_way_leaves_the_trained_network(job, monkeypatch, caplog):
+    def fails(*args):
+        raise AssertionError("no such form")
+
+    monkeypatch.setattr("brfx.jobs.job.snap_biases", fails)
+    monkeypatch.setattr("brfx.jobs.job.export_onnx", fails)
+    run = quantize(job("fails"))
+    assert run.onnx is None and run.onnx_problem == "AssertionError: no such form"
+    assert "biases stay as they are: no such form" in caplog.text
+    assert (run.run_dir / "model.pt").is_file() and (run.run_dir / "result.json").is_file()
+
+
+def test_the_trained_network_is_on_disk_before_anything_is_exported(job, monkeypatch):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("brfx.jobs.job.snap_biases", killed)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(job("killed"))
+    assert (job("killed").output_dir / "model.pt").is_file()
