@@ -21,6 +21,7 @@ from brfx.export.parity import compare_codes
 from brfx.nn import ActivationQuantizer, WeightQuantizer
 from brfx.quant.factory import ACT_QUANTIZERS, WEIGHT_QUANTIZERS, activation_quantizer, relu_quantizer, weight_quantizer
 from brfx.train.batch_norm import reestimate_batch_norm
+from brfx.train.step import build_step
 
 METHODS = [(weights, acts) for weights in WEIGHT_QUANTIZERS for acts in ACT_QUANTIZERS]
 
@@ -139,6 +140,22 @@ def test_codes_kept_for_backward_change_no_gradient(weights: str, grid: str) -> 
         assert (a.grad is None) == (b.grad is None), name
         if a.grad is not None:
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["kernels", "whole"])
+def test_compiled_forms_have_the_same_losses_and_gradients(how: str) -> None:
+    images, labels = batches()[0]
+    found = []
+    for form in ("none", how):
+        qmodel = prepared(settings("dorefa", "pact", stream_bits=2)).train()
+        loss, numbers = build_step(qmodel, brfx.BinPenalty(qmodel, weight=0.1, act=0.01), form)(images, labels)
+        loss.backward()
+        found.append((numbers, {name: parameter.grad for name, parameter in qmodel.named_parameters()}))
+    (numbers, gradients), (compiled_numbers, compiled_gradients) = found
+    for wanted, compiled in ((numbers, compiled_numbers), (gradients, compiled_gradients)):
+        for name, value in wanted.items():
+            torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
 class Functional(nn.Module):
