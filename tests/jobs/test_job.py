@@ -1,12 +1,14 @@
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import brfx
-from brfx.config import JobConfig, TrainConfig
+from brfx.config import JobConfig, QATConfig, TrainConfig
+from brfx.errors import ConfigError
 from brfx.jobs.job import quantize
 
 NET = """
@@ -91,3 +93,17 @@ def test_the_trained_network_is_on_disk_before_anything_is_exported(job, monkeyp
     with pytest.raises(KeyboardInterrupt):
         quantize(job("killed"))
     assert (job("killed").output_dir / "model.pt").is_file()
+
+
+def test_a_run_of_other_methods_and_another_regularizer(job, caplog):
+    caplog.set_level(logging.INFO, "brfx")
+    qat = QATConfig(bits=2, act_quantizer="pact", weight_quantizer="dorefa", weight_grid="symmetric")
+    run = quantize(job("other", qat=qat, lambda_br=0.0, lambda_br_act=0.0, lambda_kurtosis=0.5))
+    assert "tanh and s fixed at max|tanh(w)| (DoReFa); no BR, kurtosis lambda 0.5" in caplog.text
+    warm, last = (
+        json.loads(line)["train"]["terms"] for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()
+    )
+    assert not warm and set(last) == {"kurtosis"} and run.onnx_problem is None
+    assert run.onnx is None or run.onnx.reference_difference == 0
+    with pytest.raises(ConfigError, match=r"--lambda-br-act 0 --lambda-kurtosis 0$"):
+        quantize(replace(job("none", lambda_kurtosis=0.5), train=TrainConfig(epochs=2, warmup_epochs=2)))
