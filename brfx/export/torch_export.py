@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -55,11 +56,16 @@ def export_torch(qmodel: nn.Module, path: str | Path, example_inputs: Tensor | t
 def _with_levels_as_weights(qmodel: nn.Module) -> nn.Module:
     """A copy in eval mode on the CPU whose layers hold the levels that ``qmodel`` computes with as their weights."""
     frozen = copy.deepcopy(qmodel).eval().cpu()
-    for module in frozen.modules():
-        if isinstance(module, QuantizedLayer) and module.weight_quantizer is not None:
-            if module.weight_quantizer.calibrated:
-                module.weight.copy_(module.quantized_weight())
-            module.weight_quantizer = None
+    layers = [module for module in frozen.modules() if isinstance(module, QuantizedLayer) and module.regularized()]
+    readers = Counter(id(layer._parameters.get("weight")) for layer in layers)
+    for layer in layers:
+        weight = layer._parameters.get("weight")
+        if weight is None or readers[id(weight)] > 1:
+            continue  # it is computed, or each of several layers has its own levels of it: the program rounds it
+        assert layer.weight_quantizer is not None
+        if layer.weight_quantizer.calibrated:
+            weight.copy_(layer.quantized_weight())
+        layer.weight_quantizer = None
     return frozen.requires_grad_(False)
 
 

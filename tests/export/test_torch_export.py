@@ -101,3 +101,19 @@ def test_attention(tmp_path):
     brfx.calibrate(qmodel, [x])
     model = torch.export.load(export_torch(qmodel, tmp_path / "model.pt2", x)).module()
     assert (model(x[:3]) - qmodel.eval()(x[:3])).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("case", ["computed", "tied"])
+def test_a_weight_that_is_computed_or_that_two_layers_read_has_its_levels(tmp_path, case):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    if case == "computed":
+        torch.nn.utils.parametrizations.weight_norm(model[0])
+    else:
+        model[2].weight = model[0].weight
+    x = torch.randn(5, 6)
+    qmodel = brfx.prepare_qat(model, brfx.QATConfig(bits=2))
+    brfx.calibrate(qmodel, [x])
+    qmodel.get_submodule("2").weight_quantizer.step.data.mul_(1.7)
+    brfx.export_torch(qmodel.eval(), tmp_path / "model.pt2", x)
+    torch.testing.assert_close(torch.export.load(tmp_path / "model.pt2").module()(x), qmodel(x))
