@@ -1,8 +1,8 @@
 """Which class quantizes what.
 
 A method is one file with its classes, all of the protocol in :mod:`brfx.quant.quantizer`, and one line in a table
-below. The functions here alone choose between methods, by the settings of a :class:`~brfx.config.QATConfig`. All other code
-asks a quantizer through the protocol, and names no method.
+below. The functions here alone choose between methods, by the settings of a :class:`~brfx.config.QATConfig`. All other
+code asks a quantizer through the protocol, and names no method.
 """
 
 from __future__ import annotations
