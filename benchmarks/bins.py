@@ -1,5 +1,5 @@
 """What bin regularization adds to the kernels around an activation quantizer, with its squares summed in forward
-(``bin_sums``) or in backward (``late_bin_sums``, as in training).
+(``bin_sums``) or in backward (``deferred_bin_sums``, as in training).
 
     python benchmarks/bins.py
 
@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from brfx.fast.saved_codes import coded
+from brfx.fast.saved_codes import with_codes
 from brfx.kernels.batch_norm import batch_norm
 from brfx.kernels.inductor import compiled
 from brfx.nn import QuantizedClippedReLU
-from brfx.regularizers.bin_penalty import bins, late_bins
+from brfx.regularizers.bin_penalty import bins, deferred_bins
 from brfx.regularizers.bin_regularizer import bin_loss
 
 #: Maps and the clip of their ReLU.
@@ -34,11 +34,11 @@ MAPS = (
 )
 ROUNDS, WARM_UP = 60, 5
 
-#: ``(quantizer, values, told) -> sums``
+#: ``(quantizer, values, logged) -> sums``
 LOOKS: dict[str, Callable[[Any, Tensor, Tensor], tuple[Tensor, ...]]] = {
-    "no bins": lambda quantizer, values, told: (),
-    "squares in forward": lambda quantizer, values, told: bins(quantizer, values),
-    "squares in backward": late_bins,
+    "no bins": lambda quantizer, values, logged: (),
+    "squares in forward": lambda quantizer, values, logged: bins(quantizer, values),
+    "squares in backward": deferred_bins,
 }
 
 
@@ -49,17 +49,17 @@ def case(
     norm, quantizer = nn.BatchNorm2d(x.shape[1]), QuantizedClippedReLU(2, clip_value=clip)
     quantizer.step.data.fill_(0.7)
     quantizer.calibrated = True
-    told = torch.zeros((), requires_grad=True)
+    logged = torch.zeros((), requires_grad=True)
 
-    def forward(x: Tensor, told: Tensor) -> Any:
+    def forward(x: Tensor, logged: Tensor) -> Any:
         values = batch_norm(norm, x)
-        return coded(quantizer, values), look(quantizer, values, told)
+        return with_codes(quantizer, values), look(quantizer, values, logged)
 
     run, above = compiled(forward), 1e-3 * torch.randn_like(x)
 
     def step() -> tuple[float, float]:
         start = perf_counter()
-        made, sums = run(x, told)
+        made, sums = run(x, logged)
         middle = perf_counter()
         outputs, grads = [made.values], [above]
         if sums:

@@ -17,7 +17,7 @@ from brfx.analysis.sqnr import LEAST_DB, lossy_at_8_bits
 from brfx.config import DEAD_FILTERS
 from brfx.errors import ConfigError, DataError, NotCalibratedError
 from brfx.nn import Quantizer, ResidualAdd
-from brfx.quant.step_init import START_RULES
+from brfx.quant.step_init import STEP_INIT_RULES
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +63,8 @@ def calibrate(
         NotCalibratedError: a batch or a weight holds NaN or infinity, or a quantizer was never reached that does not
             depend on what Python code decides; one that does stays without a step until it is calibrated.
     """
-    if start not in START_RULES:
-        raise ConfigError(f"start={start!r}: takes {' or '.join(START_RULES)}")
+    if start not in STEP_INIT_RULES:
+        raise ConfigError(f"start={start!r}: takes {' or '.join(STEP_INIT_RULES)}")
     if dead_filters not in DEAD_FILTERS:
         raise ConfigError(f"dead_filters={dead_filters!r}: takes {' or '.join(DEAD_FILTERS)}")
     dead = _treated(qmodel, dead_filters, start, seed)
@@ -130,7 +130,7 @@ def _calibrating(qmodel: nn.Module, start: str) -> Iterator[None]:
 def _run(qmodel: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> None:
     """Run each batch; where graphs have quantizers that only training reaches, a second time as in training."""
     found = [quantizer for quantizer in quantizers(qmodel).values() if not quantizer.optional]
-    twins = [module for module in qmodel.modules() if getattr(module, "twin", False)]
+    twins = [module for module in qmodel.modules() if getattr(module, "has_mode_branches", False)]
     reached = False
     for batch in batches:
         before = [quantizer.batches_seen for quantizer in found]

@@ -26,13 +26,13 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def ranks() -> int:
+def world_size() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 @contextmanager
-def together(device: str) -> Iterator[str]:
+def process_group(device: str) -> Iterator[str]:
     """Join the processes that ``torchrun`` started, and yield this one's device: ``cuda`` becomes ``cuda:LOCAL_RANK``.
 
     The backend is nccl on CUDA, else gloo. Where torchrun did not start this process, or the group is there already,
@@ -49,19 +49,19 @@ def together(device: str) -> Iterator[str]:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=_PATIENCE)
-    with lost_ranks_named():
+    with name_lost_ranks():
         yield device
     dist.destroy_process_group()
 
 
 @contextmanager
-def lost_ranks_named() -> Iterator[None]:
+def name_lost_ranks() -> Iterator[None]:
     """An error of a collective operation says that another process is gone."""
     try:
         yield
     except RuntimeError as error:
         text = str(error)
-        if ranks() > 1 and any(word in text for word in ("Connection", "gloo", "NCCL", "ncclRemoteError", "peer")):
+        if world_size() > 1 and any(word in text for word in ("Connection", "gloo", "NCCL", "ncclRemoteError", "peer")):
             raise TrainingError(
                 f"rank {rank()}: another process of this run has stopped ({first_line(error)}); "
                 "start them again with --resume"
@@ -69,36 +69,36 @@ def lost_ranks_named() -> Iterator[None]:
         raise
 
 
-def from_first(value: T) -> T:
+def broadcast_object(value: T) -> T:
     """What rank 0 has, on every rank."""
-    if ranks() == 1:
+    if world_size() == 1:
         return value
     held: list[Any] = [value if rank() == 0 else None]
     dist.broadcast_object_list(held)
     return held[0]  # type: ignore[no-any-return]
 
 
-def from_all(value: T) -> list[T]:
+def all_gather_object(value: T) -> list[T]:
     """What each rank has, in their order."""
-    if ranks() == 1:
+    if world_size() == 1:
         return [value]
-    held: list[Any] = [None] * ranks()
+    held: list[Any] = [None] * world_size()
     dist.all_gather_object(held, value)
     return held
 
 
-def largest(value: float, device: torch.device | str = "cpu") -> float:
+def all_reduce_max(value: float, device: torch.device | str = "cpu") -> float:
     """The largest of the ranks' values."""
-    if ranks() == 1:
+    if world_size() == 1:
         return value
     held = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(held, dist.ReduceOp.MAX)
     return float(held)
 
 
-def anywhere(flag: Tensor) -> Tensor:
+def all_reduce_any(flag: Tensor) -> Tensor:
     """Whether ``flag``, one boolean, is true on any rank; the host does not wait for the answer of a CUDA device."""
-    if ranks() == 1:
+    if world_size() == 1:
         return flag
     held = flag.byte()
     dist.all_reduce(held, dist.ReduceOp.MAX)
@@ -106,27 +106,27 @@ def anywhere(flag: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def share_buffers(model: nn.Module) -> None:
+def broadcast_buffers(model: nn.Module) -> None:
     """Give every rank rank 0's buffers, such as running statistics, which each rank estimates from its own batches."""
-    if ranks() > 1:
+    if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
 
-def share_state(model: nn.Module) -> None:
+def broadcast_state(model: nn.Module) -> None:
     """Give every rank rank 0's parameters and buffers."""
-    if ranks() > 1:
-        state = from_first({name: value.cpu() for name, value in model.state_dict().items()})
+    if world_size() > 1:
+        state = broadcast_object({name: value.cpu() for name, value in model.state_dict().items()})
         model.load_state_dict(versioned(state, model))
 
 
-def summed(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """The sum of the ranks' ``values``, on every rank; differentiable.
 
     A rank's part of the sum gets the gradients of all ranks' losses, so that parameters whose gradients are averaged
     over ranks, as DDP does, get that of the mean of the losses.
     """
-    return _Summed.apply(values) if ranks() > 1 else values  # type: ignore[no-any-return, no-untyped-call]
+    return _Summed.apply(values) if world_size() > 1 else values  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Summed(torch.autograd.Function):
@@ -159,10 +159,10 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(input)
         dims = [0, *range(2, input.dim())]
         shape = [1, -1] + [1] * (input.dim() - 2)
-        count = input.numel() // input.shape[1] * ranks()
-        mean = summed(input.sum(dims)) / count
+        count = input.numel() // input.shape[1] * world_size()
+        mean = all_reduce_sum(input.sum(dims)) / count
         centered = input - mean.view(shape)
-        variance = summed(centered.square().sum(dims)) / count
+        variance = all_reduce_sum(centered.square().sum(dims)) / count
         self._track(mean.detach(), variance.detach() * (count / max(1, count - 1)))
         normalized = centered * (variance + self.eps).rsqrt().view(shape)
         return normalized if self.weight is None else normalized * self.weight.view(shape) + self.bias.view(shape)
@@ -178,11 +178,11 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 @contextmanager
-def batch_norms_synced(model: nn.Module) -> Iterator[None]:
+def sync_batch_norms(model: nn.Module) -> Iterator[None]:
     """Inside, the batch norms of ``model`` see the batches of all ranks as one; nothing changes for one process."""
     norms = [module for module in model.modules() if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)]
     kinds = [type(norm) for norm in norms]
-    if ranks() > 1:
+    if world_size() > 1:
         for norm in norms:  # the same module with the same parameters, whoever holds it, that now computes otherwise
             on_cuda = norm.weight is not None and norm.weight.is_cuda
             norm.__class__ = nn.SyncBatchNorm if on_cuda else SyncedBatchNorm  # type: ignore[assignment]

@@ -18,7 +18,7 @@ _KEY = "brfx"  # in ``meta``, which a GraphModule has and its deepcopy keeps; pl
 
 
 @dataclass
-class ModelCard:
+class ModelMetadata:
     """Kept with the model and written into every file.
 
     Attributes:
@@ -36,29 +36,29 @@ class ModelCard:
     tracing: Tracing = field(default_factory=Tracing)
 
 
-def card_entries(qmodel: nn.Module) -> dict[str, Any]:
+def metadata_entries(qmodel: nn.Module) -> dict[str, Any]:
     """What an exported file says of the model in it: what it was made with, and how to feed it; plain data."""
-    card = card_of(qmodel)
+    metadata = metadata_of(qmodel)
     return {
         "brfx": version("brfx"),
-        "config": asdict(card.config),
-        "preprocessing": card.preprocessing and asdict(card.preprocessing),
-        "classes": card.classes and list(card.classes),
+        "config": asdict(metadata.config),
+        "preprocessing": metadata.preprocessing and asdict(metadata.preprocessing),
+        "classes": metadata.classes and list(metadata.classes),
     }
 
 
-def attach(qmodel: nn.Module, card: ModelCard) -> None:
+def attach(qmodel: nn.Module, metadata: ModelMetadata) -> None:
     """Give ``qmodel`` its card."""
-    vars(qmodel).setdefault("meta", {})[_KEY] = card
+    vars(qmodel).setdefault("meta", {})[_KEY] = metadata
 
 
-def card_of(qmodel: nn.Module) -> ModelCard:
+def metadata_of(qmodel: nn.Module) -> ModelMetadata:
     """The card of a model that :func:`brfx.prepare_qat` made.
 
     Raises:
         BrfxError: the model has none.
     """
-    card = getattr(qmodel, "meta", {}).get(_KEY)
-    if not isinstance(card, ModelCard):
+    metadata = getattr(qmodel, "meta", {}).get(_KEY)
+    if not isinstance(metadata, ModelMetadata):
         raise BrfxError(f"this {type(qmodel).__name__} was not made by brfx.prepare_qat")
-    return card
+    return metadata

@@ -24,7 +24,7 @@ from brfx.graph.source_rewrite import QuantizedFunction, rewrite_methods
 from brfx.graph.trace import Tracing, trace_islands
 from brfx.graph.user_classes import copied, keep_containers
 from brfx.graph.utils import check, module_calls
-from brfx.metadata import ModelCard, attach
+from brfx.metadata import ModelMetadata, attach
 from brfx.nn import (
     QUANTIZED_LAYERS,
     ActivationQuantizer,
@@ -170,7 +170,7 @@ def rewrite(model: nn.Module, config: QATConfig, tracing: Tracing) -> nn.Module:
         qmodel = QuantizedGraph.of(qmodel, qmodel.graph)
     keep_containers(qmodel, model)
     _follow_devices(qmodel, model)
-    attach(qmodel, ModelCard(config, source=getattr(model, "brfx_source", None), tracing=tracing))
+    attach(qmodel, ModelMetadata(config, source=getattr(model, "brfx_source", None), tracing=tracing))
     return qmodel
 
 

@@ -95,10 +95,10 @@ def test_two_processes_train_as_one_does(digits, tmp_path, compile, form):
     for number in (0, 1):
         two = torch.load(tmp_path / "2" / f"seen-{number}-of-2.pt", weights_only=True)
         assert len(one["gradients"]) == len(two["gradients"]) == 3
-        for alone, together in zip(one["gradients"], two["gradients"], strict=True):
-            assert alone.keys() == together.keys() and len(alone) > 60
+        for alone, process_group in zip(one["gradients"], two["gradients"], strict=True):
+            assert alone.keys() == process_group.keys() and len(alone) > 60
             for name, expected in alone.items():
-                torch.testing.assert_close(together[name], expected, rtol=1e-6, atol=1e-9, msg=name)
+                torch.testing.assert_close(process_group[name], expected, rtol=1e-6, atol=1e-9, msg=name)
         torch.testing.assert_close((two["mean"], two["var"]), (one["mean"], one["var"]))
         for name, expected in one["terms"].items():
             assert two["terms"][name] == pytest.approx(expected, rel=1e-9)
@@ -126,10 +126,14 @@ def test_a_rank_that_dies_stops_the_others_with_a_message(digits, tmp_path):
 
 
 def test_one_process_needs_no_group():
-    from brfx import distributed as ranks
+    from brfx import distributed
 
     values = torch.tensor([1.0], requires_grad=True)
-    assert ranks.summed(values) is values and ranks.ranks() == 1 and ranks.rank() == 0
-    assert ranks.from_first("x") == "x" and ranks.from_all(3) == [3] and ranks.largest(2.0) == 2.0
-    with ranks.together("cpu") as device:
+    assert distributed.all_reduce_sum(values) is values and distributed.world_size() == 1 and distributed.rank() == 0
+    assert (
+        distributed.broadcast_object("x") == "x"
+        and distributed.all_gather_object(3) == [3]
+        and distributed.all_reduce_max(2.0) == 2.0
+    )
+    with distributed.process_group("cpu") as device:
         assert device == "cpu"

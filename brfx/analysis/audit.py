@@ -19,8 +19,8 @@ from torch.utils.flop_counter import flop_registry
 from brfx.analysis.observe import observed_sites
 from brfx.calibration import calibrate, quantizers, uncalibrated
 from brfx.config import QATConfig
-from brfx.graph.torch_ops import JOINS, LINEAR, einsum_macs, name_of, passes
-from brfx.metadata import card_of
+from brfx.graph.torch_ops import JOINS, LINEAR, einsum_macs, name_of, preserves_values
+from brfx.metadata import metadata_of
 from brfx.nn import ActivationQuantizer, Quantizer, WeightQuantizer
 
 
@@ -102,7 +102,7 @@ def audit(qmodel: nn.Module, *example_inputs: Any) -> Audit:
         qmodel: what :func:`brfx.prepare_qat` returned. If it is not calibrated, a copy is, on the example.
         example_inputs: the model's inputs.
     """
-    config = card_of(qmodel).config
+    config = metadata_of(qmodel).config
     unset = bool(uncalibrated(qmodel))
     subject = copy.deepcopy(qmodel) if unset else qmodel
     if unset:
@@ -258,7 +258,7 @@ class _Provenance(TorchFunctionMode):
             return grids[0] if all(grid is grids[0] for grid in grids) else None
         property_ = name == "get" and out.numel() == inputs[0].numel()
         scaled = name in ("relu", "mul", "div", "truediv", "rmul") and len(inputs) == 1
-        return grids[0] if passes(name, args, kwargs) or property_ or scaled else None
+        return grids[0] if preserves_values(name, args, kwargs) or property_ or scaled else None
 
     def _multiplied(self, name: str, args: Any, kwargs: Any, out: Tensor) -> None:
         op = LINEAR[name]

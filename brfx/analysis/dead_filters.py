@@ -15,7 +15,7 @@ from brfx.errors import ConfigError
 from brfx.graph.torch_ops import name_of
 from brfx.graph.utils import call_counts, module_calls
 from brfx.nn import ActivationObserver, ActivationQuantizer, QuantizedLayer
-from brfx.quant.step_init import START_RULES
+from brfx.quant.step_init import STEP_INIT_RULES
 
 #: No value is expected so many deviations above a mean; of a normal's values a share of 3e-7 is.
 _DEVIATIONS = 5.0
@@ -45,7 +45,7 @@ def dead_at_start(qmodel: nn.Module, start: str) -> Filters:
 
     def step(layer: Any) -> Tensor:
         quantizer = layer.weight_quantizer
-        first: Tensor = quantizer.first_step(layer.weight.detach(), START_RULES[start])
+        first: Tensor = quantizer.first_step(layer.weight.detach(), STEP_INIT_RULES[start])
         return first
 
     return _found(qmodel, step)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from brfx.analysis.observe import graphs
 from brfx.calibration import quantization_disabled
 from brfx.errors import RewriteError, first_line
-from brfx.graph.trace import by_mode
+from brfx.graph.trace import select_by_mode
 from brfx.graph.user_classes import copied
 from brfx.graph.utils import module_calls
 from brfx.nn import ActivationObserver, ActivationQuantizer
@@ -227,7 +227,7 @@ class _Comparison:
         """The node of the float model's own operation behind quantizers that were put in."""
         modules = {node: module for gm in graphs(self.rewritten).values() for node, module in module_calls(gm)}
         while True:
-            chosen = node.args[not self.model.training] if node.target is by_mode else None
+            chosen = node.args[not self.model.training] if node.target is select_by_mode else None
             if isinstance(chosen, Node):
                 node = chosen
             elif isinstance(module := modules.get(node), _INSERTED) and not getattr(module, "is_relu", False):

@@ -15,7 +15,7 @@ from brfx.nn import ActivationObserver, ActivationQuantizer, Quantizer, WeightQu
 ObservedForward = Callable[..., tuple[Any, dict[str, Any]]]
 
 #: What is made of a site's values before they are quantized; a function of a module, so that a graph can call it.
-Look = Callable[[Quantizer, Tensor], Any]
+ObserveFn = Callable[[Quantizer, Tensor], Any]
 
 
 def prepared(quantizer: Quantizer, values: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def graphs(qmodel: nn.Module) -> dict[str, GraphModule]:
     return {name: module for name, module in qmodel.named_modules() if isinstance(module, GraphModule)}
 
 
-def observed_forward(qmodel: nn.Module, look: Look = prepared) -> ObservedForward:
+def observed_forward(qmodel: nn.Module, look: ObserveFn = prepared) -> ObservedForward:
     """A function ``(qmodel, *inputs) -> (output, {site: seen})`` that runs ``qmodel``'s own modules.
 
     What is seen is ``look(quantizer, values)`` with the values that the site's quantizer is given, not detached.
@@ -91,15 +91,15 @@ def observe(qmodel: nn.Module, *inputs: Any) -> dict[str, Tensor]:
     return {site: values for site, values in seen.items() if isinstance(sites[site], ActivationQuantizer)}
 
 
-def _observed_graph(gm: GraphModule, look: Look) -> ObservedForward:
-    modes = (True, False) if getattr(gm, "twin", False) else (True,)
+def _observed_graph(gm: GraphModule, look: ObserveFn) -> ObservedForward:
+    modes = (True, False) if getattr(gm, "has_mode_branches", False) else (True,)
     forwards = {training: generated(gm, watched(gm, training, look)) for training in modes}
     if len(modes) == 1:
         return forwards[True]  # type: ignore[no-any-return]
     return lambda self, *args, **kwargs: forwards[self.training](self, *args, **kwargs)
 
 
-def watched(gm: GraphModule, training: bool, look: Look) -> fx.Graph:
+def watched(gm: GraphModule, training: bool, look: ObserveFn) -> fx.Graph:
     """The graph in one mode, with ``{site: look(quantizer, values)}`` beside its output."""
     graph = pruned(gm, training)
     output = next(node for node in graph.nodes if node.op == "output")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from brfx.nn import Quantizer
 from brfx.quant.grid import MIN_STEP, Grid
-from brfx.quant.step_init import START_RULES
+from brfx.quant.step_init import STEP_INIT_RULES
 
 #: A quantizer below this many decibels at 8 bits is reported.
 LEAST_DB = 15.0
@@ -33,7 +33,7 @@ def lossy_at_8_bits(quantizers: dict[str, Quantizer], start: str) -> Iterator[di
 
     Args:
         quantizers: by name.
-        start: the rule by which steps are set (a key of ``START_RULES``), here for 8 bits.
+        start: the rule by which steps are set (a key of ``STEP_INIT_RULES``), here for 8 bits.
 
     Yields:
         By name, the ratio of each quantizer that has less than :data:`LEAST_DB`, and the likely reason. It fills up
@@ -50,7 +50,7 @@ def lossy_at_8_bits(quantizers: dict[str, Quantizer], start: str) -> Iterator[di
         seen.add(name)
         values = quantizer.prepare(raw).detach().float()
         grid = Grid(8, quantizer.signed, quantizer.grid.symmetric)
-        step = START_RULES[start](grid, values, tuple(quantizer.step.shape))
+        step = STEP_INIT_RULES[start](grid, values, tuple(quantizer.step.shape))
         ratio = sqnr(values, grid.decode(grid.encode(values, step), step))
         if ratio < LEAST_DB:
             lossy[name] = f"{ratio:.1f} dB ({_reason(grid, values, step)})"

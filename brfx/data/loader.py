@@ -28,8 +28,8 @@ class BatchLoader:
         drop_last: leave a smaller last batch out.
         seed: of order and augmentation.
         device: where the batches go.
-        rank, ranks: yield the ``rank``-th of ``ranks`` equal parts of every batch; the parts of all ranks, one after
-            the other, are the batch of a single process. A smaller last batch that does not split evenly is left out.
+        rank, world_size: yield the ``rank``-th of ``world_size`` equal parts of every batch; the parts of all ranks, in
+            their order, are the batch of a single process. A smaller last batch that does not split evenly is left out.
 
     Raises:
         ConfigError: ``batch_size`` does not split evenly, or there is no such rank.
@@ -47,15 +47,17 @@ class BatchLoader:
         seed: int = 0,
         device: torch.device | str = "cpu",
         rank: int = 0,
-        ranks: int = 1,
+        world_size: int = 1,
     ) -> None:
-        if not 0 <= rank < ranks:
-            raise ConfigError(f"rank={rank!r}, ranks={ranks!r}: takes a rank of 0 or more that is below ranks")
-        if batch_size % ranks:
-            raise ConfigError(f"batch_size={batch_size!r}: takes a multiple of ranks={ranks!r}, an equal part for each")
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank={rank!r}, world_size={world_size!r}: takes a rank below world_size")
+        if batch_size % world_size:
+            raise ConfigError(
+                f"batch_size={batch_size!r}: takes a multiple of world_size={world_size!r}, an equal part for each"
+            )
         self.split, self.preprocessing, self.batch_size = split, preprocessing, batch_size
         self.augment, self.flip, self.drop_last, self.seed = augment, flip, drop_last, seed
-        self.device, self.rank, self.ranks = torch.device(device), rank, ranks
+        self.device, self.rank, self.world_size = torch.device(device), rank, world_size
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -64,7 +66,7 @@ class BatchLoader:
     def __len__(self) -> int:
         """Batches an epoch, those of all ranks together."""
         whole, rest = divmod(len(self.split), self.batch_size)
-        return whole + (1 if rest and not self.drop_last and rest % self.ranks == 0 else 0)
+        return whole + (1 if rest and not self.drop_last and rest % self.world_size == 0 else 0)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.starting_at(0)
@@ -93,7 +95,7 @@ class BatchLoader:
     def _part(self, batch: int) -> slice:
         """Where this rank's part of a batch lies in the epoch's order."""
         start = batch * self.batch_size
-        size = min(self.batch_size, len(self.split) - start) // self.ranks
+        size = min(self.batch_size, len(self.split) - start) // self.world_size
         return slice(start + self.rank * size, start + (self.rank + 1) * size)
 
     def _images(self, order: Sequence[Tensor]) -> Iterator[Tensor]:

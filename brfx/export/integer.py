@@ -33,7 +33,7 @@ from brfx.export.layers import (
     integer_linear,
     prepare_function_weights,
 )
-from brfx.export.operators import Codes
+from brfx.export.operators import QuantParams
 from brfx.graph.dataflow import analyse, commutes_with_rounding, operands, operation
 from brfx.graph.source_rewrite import QuantizedCall
 from brfx.graph.torch_ops import LINEAR, is_attention
@@ -104,7 +104,7 @@ def integer_model(qmodel: nn.Module) -> IntegerModel:
     result = IntegerModel(model, {}, {}, {})
     for prefix, gm in graphs(model).items():
         scope = f"{prefix}." if prefix else ""
-        if getattr(gm, "twin", False):
+        if getattr(gm, "has_mode_branches", False):
             gm.graph = pruned(gm, False)
         _Rewriting(gm, scope, result).run()
     _modules(result)
@@ -171,7 +171,7 @@ class _Rewriting:
 
     def __init__(self, gm: GraphModule, scope: str, result: IntegerModel) -> None:
         self.gm, self.scope, self.result = gm, scope, result
-        self.codes: dict[Node, Codes] = {}  # of quantizers and of what replaced them
+        self.codes: dict[Node, QuantParams] = {}  # of quantizers and of what replaced them
         self.again: dict[Node, Node] = {}  # of values on a grid, the quantizers that say so
 
     def run(self) -> None:
@@ -209,7 +209,7 @@ class _Rewriting:
     def _module(self, node: Node) -> nn.Module | None:
         return self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
 
-    def _quantizer(self, node: Node, codes: Codes) -> None:
+    def _quantizer(self, node: Node, codes: QuantParams) -> None:
         """A quantizer of the output of a convolution is part of the convolution; else it stands alone."""
         site = self.sites[node]
         new = self._absorbed(node.args[0], codes, site)
@@ -228,7 +228,7 @@ class _Rewriting:
         branch, shortcut, *read = node.args
         out, *into = (self._step(step).float() for step in read)
         unit, zero_point, multiple = add.units(out, into[0] if into else None)
-        codes = Codes(float(unit), int(zero_point), 0, LEVELS)
+        codes = QuantParams(float(unit), int(zero_point), 0, LEVELS)
         site = self.sites[node]
         addends = [self._branch(node, branch, codes, f"{site}.branch")]
         if multiple is None:
@@ -244,21 +244,21 @@ class _Rewriting:
         node.replace_all_uses_with(total)
         self.gm.graph.erase_node(node)
 
-    def _branch(self, before: Node, value: object, codes: Codes, site: str) -> Node:
+    def _branch(self, before: Node, value: object, codes: QuantParams, site: str) -> Node:
         absorbed = self._absorbed(value, codes, site)
         if absorbed is not None:
             return absorbed
         self._absorb_parts(value, codes)
         return self._call(before, f"{before.target}_{site.rpartition('.')[2]}", Requantize(codes, site), value)
 
-    def _absorb_parts(self, value: object, codes: Codes) -> None:
+    def _absorb_parts(self, value: object, codes: QuantParams) -> None:
         """Let the convolutions whose outputs a value is joined, pooled or reshaped from write the value's codes."""
         if isinstance(value, Node) and len(value.users) == 1 and commutes_with_rounding(self.gm, value):
             for part in value.all_input_nodes:
                 if self._absorbed(part, codes, "") is None:
                     self._absorb_parts(part, codes)
 
-    def _absorbed(self, value: object, codes: Codes, site: str) -> Node | None:
+    def _absorbed(self, value: object, codes: QuantParams, site: str) -> Node | None:
         """The convolution (and batch norm) that made ``value`` for this quantizer alone, as one integer convolution."""
         assert isinstance(value, Node)
         node, norm = value, None
@@ -285,11 +285,11 @@ class _Rewriting:
             self.gm.graph.erase_node(dead)
         return new
 
-    def _input_codes(self, node: Node) -> Codes | None:
+    def _input_codes(self, node: Node) -> QuantParams | None:
         """The grid that the input of a layer lies on."""
         return self._codes(node.args[0]) if node.args else None
 
-    def _codes(self, value: object) -> Codes | None:
+    def _codes(self, value: object) -> QuantParams | None:
         """The grid that a value lies on: a quantizer's, scaled where a constant factor lies between."""
         if not isinstance(value, Node):
             return None
@@ -301,7 +301,7 @@ class _Rewriting:
             return None
         return codes._replace(scale=codes.scale * flow.factor)
 
-    def _on_codes(self, value: object, codes: Codes) -> Node:
+    def _on_codes(self, value: object, codes: QuantParams) -> Node:
         """A value on a grid, as the output of a quantizer: where max-pooling or a reshape lies between, put on the grid
         where it is already, once for all that read it."""
         assert isinstance(value, Node)

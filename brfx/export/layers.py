@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from brfx.export.operators import Codes, convolution, linear, product, recode, requantize
+from brfx.export.operators import QuantParams, convolution, linear, product, recode, requantize
 from brfx.graph.utils import attribute, free_name, module_calls
 from brfx.nn import QuantizedLayer, Quantizer, WeightQuantizer
 from brfx.quant.grid import Grid, positive_step
@@ -21,7 +21,7 @@ _BatchNorm = nn.modules.batchnorm._BatchNorm
 class Requantize(nn.Module):
     """Puts values on a grid of 8-bit codes; ``site`` names the quantizer of the trained model that it stands for."""
 
-    def __init__(self, codes: Codes, site: str, scale_out: float | None = None) -> None:
+    def __init__(self, codes: QuantParams, site: str, scale_out: float | None = None) -> None:
         super().__init__()
         self.codes, self.site = codes, site
         self.scale_out = codes.scale if scale_out is None else scale_out
@@ -44,7 +44,7 @@ class IntegerConv(nn.Module):
     weight_scale: Tensor
     bias: Tensor
 
-    def __init__(self, layer: nn.Module, parts: Folded, x: Codes, y: Codes, site: str) -> None:
+    def __init__(self, layer: nn.Module, parts: Folded, x: QuantParams, y: QuantParams, site: str) -> None:
         super().__init__()
         self.register_buffer("weight", parts.weight)
         self.register_buffer("weight_scale", parts.scale)
@@ -82,7 +82,7 @@ class IntegerLinear(nn.Module):
     scale: Tensor
     bias: Tensor
 
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor, x: Codes, storage: Storage) -> None:
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor, x: QuantParams, storage: Storage) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("transposed", weight.t().contiguous(), persistent=False)
@@ -98,7 +98,7 @@ class IntegerLinear(nn.Module):
 class IntegerProduct(nn.Module):
     """``a @ b`` of two activations, each given by the grid that it lies on; sums in 32 bits, one multiplication."""
 
-    def __init__(self, left: Codes, right: Codes) -> None:
+    def __init__(self, left: QuantParams, right: QuantParams) -> None:
         super().__init__()
         self.left, self.right = left, right
 
@@ -142,7 +142,7 @@ class FloatLayer(nn.Module):
         return self.layer(x, *args, **kwargs)  # type: ignore[no-any-return]
 
 
-def codes_of(quantizer: Quantizer) -> Codes | None:
+def codes_of(quantizer: Quantizer) -> QuantParams | None:
     """The uint8 codes of a quantizer of one step; ``None`` for what no clipped rounding makes, such as signs."""
     grid, step = quantizer.grid, float(positive_step(quantizer.step.detach()))
     if grid.binary or not quantizer.only_clips:
@@ -151,7 +151,7 @@ def codes_of(quantizer: Quantizer) -> Codes | None:
     if quantizer.ceiling < math.inf:
         high = min(high, int((torch.tensor(quantizer.ceiling) / step).round()))
     zero = -grid.low
-    return Codes(step, zero, 0, high + zero)
+    return QuantParams(step, zero, 0, high + zero)
 
 
 def codes_of_weight(layer: QuantizedLayer) -> tuple[Tensor, Tensor]:
@@ -200,13 +200,13 @@ class Storage(NamedTuple):
         return (integers - 1) // 2 if self.odd else integers
 
 
-def largest_sum(weight: Tensor, x: Codes) -> int:
+def largest_sum(weight: Tensor, x: QuantParams) -> int:
     """How far from zero the sum of an output can get, whatever the input."""
     reach = max(abs(x.low - x.zero_point), abs(x.high - x.zero_point))
     return int(weight.flatten(1).int().abs().sum(1).max()) * reach
 
 
-def saturates(weight: Tensor, x: Codes) -> bool:
+def saturates(weight: Tensor, x: QuantParams) -> bool:
     """Whether a sum of two products can leave 16 bits, in which x86 kernels without VNNI keep it; the input's codes are
     multiplied as they are stored, with the zero point in them."""
     pairs = weight.flatten(1).int()
@@ -215,7 +215,7 @@ def saturates(weight: Tensor, x: Codes) -> bool:
     return int(largest) * x.high > 2**15 - 1
 
 
-def integer_linear(weight: Tensor, scale: Tensor, bias: Tensor | None, x: Codes, grid: Grid) -> IntegerLinear:
+def integer_linear(weight: Tensor, scale: Tensor, bias: Tensor | None, x: QuantParams, grid: Grid) -> IntegerLinear:
     """A linear of integers ``weight`` from ``grid``; ``scale`` is one, or one a row."""
     scale = (scale.flatten() * torch.tensor(x.scale)).float()
     bias = torch.zeros(len(weight)) if bias is None else bias.clone()
@@ -249,7 +249,7 @@ def can_fold(norm: nn.Module) -> bool:
     return isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None
 
 
-def fold(layer: Any, norm: nn.Module | None, x: Codes) -> Folded:
+def fold(layer: Any, norm: nn.Module | None, x: QuantParams) -> Folded:
     """A convolution and the batch norm behind it in integers.
 
     The batch norm's factor goes into the scale, and everything else into the bias, an integer in units of the sums

@@ -26,7 +26,7 @@ from brfx.export.operators import translations
 from brfx.export.parity import SiteParity, compare_codes
 from brfx.export.proto import own_zero_points, share_codes, store_quantized, store_weights, strip
 from brfx.graph.dataflow import operation
-from brfx.metadata import card_of
+from brfx.metadata import metadata_of
 from brfx.nn import QuantizedLayer
 
 log = logging.getLogger(__name__)
@@ -165,12 +165,12 @@ def _told(error: BaseException, model: nn.Module) -> str:
 
 
 def _describe(proto: Any, qmodel: nn.Module, saturating: tuple[str, ...]) -> None:
-    card = card_of(qmodel)
+    metadata = metadata_of(qmodel)
     for key, value in (
         ("brfx_version", version("brfx")),
-        ("brfx_config", asdict(card.config)),
-        ("preprocessing", card.preprocessing and asdict(card.preprocessing)),
-        ("classes", card.classes),
+        ("brfx_config", asdict(metadata.config)),
+        ("preprocessing", metadata.preprocessing and asdict(metadata.preprocessing)),
+        ("classes", metadata.classes),
         *([(_SATURATING, saturating)] if saturating else []),
     ):
         proto.metadata_props.add(key=key, value=json.dumps(value))

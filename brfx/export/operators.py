@@ -4,8 +4,8 @@ They stand in the graph for the export alone. Values between them are floats tha
 inside they are integers, computed as ONNX Runtime's kernels compute them, so that running the graph in PyTorch is the
 reference that an exported file is held to, bit for bit.
 
-``code`` is ``stored - zero_point``, with ``stored`` a byte from ``low`` to ``high`` (:class:`Codes`). ``round`` is half
-to even; sums are exact up to 32 bits.
+``code`` is ``stored - zero_point``, with ``stored`` a byte from ``low`` to ``high`` (:class:`QuantParams`). ``round`` is
+half to even; sums are exact up to 32 bits.
 
 ============  ==========================================================================================================
 operator      what it computes
@@ -36,7 +36,7 @@ from brfx.quant.grid import nearest_code
 _DIMS = {3: torch.nn.functional.conv1d, 4: torch.nn.functional.conv2d, 5: torch.nn.functional.conv3d}
 
 
-class Codes(NamedTuple):
+class QuantParams(NamedTuple):
     """An 8-bit grid of codes: ``value = (stored - zero_point) * scale`` with ``low <= stored <= high``, uint8."""
 
     scale: float

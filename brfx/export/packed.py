@@ -20,10 +20,10 @@ from brfx.errors import ExportError, first_line
 from brfx.export.destination import destination, replacing
 from brfx.export.integer import integer_model
 from brfx.export.layers import FloatLayer, IntegerConv, IntegerLinear, IntegerProduct, Requantize, Storage
-from brfx.export.operators import Codes
+from brfx.export.operators import QuantParams
 from brfx.export.packing import pack, unpack
 from brfx.graph.torch_ops import name_of
-from brfx.metadata import card_entries
+from brfx.metadata import metadata_entries
 from brfx.nn import QUANTIZED_LAYERS, QuantizedLayer, Quantizer
 
 FORMAT_VERSION = 2
@@ -77,7 +77,7 @@ def export_packed(qmodel: nn.Module, path: str | Path) -> Path:
     integer = integer_model(qmodel)
     assert isinstance(integer.model, GraphModule)
     writing = _Writing(integer.model, {id(module): name for name, module in integer.layers.items()})
-    header = {"format_version": FORMAT_VERSION, **card_entries(qmodel), **writing.run()}
+    header = {"format_version": FORMAT_VERSION, **metadata_entries(qmodel), **writing.run()}
     try:
         text = json.dumps(header, allow_nan=False)
     except ValueError as error:
@@ -310,7 +310,7 @@ def _type(value: Any) -> type:
     return Tensor if isinstance(value, Node) else type(value)
 
 
-def _codes(codes: Codes) -> dict[str, Any]:
+def _codes(codes: QuantParams) -> dict[str, Any]:
     return {**codes._asdict(), "scale": _f32(codes.scale)}
 
 
@@ -513,7 +513,7 @@ def _product(where: str, attributes: dict[str, Any]) -> None:
 def _grid(where: str, attributes: dict[str, Any], key: str) -> int:
     """Check the grid ``key``; the largest magnitude of its codes, less the zero point."""
     grid = attributes.get(key)
-    _must(isinstance(grid, dict) and set(grid) == set(Codes._fields), f"{where}: has no grid {key!r}")
+    _must(isinstance(grid, dict) and set(grid) == set(QuantParams._fields), f"{where}: has no grid {key!r}")
     assert isinstance(grid, dict)
     codes = all(_is_int(grid[part], 0, 255) for part in ("zero_point", "low", "high"))
     _must(codes and grid["low"] <= grid["high"] and _is_scale(grid["scale"]), f"{where}: {key}={str(grid)[:80]}")

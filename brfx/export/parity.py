@@ -62,7 +62,7 @@ class _Quantized(_Running):
     """Runs the trained model, and keeps the output of each call of an activation quantizer."""
 
     def __init__(self, module: GraphModule) -> None:
-        graph = pruned(module, False) if getattr(module, "twin", False) else module.graph
+        graph = pruned(module, False) if getattr(module, "has_mode_branches", False) else module.graph
         super().__init__(module, graph=graph)
         self.sites, self.seen = call_sites(graph), dict[str, Tensor]()
 

@@ -19,7 +19,7 @@ from brfx.export.layers import prepare_function_weights
 from brfx.export.onnx import quiet
 from brfx.graph.trace import pruned
 from brfx.graph.utils import attribute, set_module, step_read
-from brfx.metadata import card_entries
+from brfx.metadata import metadata_entries
 from brfx.nn import QuantizedLayer, QuantizedMultiheadAttention, Quantizer, ResidualAdd
 from brfx.quant.grid import Grid, positive_step
 
@@ -125,7 +125,7 @@ def export_qonnx(qmodel: nn.Module, path: str | Path, example_inputs: Tensor | t
     except Exception as error:
         raise ExportError(f"torch's ONNX exporter failed: {first_line(error)}") from error
     _tidy(proto)
-    for key, value in card_entries(qmodel).items():
+    for key, value in metadata_entries(qmodel).items():
         proto.metadata_props.add(key=key, value=json.dumps(value))
     with replacing(path) as partial:
         onnx.checker.check_model(proto)
@@ -138,7 +138,7 @@ def _with_quant(qmodel: nn.Module) -> nn.Module:
     """A copy in eval mode on the CPU with ``Quant`` for its quantizers and residual adds."""
     model = copy.deepcopy(qmodel).eval().cpu()
     for gm in graphs(model).values():
-        if getattr(gm, "twin", False):
+        if getattr(gm, "has_mode_branches", False):
             gm.graph = pruned(gm, False)
         for node in list(gm.graph.nodes):
             add = gm.get_submodule(str(node.target)) if node.op == "call_module" else None

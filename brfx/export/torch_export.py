@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from brfx.calibration import require_calibrated
 from brfx.errors import ExportError, first_line
 from brfx.export.destination import as_inputs, destination, replacing
-from brfx.metadata import card_entries
+from brfx.metadata import metadata_entries
 from brfx.nn import QuantizedLayer
 
 
@@ -48,7 +48,7 @@ def export_torch(qmodel: nn.Module, path: str | Path, example_inputs: Tensor | t
         raise ExportError(f"torch.export failed: {first_line(error)}") from error
     _strip(program)
     with replacing(path) as partial, partial.open("wb") as file:
-        torch.export.save(program, file, extra_files={"brfx.json": json.dumps(card_entries(qmodel))})
+        torch.export.save(program, file, extra_files={"brfx.json": json.dumps(metadata_entries(qmodel))})
     return path
 
 

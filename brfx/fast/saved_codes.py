@@ -19,7 +19,7 @@ from brfx.quant.quantizer import Quantizer
 Decode = Callable[[Tensor, Tensor, torch.dtype], Tensor]
 
 
-class Coded(NamedTuple):
+class CodedTensor(NamedTuple):
     """An activation or weight with what it can be made from again, ``values == code * step``, if it is quantized."""
 
     values: Tensor
@@ -27,19 +27,23 @@ class Coded(NamedTuple):
     step: Tensor | None  #: as it was in this forward; an optimizer may change the parameter before backward
 
 
-def coded(quantizer: Quantizer, x: Tensor) -> Coded:
+def with_codes(quantizer: Quantizer, x: Tensor) -> CodedTensor:
     """``quantizer(x)`` with its codes."""
-    return Coded(quantizer(x), *quantizer.integers(x.detach()))
+    return CodedTensor(quantizer(x), *quantizer.integers(x.detach()))
 
 
-def uncoded(values: Tensor) -> Coded:
+def without_codes(values: Tensor) -> CodedTensor:
     """``values`` that no quantizer made; they are kept as they are."""
-    return Coded(values, None, None)
+    return CodedTensor(values, None, None)
 
 
-def coded_weight(layer: QuantizedLayer) -> Coded:
+def weight_with_codes(layer: QuantizedLayer) -> CodedTensor:
     """A layer's weight, with its codes if it is quantized."""
-    return uncoded(layer.weight) if layer.weight_quantizer is None else coded(layer.weight_quantizer, layer.weight)
+    return (
+        without_codes(layer.weight)
+        if layer.weight_quantizer is None
+        else with_codes(layer.weight_quantizer, layer.weight)
+    )
 
 
 def decode(code: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
@@ -47,12 +51,12 @@ def decode(code: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
     return (code.to(torch.promote_types(dtype, step.dtype)) * step).to(dtype)
 
 
-def remade(coded: Coded) -> Tensor:
-    """``coded.values``, read from their code: compiled code then has no reason to keep the floats for backward."""
-    return _Remade.apply(*coded)  # type: ignore[no-any-return, no-untyped-call]
+def dequantized(with_codes: CodedTensor) -> Tensor:
+    """``with_codes.values``, read from their code: compiled code then has no reason to keep the floats for backward."""
+    return _Dequantized.apply(*with_codes)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class _Remade(torch.autograd.Function):
+class _Dequantized(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, code: Tensor, step: Tensor) -> Tensor:
         return decode(code, step, values.dtype)
@@ -134,7 +138,7 @@ def _decoded(ctx: Any) -> tuple[Tensor, Tensor]:
 
 
 def takes_codes(layer: nn.Module) -> bool:
-    """Whether :func:`apply_coded` computes what calling this layer computes: hooks and code of the user's own are
+    """Whether :func:`apply_with_codes` computes what calling this layer computes: hooks and code of the user's own are
     reached by calls alone."""
     if not isinstance(layer, QuantizedLayer) or layer.input_quantizer is not None or has_hooks(layer):
         return False
@@ -144,17 +148,19 @@ def takes_codes(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear)
 
 
-def apply_coded(layer: Any, coded: Coded, weight: Coded | None = None, decode: Decode = decode) -> Tensor:
-    """``layer(coded.values)``, with codes kept instead of floats; under autocast in its type.
+def apply_with_codes(
+    layer: Any, with_codes: CodedTensor, weight: CodedTensor | None = None, decode: Decode = decode
+) -> Tensor:
+    """``layer(with_codes.values)``, with codes kept instead of floats; under autocast in its type.
 
     Args:
         layer: one that :func:`takes_codes`.
-        coded: its input, :func:`uncoded` where no quantizer made it.
-        weight: its :func:`coded_weight`, where that is there already.
+        with_codes: its input, :func:`without_codes` where no quantizer made it.
+        weight: its :func:`weight_with_codes`, where that is there already.
         decode: what makes floats of codes in backward.
     """
-    values, code, step = coded
-    w, w_code, w_step = weight or coded_weight(layer)
+    values, code, step = with_codes
+    w, w_code, w_step = weight or weight_with_codes(layer)
     bias = layer.bias
     if torch.is_autocast_enabled(values.device.type):
         dtype = torch.get_autocast_dtype(values.device.type)

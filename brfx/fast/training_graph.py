@@ -16,8 +16,17 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx import GraphModule, Node
 
-from brfx.analysis.observe import Look, watched
-from brfx.fast.saved_codes import Coded, apply_coded, coded, coded_weight, decode, remade, takes_codes, uncoded
+from brfx.analysis.observe import ObserveFn, watched
+from brfx.fast.saved_codes import (
+    CodedTensor,
+    apply_with_codes,
+    decode,
+    dequantized,
+    takes_codes,
+    weight_with_codes,
+    with_codes,
+    without_codes,
+)
 from brfx.graph.torch_ops import name_of
 from brfx.graph.trace import TracedModule, generated, pruned
 from brfx.graph.utils import attribute
@@ -36,27 +45,27 @@ class QuantizedGraph(TracedModule):
     """What :func:`brfx.prepare_qat` makes of a model that can be traced whole."""
 
     def training_form(self, kernels: bool) -> Callable[..., Any]:
-        """A function that computes in training what calling this computes; see :func:`lean_forward`."""
-        return partial(lean_forward(self, None, kernels=kernels), self)
+        """A function that computes in training what calling this computes; see :func:`training_forward`."""
+        return partial(training_forward(self, None, kernels=kernels), self)
 
 
-def lean_forward(
-    gm: GraphModule, look: Look | None, *, kernels: bool, late: Callable[..., Any] | None = None
+def training_forward(
+    gm: GraphModule, observe_fn: ObserveFn | None, *, kernels: bool, deferred: Callable[..., Any] | None = None
 ) -> Callable[..., Any]:
-    """A function ``(gm, *inputs) -> output``, or ``(output, {site: seen})`` with a ``look``, for training mode.
+    """A function ``(gm, *inputs) -> output``, or ``(output, {site: seen})`` with a ``observe_fn``, for training mode.
 
     Args:
         gm: a rewritten graph, calibrated.
-        look: see :func:`brfx.analysis.observe.observed_forward`.
+        observe_fn: see :func:`brfx.analysis.observe.observed_forward`.
         kernels: compile chains and the weights' quantizers, for use without ``torch.compile`` around the whole.
-        late: looks at activations instead of ``look``, with one argument more: ``(quantizer, values, told)``. The
-            function is then ``(gm, told, *inputs)``.
+        deferred: observes activations instead of ``observe_fn``, with one argument more: ``(quantizer, values,
+            logged)``. The function is then ``(gm, logged, *inputs)``.
     """
-    graph = pruned(gm, True) if look is None else watched(gm, True, look)
-    if late is not None:
-        look_late(gm, graph, look, late)
+    graph = pruned(gm, True) if observe_fn is None else watched(gm, True, observe_fn)
+    if deferred is not None:
+        defer_observation(gm, graph, observe_fn, deferred)
     keep_codes(gm, graph)
-    look_behind(graph, {look, late}, kernels=kernels)
+    observe_after_writes(graph, {observe_fn, deferred}, kernels=kernels)
     tile_norms(gm, graph)
     if kernels:
         compile_weights(gm, graph)
@@ -66,19 +75,21 @@ def lean_forward(
     return generated(gm, graph)  # type: ignore[no-any-return]
 
 
-def look_late(gm: GraphModule, graph: fx.Graph, look: Look | None, late: Callable[..., Any]) -> None:
+def defer_observation(
+    gm: GraphModule, graph: fx.Graph, observe_fn: ObserveFn | None, deferred: Callable[..., Any]
+) -> None:
     """Look at activations with a function that is told where to leave what backward finds.
 
     s = look(quantizer, x)  ->  s = late(quantizer, x, told)
     """
     with graph.inserting_before(next(iter(graph.nodes))):
-        told = graph.placeholder("told")
+        logged = graph.placeholder("logged")
     for node in graph.nodes:
-        if node.target is look and isinstance(attribute(gm, node.args[0]), ActivationQuantizer):
-            node.target, node.args = late, (*node.args, told)
+        if node.target is observe_fn and isinstance(attribute(gm, node.args[0]), ActivationQuantizer):
+            node.target, node.args = deferred, (*node.args, logged)
 
 
-def look_behind(graph: fx.Graph, looks: set[Any], *, kernels: bool) -> None:
+def observe_after_writes(graph: fx.Graph, observed: set[Any], *, kernels: bool) -> None:
     """Let what looks at an activation come after what writes the quantized one to memory: inductor makes one loop of
     two over the same values, but only where the one that sums is the second.
 
@@ -88,12 +99,12 @@ def look_behind(graph: fx.Graph, looks: set[Any], *, kernels: bool) -> None:
     Args:
         graph: with codes kept.
         looks: the functions that look.
-        kernels: whether chains are to be compiled, which end where ``coded`` does.
+        kernels: whether chains are to be compiled, which end where ``with_codes`` does.
     """
-    sinks = {_module_of(node): node for node in graph.nodes if node.target is coded}
-    for node in [node for node in graph.nodes if node.target in looks and _module_of(node) in sinks]:
+    sinks = {_module_of(node): node for node in graph.nodes if node.target is with_codes}
+    for node in [node for node in graph.nodes if node.target in observed and _module_of(node) in sinks]:
         sink = sinks[_module_of(node)]
-        writers = [] if kernels else [user for user in sink.users if user.target is apply_coded]
+        writers = [] if kernels else [user for user in sink.users if user.target is apply_with_codes]
         next(iter(writers), sink).append(node)
 
 
@@ -108,21 +119,21 @@ def keep_codes(gm: GraphModule, graph: fx.Graph) -> None:
         if not _is(gm, node, ActivationQuantizer):
             continue
         with graph.inserting_before(node):
-            pair = graph.call_function(coded, (graph.get_attr(str(node.target)), *node.args))
+            pair = graph.call_function(with_codes, (graph.get_attr(str(node.target)), *node.args))
             values = graph.call_function(getitem, (pair, 0))
         for user in list(node.users):
             if user.op == "call_module" and takes_codes(gm.get_submodule(str(user.target))) and user.args == (node,):
-                _call_instead(graph, user, apply_coded, pair)
+                _call_instead(graph, user, apply_with_codes, pair)
             elif _is(gm, user, _READERS) or name_of(user.target) in _LINKS:
                 with graph.inserting_before(user):
-                    user.replace_input_with(node, graph.call_function(remade, (pair,)))
+                    user.replace_input_with(node, graph.call_function(dequantized, (pair,)))
         node.replace_all_uses_with(values)
         graph.erase_node(node)
     for node in list(graph.nodes):
         if node.op == "call_module" and takes_codes(gm.get_submodule(str(node.target))) and len(node.args) == 1:
             with graph.inserting_before(node):
-                pair = graph.call_function(uncoded, node.args)
-            _call_instead(graph, node, apply_coded, pair)
+                pair = graph.call_function(without_codes, node.args)
+            _call_instead(graph, node, apply_with_codes, pair)
 
 
 def tile_norms(gm: GraphModule, graph: fx.Graph) -> None:
@@ -148,7 +159,7 @@ def compile_weights(gm: GraphModule, graph: fx.Graph) -> None:
 
     y = apply_coded(conv, c)  ->  w = _all_weights(conv, ...); y = apply_coded(conv, c, w[0])
     """
-    users = [node for node in graph.nodes if node.target is apply_coded]
+    users = [node for node in graph.nodes if node.target is apply_with_codes]
     names = list(dict.fromkeys(_module_of(node) for node in users))
     if not names:
         return
@@ -159,16 +170,16 @@ def compile_weights(gm: GraphModule, graph: fx.Graph) -> None:
         node.args = (*node.args, each[_module_of(node)])
 
 
-def _all_weights(*layers: Any) -> list[Coded]:
-    weights: list[Coded] = _compiled_weights(*layers)
+def _all_weights(*layers: Any) -> list[CodedTensor]:
+    weights: list[CodedTensor] = _compiled_weights(*layers)
     return weights
 
 
-def _coded_weights(*layers: Any) -> list[Coded]:
-    return [coded_weight(layer) for layer in layers]
+def _weights_with_codes(*layers: Any) -> list[CodedTensor]:
+    return [weight_with_codes(layer) for layer in layers]
 
 
-_compiled_weights = compiled(_coded_weights)
+_compiled_weights = compiled(_weights_with_codes)
 
 
 def compile_chains(gm: GraphModule, graph: fx.Graph) -> None:
@@ -176,12 +187,12 @@ def compile_chains(gm: GraphModule, graph: fx.Graph) -> None:
 
     y = apply_coded(conv, c, w); b = bn(y); d = coded(quantizer, b)  ->  d = chain_0(conv, c, w, bn, quantizer)
     """
-    for sink in [node for node in graph.nodes if node.target is coded]:
+    for sink in [node for node in graph.nodes if node.target is with_codes]:
         _compile_chain(gm, graph, _chain(gm, sink))
 
 
 def _chain(gm: GraphModule, sink: Node) -> list[Node]:
-    """The nodes of a chain in order: ``coded``, what else looks at its input, and what leads there alone."""
+    """The nodes of a chain in order: ``with_codes``, what else looks at its input, and what leads there alone."""
     source = sink.args[1]
     assert isinstance(source, Node)
     members = {sink}
@@ -198,7 +209,7 @@ def _chain(gm: GraphModule, sink: Node) -> list[Node]:
 def _is_link(gm: GraphModule, node: Node) -> bool:
     if node.op == "call_module":
         return isinstance(gm.get_submodule(str(node.target)), _LINK_MODULES)
-    if node.target in (apply_coded, batch_norm, remade, uncoded):
+    if node.target in (apply_with_codes, batch_norm, dequantized, without_codes):
         return True
     return node.op.startswith("call") and name_of(node.target) in _LINKS
 
@@ -269,12 +280,12 @@ def compile_decoding(graph: fx.Graph) -> None:
     y = apply_coded(fc, c, w)  ->  y = _apply_decoding(fc, c, w)
     """
     for node in graph.nodes:
-        if node.target is apply_coded:
+        if node.target is apply_with_codes:
             node.target = _apply_decoding
 
 
-def _apply_decoding(layer: nn.Module, x: Coded, weight: Coded) -> Tensor:
-    return apply_coded(layer, x, weight, _compiled_decode)
+def _apply_decoding(layer: nn.Module, x: CodedTensor, weight: CodedTensor) -> Tensor:
+    return apply_with_codes(layer, x, weight, _compiled_decode)
 
 
 _compiled_decode = compiled(decode, dynamic=True)

@@ -11,8 +11,18 @@ from typing import Any, TypeGuard
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from brfx.graph.torch_ops import JOINS, KEEPS_SIGN, LINEAR, NONNEGATIVE, linear_op, name_of, named, passes, words
-from brfx.graph.trace import by_mode
+from brfx.graph.torch_ops import (
+    JOINS,
+    KEEPS_SIGN,
+    LINEAR,
+    NONNEGATIVE,
+    linear_op,
+    name_of,
+    named,
+    preserves_values,
+    words,
+)
+from brfx.graph.trace import select_by_mode
 from brfx.nn import ActivationObserver, ActivationQuantizer, Quantizer, ResidualAdd
 
 #: Averages of codes over n positions are codes of an n times finer grid.
@@ -101,7 +111,7 @@ def _flow(gm: GraphModule, node: Node, flows: dict[Node, Flow]) -> Flow:
     if node.op == "get_attr":
         return Flow(None, _constant_negative(gm, node), str(node.target))
     name, args, kwargs = operation(gm, node)
-    if node.target is by_mode:
+    if node.target is select_by_mode:
         name = "stack"  # one of several
     inputs = [flows[argument] for argument in node.all_input_nodes]
     if name is None or not inputs:
@@ -109,7 +119,7 @@ def _flow(gm: GraphModule, node: Node, flows: dict[Node, Flow]) -> Flow:
     from_input = name not in LINEAR and node.op != "call_module" and all(flow.from_input for flow in inputs)
     first = args[0] if args else kwargs.get("input")
     value = flows[first] if isinstance(first, Node) else None
-    if value is not None and passes(name, args, kwargs):
+    if value is not None and preserves_values(name, args, kwargs):
         return replace(value, from_input=from_input)
     if value is not None and name == "relu":
         return replace(value, negative=False, source=name, from_input=from_input)
@@ -140,7 +150,7 @@ def _factor(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float |
 def commutes_with_rounding(gm: GraphModule, node: Node) -> bool:
     """Whether a node makes of values on a grid the very codes it would make of unrounded ones, rounded afterwards."""
     name, args, kwargs = operation(gm, node)
-    return name in JOINS or name == "relu" or passes(name, args, kwargs)
+    return name in JOINS or name == "relu" or preserves_values(name, args, kwargs)
 
 
 def quantizer_behind(gm: GraphModule, value: Node) -> Node | None:
@@ -342,7 +352,7 @@ def operands(gm: GraphModule, node: Node) -> list[Operand]:
 def _parameter(gm: GraphModule, node: Node) -> bool:
     while node.op in ("call_function", "call_method") and len(node.all_input_nodes) == 1:
         name, args, kwargs = operation(gm, node)
-        if not passes(name, args, kwargs):
+        if not preserves_values(name, args, kwargs):
             return False
         node = node.all_input_nodes[0]
     if node.op != "get_attr":

@@ -189,7 +189,7 @@ def linear_op(target: Any) -> LinearOp | None:
     return LINEAR.get(name) if name else None
 
 
-def passes(name: str | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+def preserves_values(name: str | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether such a call leaves values as they are, see :data:`PASSES`."""
     if name in PASSES_IF:
         return PASSES_IF[name](args, kwargs)

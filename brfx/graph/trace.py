@@ -194,7 +194,7 @@ def computes_as(m: nn.Module, kind: type[_Kind]) -> TypeGuard[_Kind]:
     )
 
 
-def by_mode(training: Any, evaluation: Any) -> Any:
+def select_by_mode(training: Any, evaluation: Any) -> Any:
     """A node of this function is one value in training and another in eval; see :func:`pruned`."""
     raise RuntimeError("a marker in graphs, resolved before they run")
 
@@ -208,7 +208,8 @@ class TracedModule(Derived, fx.GraphModule):
     model's class, whose methods and properties are there; only ``forward`` is the graph's.
 
     Where ``forward`` does one thing in training and another in eval (dropout written as a function, auxiliary heads),
-    the graph has nodes of :func:`by_mode`; ``twin`` says so. Running it computes what the mode wants and nothing else.
+    the graph has nodes of :func:`select_by_mode`; ``has_mode_branches`` says so. Only the values of the module's mode
+    are computed.
     """
 
     @classmethod
@@ -230,8 +231,8 @@ class TracedModule(Derived, fx.GraphModule):
         return new
 
     @property
-    def twin(self) -> bool:
-        return any(node.target is by_mode for node in self.graph.nodes)
+    def has_mode_branches(self) -> bool:
+        return any(node.target is select_by_mode for node in self.graph.nodes)
 
     def _adopt(self, attributes: dict[str, Any]) -> None:
         for name, value in attributes.items():
@@ -262,7 +263,7 @@ class TracedModule(Derived, fx.GraphModule):
 
     def recompile(self) -> Any:
         code = super().recompile()
-        if self.twin:
+        if self.has_mode_branches:
             modes = {training: generated(self, pruned(self, training)) for training in (True, False)}
             type(self).forward = lambda self, *args, **kwargs: modes[self.training](self, *args, **kwargs)  # type: ignore[method-assign]
         return code
@@ -319,7 +320,8 @@ def generated(gm: nn.Module, graph: fx.Graph) -> Any:
 
 
 def pruned(gm: fx.GraphModule, training: bool) -> fx.Graph:
-    """A copy of the graph as it is in one mode: its values instead of ``by_mode``, and without what only led to others.
+    """A copy of the graph as it is in one mode: its values instead of ``select_by_mode``, and without what only led to
+    others.
 
     A node that nothing uses, such as an operation in place, is kept unless it belongs to the other mode.
     """
@@ -328,7 +330,7 @@ def pruned(gm: fx.GraphModule, training: bool) -> fx.Graph:
     rejected: set[Node] = set()
     changes: set[Node] = set()
     for node in list(graph.nodes):
-        if node.target is by_mode:
+        if node.target is select_by_mode:
             chosen, other = node.args if training else node.args[::-1]
             changes |= {other} if not node.users and isinstance(other, Node) else set()
             rejected |= _ancestors(other)
@@ -539,7 +541,7 @@ class _Merge:
         for node in self.added + list(itertools.chain(*self.unclaimed.values())):
             if _changes_state(node):
                 with self.train.inserting_after(node):
-                    self.train.call_function(by_mode, (None, node) if node in self.added else (node, None))
+                    self.train.call_function(select_by_mode, (None, node) if node in self.added else (node, None))
 
     def _pair(self, candidate: Node, arguments: Any) -> bool:
         """Make ``candidate`` take ``arguments`` in eval, if it comes late enough for them."""
@@ -558,7 +560,7 @@ class _Merge:
             if isinstance(a, dict) and _alike(a, b):
                 return {key: choose(a[key], b[key]) for key in a}
             with self.train.inserting_before(candidate):
-                chosen = self.train.call_function(by_mode, (a, b))
+                chosen = self.train.call_function(select_by_mode, (a, b))
             self.order[chosen] = self.order[candidate]
             return chosen
 

@@ -20,7 +20,7 @@ from brfx.errors import CheckpointError, ConfigError
 from brfx.graph.call_arguments import Calls
 from brfx.graph.trace import Tracing, is_plain
 from brfx.io.state_dict import versioned
-from brfx.metadata import ModelCard, card_of
+from brfx.metadata import ModelMetadata, metadata_of
 from brfx.models import ModelSource, build_model
 from brfx.nn import Quantizer
 from brfx.prepare import rewrite, unwrapped
@@ -141,16 +141,16 @@ def save(qmodel: nn.Module, path: str | Path) -> None:
         ConfigError: an argument that the trace held fixed is no plain value.
     """
     require_calibrated(qmodel)
-    card = card_of(qmodel)
+    metadata = metadata_of(qmodel)
     content = {
         "format": "brfx",
         "format_version": _FORMAT,
         "brfx": version("brfx"),
-        "config": asdict(card.config),
-        "source": card.source and asdict(card.source),
-        "preprocessing": card.preprocessing and asdict(card.preprocessing),
-        "classes": card.classes and list(card.classes),
-        "tracing": _plain(card.tracing),
+        "config": asdict(metadata.config),
+        "source": metadata.source and asdict(metadata.source),
+        "preprocessing": metadata.preprocessing and asdict(metadata.preprocessing),
+        "classes": metadata.classes and list(metadata.classes),
+        "tracing": _plain(metadata.tracing),
         "state_dict": {key: value.detach().cpu() for key, value in qmodel.state_dict().items()},
     }
     write_atomically(Path(path), content)
@@ -206,8 +206,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         qmodel.load_state_dict(versioned(state, qmodel))
     except RuntimeError as error:
         raise CheckpointError(f"{path} does not fit the model: {' '.join(str(error).split())[:300]}") from error
-    card: ModelCard = card_of(qmodel)
-    card.source, card.preprocessing, card.classes = source, preprocessing, classes
+    metadata: ModelMetadata = metadata_of(qmodel)
+    metadata.source, metadata.preprocessing, metadata.classes = source, preprocessing, classes
     return qmodel.eval()
 
 

@@ -17,7 +17,7 @@ from brfx.export.benchmark import Timing, benchmark, float_onnx, int8_onnx
 from brfx.export.table import exporter_for
 from brfx.export.verify import Verification, runner, verify
 from brfx.io.model_file import load
-from brfx.metadata import card_of
+from brfx.metadata import metadata_of
 from brfx.models import build_model
 
 
@@ -54,7 +54,7 @@ def verify_files(
         integer: run a ``.pt`` in its integer form.
     """
     trained = next((_load_own(path) for path in (first, second) if path.suffix == ".pt" and path.is_file()), None)
-    preprocessing = card_of(trained).preprocessing if trained is not None else None
+    preprocessing = metadata_of(trained).preprocessing if trained is not None else None
     if data:
         preprocessing = preprocessing or DEFAULTS.get(data) or Preprocessing(224)
         split = load_dataset(data, data_dir=data_dir, preprocessing=preprocessing).test
@@ -94,7 +94,7 @@ def _load_own(path: Path, model: str = "") -> nn.Module:
 
 
 def _image_size(qmodel: nn.Module) -> int:
-    preprocessing = card_of(qmodel).preprocessing
+    preprocessing = metadata_of(qmodel).preprocessing
     return preprocessing.image_size if preprocessing else 224
 
 

@@ -20,11 +20,11 @@ from brfx.analysis.weight_statistics import WeightStatistics
 from brfx.calibration import calibrate
 from brfx.config import JobConfig
 from brfx.data import DEFAULTS, BatchLoader, Dataset, Preprocessing, load_dataset, with_overrides
-from brfx.distributed import from_first, rank, ranks, share_state, together
+from brfx.distributed import broadcast_object, broadcast_state, process_group, rank, world_size
 from brfx.errors import BrfxError, ConfigError, DataError, TrainingError, first_line
 from brfx.export import OnnxReport, export_onnx, snap_biases
 from brfx.io.model_file import is_brfx_file, load, load_float, read_state_dict, save
-from brfx.metadata import card_of
+from brfx.metadata import metadata_of
 from brfx.models import CIFAR_RESNETS, build_model, example_inputs, require_model
 from brfx.prepare import prepare_qat
 from brfx.quant.factory import about_activations, about_weights
@@ -63,7 +63,7 @@ def train_float(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: b
     Raises:
         BrfxError: a setting, the data or the output folder is not right; nothing has been written then.
     """
-    with together(job.train.device) as device:
+    with process_group(job.train.device) as device:
         job = replace(job, train=replace(job.train, device=device))
         _require_device(device)
         run_dir = _run_dir(job, resume)
@@ -93,7 +93,7 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
     if job.ckpt is None:
         raise ConfigError("quantize starts from an FP32 checkpoint: --ckpt FILE (`brfx train` makes one)")
     ckpt = job.ckpt
-    with together(job.train.device) as device:
+    with process_group(job.train.device) as device:
         job = replace(job, train=replace(job.train, device=device))
         _require_penalty_epochs(job)
         _require_device(device)
@@ -104,8 +104,8 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
         model = _float_model(job, dataset, ckpt)
         teacher = _teacher(job, dataset, model)
         qmodel = prepare_qat(model, job.qat, _example(dataset, 2))
-        card = card_of(qmodel)
-        card.preprocessing, card.classes = dataset.preprocessing, dataset.classes
+        metadata = metadata_of(qmodel)
+        metadata.preprocessing, metadata.classes = dataset.preprocessing, dataset.classes
         train_data, val_data = _loaders(job, dataset)
         callbacks = _with_tensorboard(job, run_dir, callbacks)
         _open_run(job, run_dir, resume)
@@ -156,7 +156,7 @@ def _calibrate(
             settings: dict[str, Any] = {"dead_filters": job.dead_filters, "seed": job.train.seed}
             calibrate(qmodel, batches, start=job.start, batch_statistics=True, **settings)
             reestimate_batch_norm(qmodel, batches)
-    share_state(qmodel)
+    broadcast_state(qmodel)
     came_to = "" if val_data is None else f": {100 * evaluate(qmodel, val_data).accuracy:.2f} % on validation"
     log.info("Calibrated on %d batches%s", job.calibration_batches, came_to)
 
@@ -201,16 +201,16 @@ def evaluate_file(job: JobConfig) -> tuple[str, Evaluation]:
     _require_device(job.train.device)
     if is_brfx_file(ckpt):
         qmodel = load(ckpt, _own_model(job))
-        card = card_of(qmodel)
-        name = card.source.name if card.source else job.model
+        metadata = metadata_of(qmodel)
+        name = metadata.source.name if metadata.source else job.model
         job = replace(job, model=name)
-        dataset = read_data(job, card.preprocessing)
-        if card.classes is not None and card.classes != dataset.classes:
+        dataset = read_data(job, metadata.preprocessing)
+        if metadata.classes is not None and metadata.classes != dataset.classes:
             raise DataError(
-                f"{ckpt} knows {len(card.classes)} classes ({', '.join(card.classes[:3])} ...), "
+                f"{ckpt} knows {len(metadata.classes)} classes ({', '.join(metadata.classes[:3])} ...), "
                 f"the data has {len(dataset.classes)} ({', '.join(dataset.classes[:3])} ...): give it its own data"
             )
-        kind = f"W{card.config.weight_bits}A{card.config.act_bits}"
+        kind = f"W{metadata.config.weight_bits}A{metadata.config.act_bits}"
         return kind, evaluate(qmodel.to(job.train.device), _test_loader(job, dataset))
     require_model(job.model)
     read_state_dict(ckpt)
@@ -223,7 +223,7 @@ def inspect(job: JobConfig) -> Audit:
     """What runs quantized, and what not, of a run's ``model.pt``, or of ``--model`` as ``job.qat`` would rewrite it."""
     if job.ckpt is not None and is_brfx_file(job.ckpt):
         qmodel = load(job.ckpt, _own_model(job))
-        preprocessing = card_of(qmodel).preprocessing
+        preprocessing = metadata_of(qmodel).preprocessing
         size = job.image_size or (preprocessing.image_size if preprocessing else _own_image_size(job.model))
     else:
         if not job.model:
@@ -398,7 +398,7 @@ def _loaders(job: JobConfig, dataset: Dataset, *, shared: bool = True) -> tuple[
         seed=job.train.seed,
         device=job.train.device,
         rank=rank() if shared else 0,
-        ranks=ranks() if shared else 1,
+        world_size=world_size() if shared else 1,
     )
     if not job.val_fraction:
         return train, None
@@ -415,7 +415,7 @@ def _run_dir(job: JobConfig, resume: bool) -> Path:
     Raises:
         ConfigError: a new run's folder holds something already; one to resume is not there, or complete.
     """
-    return from_first(_resumed_run_dir(job) if resume else _free_run_dir(job))
+    return broadcast_object(_resumed_run_dir(job) if resume else _free_run_dir(job))
 
 
 def _resumed_run_dir(job: JobConfig) -> Path:

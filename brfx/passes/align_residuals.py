@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from brfx.config import QATConfig
 from brfx.graph.dataflow import Flow, analyse, operation
 from brfx.graph.source_rewrite import QuantizedFunction
-from brfx.graph.torch_ops import LINEAR, passes
+from brfx.graph.torch_ops import LINEAR, preserves_values
 from brfx.graph.utils import free_name, insert_after, scope, set_module, step_node
 from brfx.nn import (
     ActivationQuantizer,
@@ -100,7 +100,7 @@ class AlignResiduals:
         """The unsigned quantizer whose very levels ``node`` holds, not scaled by a dropout or a factor."""
         while node is not flows[node].grid:
             name, args, kwargs = operation(gm, node)
-            if not passes(name, args, kwargs) or "drop" in str(name) or "stochastic" in str(name):
+            if not preserves_values(name, args, kwargs) or "drop" in str(name) or "stochastic" in str(name):
                 return None
             node = node.all_input_nodes[0]
         module = gm.get_submodule(str(node.target))
@@ -140,5 +140,5 @@ def _from_layer(gm: GraphModule, node: Node) -> bool:
         return False
     if name in LINEAR:
         return True
-    on_the_way = passes(name, args, kwargs) or name in ("mul", "imul") or name.rstrip("123d") in _NORMS
+    on_the_way = preserves_values(name, args, kwargs) or name in ("mul", "imul") or name.rstrip("123d") in _NORMS
     return on_the_way and any(_from_layer(gm, argument) for argument in node.all_input_nodes)

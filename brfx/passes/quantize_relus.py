@@ -7,7 +7,7 @@ from torch.fx import GraphModule, Node
 
 from brfx.config import QATConfig
 from brfx.graph.dataflow import operation
-from brfx.graph.torch_ops import JOINS, passes
+from brfx.graph.torch_ops import JOINS, preserves_values
 from brfx.graph.utils import module_calls, set_module
 from brfx.kernels.hooks import give_hooks
 from brfx.nn import ActivationQuantizer
@@ -48,7 +48,7 @@ def _only_joined(gm: GraphModule, node: Node) -> bool:
     uses = []
     for user in node.users:
         name, args, kwargs = operation(gm, user)
-        uses.append(name in JOINS or (passes(name, args, kwargs) and _only_joined(gm, user)))
+        uses.append(name in JOINS or (preserves_values(name, args, kwargs) and _only_joined(gm, user)))
     return bool(uses) and all(uses)
 
 

@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 
 from brfx.config import QATConfig
 from brfx.graph.dataflow import operation
-from brfx.graph.torch_ops import passes
+from brfx.graph.torch_ops import preserves_values
 from brfx.graph.utils import module_calls, set_module
 from brfx.nn import ActivationQuantizer
 from brfx.quant.factory import stream_quantizer
@@ -79,6 +79,6 @@ def _adds(gm: GraphModule, node: Node) -> list[Node]:
         name, args, kwargs = operation(gm, user)
         if name in _ADDS:
             found.append(user)
-        elif passes(name, args, kwargs):
+        elif preserves_values(name, args, kwargs):
             found += _adds(gm, user)
     return found

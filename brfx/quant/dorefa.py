@@ -22,7 +22,7 @@ from torch import Tensor
 from brfx.quant.grid import in_full, positive_step
 from brfx.quant.lsq import lsq_quantize
 from brfx.quant.quantizer import BORDER_OF_SUMS, WeightQuantizer
-from brfx.quant.step_init import StartRule
+from brfx.quant.step_init import StepInitRule
 
 
 class DoReFaWeightQuantizer(WeightQuantizer):
@@ -56,7 +56,7 @@ class DoReFaWeightQuantizer(WeightQuantizer):
     def encode(self, values: Tensor, step: Tensor | None = None) -> Tensor:
         return super().encode(values) if step is None else self.grid.encode(self._scaled(values, step), step)
 
-    def first_step(self, values: Tensor, start: StartRule) -> Tensor:
+    def first_step(self, values: Tensor, start: StepInitRule) -> Tensor:
         """``max|tanh(w)|`` at the largest level; no rule is searched by."""
         return self._largest(torch.tanh(in_full(values))) / self.grid.reach
 

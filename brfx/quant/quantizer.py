@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from brfx.errors import NotCalibratedError
 from brfx.quant.grid import Grid, clipped, in_full
-from brfx.quant.step_init import START_RULES, StartRule
+from brfx.quant.step_init import STEP_INIT_RULES, StepInitRule
 
 #: The ``border`` of a quantizer of sums of codes, in codes. Such a sum is often the outermost level itself.
 #: Rounding must not decide whether its gradient passes.
@@ -120,9 +120,9 @@ class Quantizer(nn.Module):
         self.mode = "quantize"
 
     def _begin(self, start: str) -> None:
-        self._start, self._estimates, self.batches_seen = START_RULES[start], torch.zeros(()), 0
+        self._start, self._estimates, self.batches_seen = STEP_INIT_RULES[start], torch.zeros(()), 0
 
-    def first_step(self, values: Tensor, start: StartRule) -> Tensor:
+    def first_step(self, values: Tensor, start: StepInitRule) -> Tensor:
         """The step that a start rule gives for ``values``."""
         return start(self.grid, self.prepare(values), tuple(self.step.shape))
 

@@ -11,18 +11,18 @@ from torch import Tensor
 from brfx.quant.grid import Grid
 
 #: ``(grid, values, step_shape) -> step``
-StartRule = Callable[[Grid, Tensor, tuple[int, ...]], Tensor]
+StepInitRule = Callable[[Grid, Tensor, tuple[int, ...]], Tensor]
 
 _SAMPLE = 2**16  # values per step, about, that the search looks at
 _CANDIDATES = 64
 
 
-def lsq_start(grid: Grid, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+def lsq_step_init(grid: Grid, values: Tensor, shape: tuple[int, ...]) -> Tensor:
     """``2 * mean|v| / sqrt(Qp)`` (Esser et al., ICLR 2020, section 2.1); binary: ``mean|v|``."""
     return grid.start(_rows(values, shape).abs().mean(dim=1)).reshape(shape)
 
 
-def mse_start(grid: Grid, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+def mse_step_init(grid: Grid, values: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The step of least mean squared quantization error, searched between 1/64 and all of ``max|v| / Qp``.
 
     At 2 bits LSQ's formula gives weights 1.4 times, and heavy-tailed activations less than half, of this step; from
@@ -53,7 +53,7 @@ def _stride(count: int) -> int:
     return stride
 
 
-START_RULES: dict[str, StartRule] = {"lsq": lsq_start, "mse": mse_start}
+STEP_INIT_RULES: dict[str, StepInitRule] = {"lsq": lsq_step_init, "mse": mse_step_init}
 
 
 def _rows(values: Tensor, shape: tuple[int, ...]) -> Tensor:

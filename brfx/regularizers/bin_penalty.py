@@ -13,9 +13,9 @@ from torch.fx import GraphModule
 from brfx.analysis.observe import observed_forward, observed_sites
 from brfx.calibration import quantizers
 from brfx.config import BR_FORMS
-from brfx.distributed import ranks, summed
+from brfx.distributed import all_reduce_sum, world_size
 from brfx.errors import ConfigError
-from brfx.fast.training_graph import lean_forward
+from brfx.fast.training_graph import training_forward
 from brfx.kernels.inductor import compiled
 from brfx.nn import (
     ActivationQuantizer,
@@ -26,7 +26,7 @@ from brfx.nn import (
 )
 from brfx.quant.grid import Grid, in_full
 from brfx.regularizers import Regularizer
-from brfx.regularizers.bin_regularizer import bin_loss, bin_sums, joint_bin_sums, late_bin_sums, same_for_each
+from brfx.regularizers.bin_regularizer import bin_loss, bin_sums, deferred_bin_sums, joint_bin_sums, same_for_each
 
 
 class BinLoss(NamedTuple):
@@ -130,12 +130,12 @@ class BinPenalty(Regularizer):
         weight_loss = compiled(self.weight_loss) if kernels else self.weight_loss
         if not self._train_weight:
             weight_loss = partial(self._total, [])
-        look, late, first = _OF_WEIGHTS[self._look], None, tuple[Tensor, ...]()
+        observe_fn, deferred, first = _OF_WEIGHTS[self._look], None, tuple[Tensor, ...]()
         if self._train_act:
-            look, late = self._look, _LATE[self._look]
-            told, act = told_in_backward(self.model)
-            first = (told,)
-        forward = lean_forward(self.model, look, kernels=kernels, late=late)
+            observe_fn, deferred = self._look, _LATE[self._look]
+            logged, act = logged_in_backward(self.model)
+            first = (logged,)
+        forward = training_forward(self.model, observe_fn, kernels=kernels, deferred=deferred)
 
         def run(*inputs: Any) -> tuple[Any, BinLoss]:
             output, seen = forward(self.model, *first, *inputs)
@@ -164,34 +164,34 @@ class BinPenalty(Regularizer):
             weight = weight_loss() + self._total(read)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._train_act):
             acts = [sums for sums, weight in zip(seen.values(), of_functions, strict=True) if not weight]
-            late = [zero for sums in acts for zero in sums[2:]]
-            act = self._total([bin_loss(*sums) for sums in of_global_batch([sums[:2] for sums in acts])] + late)
+            deferred = [zero for sums in acts for zero in sums[2:]]
+            act = self._total([bin_loss(*sums) for sums in of_global_batch([sums[:2] for sums in acts])] + deferred)
         return BinLoss(self.weight * weight + self.act * act, weight.detach(), act.detach())
 
     def _total(self, losses: list[Tensor]) -> Tensor:
         return torch.stack(losses).sum() if losses else self.weight.new_zeros(())
 
 
-def told_in_backward(model: nn.Module) -> tuple[Tensor, Tensor]:
+def logged_in_backward(model: nn.Module) -> tuple[Tensor, Tensor]:
     """A scalar that requires grad, and a scalar that holds what the last backward gave it."""
-    told = in_full(next(model.parameters())).new_zeros((), requires_grad=True)
-    value = torch.zeros_like(told, requires_grad=False)
+    logged = in_full(next(model.parameters())).new_zeros((), requires_grad=True)
+    value = torch.zeros_like(logged, requires_grad=False)
 
-    def tell(told: Tensor) -> None:
-        assert told.grad is not None
-        value.copy_(told.grad)
-        told.grad = None
+    def tell(logged: Tensor) -> None:
+        assert logged.grad is not None
+        value.copy_(logged.grad)
+        logged.grad = None
 
-    told.register_post_accumulate_grad_hook(tell)  # type: ignore[no-untyped-call]
-    return told, value
+    logged.register_post_accumulate_grad_hook(tell)  # type: ignore[no-untyped-call]
+    return logged, value
 
 
 def of_global_batch(sums: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
     """The bins' counts and squares of all ranks' batches together, in one exchange."""
-    if ranks() == 1 or not sums:
+    if world_size() == 1 or not sums:
         return sums
     flat = [part for counts, squares in sums for part in (counts, squares)]
-    parts = torch.split(summed(torch.cat(flat)), [len(part) for part in flat])
+    parts = torch.split(all_reduce_sum(torch.cat(flat)), [len(part) for part in flat])
     return [(parts[i].detach(), parts[i + 1]) for i in range(0, len(parts), 2)]
 
 
@@ -222,31 +222,35 @@ def weight_per_value(quantizer: Quantizer, values: Tensor) -> tuple[Tensor, Tens
     return per_value(quantizer, values) if isinstance(quantizer, WeightQuantizer) else None
 
 
-def late_bins(quantizer: ActivationQuantizer, values: Tensor, told: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`bins` of an activation, with squares that are summed in backward (:func:`late_bin_sums`)."""
-    return _late_bins(quantizer, values, quantizer.step.detach(), told)
+def deferred_bins(quantizer: ActivationQuantizer, values: Tensor, logged: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`bins` of an activation, with squares that are summed in backward (:func:`deferred_bin_sums`)."""
+    return _deferred_bins(quantizer, values, quantizer.step.detach(), logged)
 
 
-def late_bins_that_train_steps(
-    quantizer: ActivationQuantizer, values: Tensor, told: Tensor
+def deferred_bins_that_train_steps(
+    quantizer: ActivationQuantizer, values: Tensor, logged: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`late_bins` with gradient to the step."""
-    return _late_bins(quantizer, values, quantizer.step, told)
+    """:func:`deferred_bins` with gradient to the step."""
+    return _deferred_bins(quantizer, values, quantizer.step, logged)
 
 
-def late_per_value(quantizer: ActivationQuantizer, values: Tensor, told: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def deferred_per_value(quantizer: ActivationQuantizer, values: Tensor, logged: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`per_value` of an activation, with squares that are summed in backward."""
-    counts, squares, zero = late_bins(quantizer, values, told)
+    counts, squares, zero = deferred_bins(quantizer, values, logged)
     return same_for_each(counts, len(values)), squares, zero
 
 
-def _late_bins(
-    quantizer: ActivationQuantizer, values: Tensor, step: Tensor, told: Tensor
+def _deferred_bins(
+    quantizer: ActivationQuantizer, values: Tensor, step: Tensor, logged: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return late_bin_sums(values, step, quantizer.grid, told, floor=quantizer.floor, ceiling=quantizer.ceiling)
+    return deferred_bin_sums(values, step, quantizer.grid, logged, floor=quantizer.floor, ceiling=quantizer.ceiling)
 
 
 #: What looks at weights alone, and at activations late, by what looks at both. Functions with names of their own, since
 #: chains of one text are compiled once (:mod:`brfx.fast.training_graph`).
 _OF_WEIGHTS: dict[Any, Any] = {bins: weight_bins, bins_that_train_steps: weight_bins, per_value: weight_per_value}
-_LATE: dict[Any, Any] = {bins: late_bins, bins_that_train_steps: late_bins_that_train_steps, per_value: late_per_value}
+_LATE: dict[Any, Any] = {
+    bins: deferred_bins,
+    bins_that_train_steps: deferred_bins_that_train_steps,
+    per_value: deferred_per_value,
+}

@@ -52,18 +52,23 @@ class _BinSums(torch.autograd.Function):
         code, distance = distances(values, step, grid, clamp=clamp)
         if by_row:  # rows may be filled up with NaN; a comparison vectorizes where nan_to_num does not
             code, distance = (torch.where(part == part, part, 0.0) for part in (code, distance))
-        return *_pull(code, distance, step if ctx.needs_input_grad[1] else None, grads[1], grid), None, None, None
+        return (
+            *_bin_gradients(code, distance, step if ctx.needs_input_grad[1] else None, grads[1], grid),
+            None,
+            None,
+            None,
+        )
 
 
-class _LateBinSums(torch.autograd.Function):
-    """``(values, step, told) -> (count, 0, 0)``, of each bin and once; see :func:`late_bin_sums`."""
+class _DeferredBinSums(torch.autograd.Function):
+    """``(values, step, logged) -> (count, 0, 0)``, of each bin and once; see :func:`deferred_bin_sums`."""
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, step: Tensor, told: Tensor, grid: Grid, floor: float, ceiling: float
+        ctx: Any, values: Tensor, step: Tensor, logged: Tensor, grid: Grid, floor: float, ceiling: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(values, step)
-        ctx.settings, ctx.dtype = (grid, floor, ceiling), told.dtype
+        ctx.settings, ctx.dtype = (grid, floor, ceiling), logged.dtype
         code = grid.encode(clipped(values, floor, ceiling), step, least=floor)
         counts = _count(code, grid).to(_sums_dtype(values))
         ctx.mark_non_differentiable(counts)
@@ -76,11 +81,11 @@ class _LateBinSums(torch.autograd.Function):
         _, of_squares, of_loss = grads
         seen = grid.recompute(values, step, floor=floor, ceiling=ceiling)
         distance = seen.within - grid.decode(seen.code, step)
-        pull, of_step = _pull(seen.code, distance, step if ctx.needs_input_grad[1] else None, of_squares, grid)
+        pull, of_step = _bin_gradients(seen.code, distance, step if ctx.needs_input_grad[1] else None, of_squares, grid)
         loss = sum_by_channel(distance * pull).sum() / (2 * of_loss)
-        told = torch.where(of_loss == 0, 0.0, loss).to(ctx.dtype)
+        logged = torch.where(of_loss == 0, 0.0, loss).to(ctx.dtype)
         of_values = pull if seen.clipped is None else torch.where(seen.clipped, 0.0, pull)
-        return of_values, of_step, told, None, None, None
+        return of_values, of_step, logged, None, None, None
 
 
 def bin_sums(
@@ -104,15 +109,15 @@ def bin_sums(
     return sums
 
 
-def late_bin_sums(
-    values: Tensor, step: Tensor, grid: Grid, told: Tensor, *, floor: float = -math.inf, ceiling: float = math.inf
+def deferred_bin_sums(
+    values: Tensor, step: Tensor, grid: Grid, logged: Tensor, *, floor: float = -math.inf, ceiling: float = math.inf
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`bin_sums` of ``clip(values, floor, ceiling)`` whose squares are summed in backward, where they cost next
     to nothing: a value's share of L_BR is its distance by its gradient.
 
     Args:
         values, step, grid: as for :func:`bin_sums`; NaN may be in any bin.
-        told: a scalar that requires grad. What it gets as its gradient is :func:`bin_loss` of these values (0 where
+        logged: a scalar that requires grad. What it gets as its gradient is :func:`bin_loss` of these values (0 where
             that has no part in what is differentiated: its factor is 0).
         floor, ceiling: those of :func:`brfx.quant.lsq.lsq_quantize`, with whose backward compiled code shares its own.
 
@@ -120,8 +125,10 @@ def late_bin_sums(
         Counts, and zeros that are differentiated as the squares. And a zero to be added to :func:`bin_loss` of the two:
         the gradient that reaches it is that loss's factor.
     """
-    late: tuple[Tensor, Tensor, Tensor] = _LateBinSums.apply(in_full(values), step, told, grid, floor, ceiling)  # type: ignore[no-untyped-call]
-    return late
+    deferred: tuple[Tensor, Tensor, Tensor] = _DeferredBinSums.apply(
+        in_full(values), step, logged, grid, floor, ceiling
+    )  # type: ignore[no-untyped-call]
+    return deferred
 
 
 def bin_loss(counts: Tensor, squares: Tensor) -> Tensor:
@@ -190,7 +197,7 @@ def distances(values: Tensor, step: Tensor, grid: Grid, *, clamp: bool = False) 
     return code, distance
 
 
-def _pull(
+def _bin_gradients(
     code: Tensor, distance: Tensor, step: Tensor | None, of_squares: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of values and step from those of the bins' squares."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.utils.hooks import RemovableHandle
 
-from brfx.distributed import ranks
+from brfx.distributed import world_size
 
 
 def culprit(model: nn.Module, images: Tensor, loss: Tensor) -> str:
@@ -51,17 +51,17 @@ def _first_layer(model: nn.Module, images: Tensor) -> str | None:
     handles: list[RemovableHandle] = []
 
     def watch(name: str) -> Any:
-        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+        def sync(module: nn.Module, inputs: Any, output: Any) -> None:
             if not found and isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
                 found.append(name)
 
-        return look
+        return sync
 
     for name, module in model.named_modules():
         if name:  # of a module inside another the inner one is done first
             handles.append(module.register_forward_hook(watch(name)))
     training = model.training
-    model.train(training and ranks() == 1)
+    model.train(training and world_size() == 1)
     try:
         model(images)
     finally:

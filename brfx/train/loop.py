@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from brfx.config import TrainConfig
 from brfx.distributed import (
-    batch_norms_synced,
-    from_all,
-    from_first,
-    largest,
-    lost_ranks_named,
+    all_gather_object,
+    all_reduce_max,
+    broadcast_buffers,
+    broadcast_object,
+    name_lost_ranks,
     rank,
-    ranks,
-    share_buffers,
+    sync_batch_norms,
+    world_size,
 )
 from brfx.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError, first_line
 from brfx.io.state_dict import versioned
@@ -56,10 +56,10 @@ log = logging.getLogger(__name__)
 LOG_EVERY = 10
 
 
-def looks_always(config: TrainConfig) -> bool:
+def always_syncs(config: TrainConfig) -> bool:
     """Whether each batch is looked at: where that costs no wait for a device or other ranks, and where it may be left
     out, which the next one builds on."""
-    return config.on_nonfinite == "skip" or (torch.device(config.device).type == "cpu" and ranks() == 1)
+    return config.on_nonfinite == "skip" or (torch.device(config.device).type == "cpu" and world_size() == 1)
 
 
 class Batches(Protocol):
@@ -160,7 +160,7 @@ def fit(
         raise ConfigError(f"{run_dir}: holds a run that can be resumed: resume it, or give another folder")
     if statistics is not None and (run.epoch, run.batch) == (1, 0):
         statistics.begin()
-    with stop_requests() as stop, lost_ranks_named(), batch_norms_synced(model), memory_kept(), _frozen_for_now(model):
+    with stop_requests() as stop, name_lost_ranks(), sync_batch_norms(model), memory_kept(), _frozen_for_now(model):
         while run.epoch <= config.epochs:
             stage = "plain" if penalty is None else "penalty" if run.epoch > warmup else "warm-up"
             run.train_epoch(stage, stop)
@@ -206,7 +206,7 @@ class _Run:
         self.batches = len(data)
         total = config.epochs * self.batches
         self.update = Update(model, config, total)
-        self.looks_always = looks_always(config)
+        self.always_syncs = always_syncs(config)
         self.lr = 0.0  # of the last batch
         self.compiled = how_to_compile(config.compile, total, config.device)
         self.average = WeightAverage(model, config.ema) if config.ema else None
@@ -237,7 +237,7 @@ class _Run:
             "scheduler": self.update.scheduler.state_dict(),
             "scaler": self.update.scaler.state_dict(),
             "average": self.average and {"values": self.average.average, "updates": self.average.updates},
-            "random": from_all((self.epoch_random, random_state())),
+            "random": all_gather_object((self.epoch_random, random_state())),
             "compiled": self.compiled,
             "shape": None if self.shape is None else list(self.shape),
             "sums": vars(self.sums),
@@ -257,7 +257,7 @@ class _Run:
         if self.run_dir is not None and rank() == 0:
             assert self.checkpoints is not None
             state = self.checkpoints.newest()
-        state = from_first(state)
+        state = broadcast_object(state)
         if state is None:
             return
         try:
@@ -274,8 +274,8 @@ class _Run:
     def _check(self, state: dict[str, Any]) -> None:
         """What may change between the parts of a run: where it runs, and how often it is saved."""
         free = {"device", "checkpoint_minutes", "keep_checkpoints"}
-        now = asdict(self.config) | {"batches": self.batches, "ranks": ranks()}
-        then = state["config"] | {"batches": state["batches"], "ranks": len(state["random"])}
+        now = asdict(self.config) | {"batches": self.batches, "world_size": world_size()}
+        then = state["config"] | {"batches": state["batches"], "world_size": len(state["random"])}
         for name in now:
             if name not in then:
                 raise ConfigError(f"{self.run_dir}: begun by an older brfx, which had no {name!r}: begin a new run")
@@ -337,21 +337,21 @@ class _Run:
         for images, labels in self._remaining():
             at_end = self.batch + 1 == self.batches
             tells = at_end or (self.batch + 1) % LOG_EVERY == 0
-            looks = tells or self.looks_always
-            self._train_batch(images, labels, looks)
+            syncs = tells or self.always_syncs
+            self._train_batch(images, labels, syncs)
             self.batch += 1
             self.seconds = before + monotonic() - started
             if tells:
                 self._tell(stage)
             if at_end:
                 break
-            if not looks:
+            if not syncs:
                 continue
             due = monotonic() - saved >= 60 * self.config.checkpoint_minutes
-            if largest(stop.signal, self.config.device):
+            if all_reduce_max(stop.signal, self.config.device):
                 self.save()
                 self.stop_if_asked(stop)
-            if from_first(due):
+            if broadcast_object(due):
                 self.save()
                 saved = monotonic()
 
@@ -390,14 +390,14 @@ class _Run:
         set_random_state(self.random)
         yield from chain(found, batches)
 
-    def _train_batch(self, images: Tensor, labels: Tensor, looks: bool) -> None:
-        """Train on one batch; with ``looks``, wait for the device and see whether all went well since the last look."""
+    def _train_batch(self, images: Tensor, labels: Tensor, syncs: bool) -> None:
+        """Train on one batch; with ``syncs``, wait for the device and see whether all went well since the last look."""
         self.shape = self.shape or images.shape
         skips = self.config.on_nonfinite == "skip"
         buffers = [buffer.clone() for buffer in self.model.buffers()] if skips else []
         self.lr = self.update.lr
         loss, numbers = self._forward(images, labels)
-        failed = self.update(loss, look=looks)
+        failed = self.update(loss, sync=syncs)
         if not failed:
             self.sums.add(numbers, len(labels))
             if self.average is not None:
@@ -438,7 +438,7 @@ class _Run:
 
     def stop_if_asked(self, stop: StopRequest) -> None:
         """Raise Interrupted if any rank was asked to stop; what there is has been saved."""
-        number = int(largest(stop.signal, self.config.device))
+        number = int(all_reduce_max(stop.signal, self.config.device))
         if number:
             more = f"; go on with --resume {self.run_dir}" if self.run_dir else ""
             raise Interrupted(number, f"stopped at {self._where()}{more}")
@@ -451,7 +451,7 @@ class _Run:
 
     def end_epoch(self, stage: str, val_data: Iterable[tuple[Tensor, Tensor]] | None) -> None:
         """Validate, write, and be at the start of the next epoch."""
-        share_buffers(self.model)
+        broadcast_buffers(self.model)
         with self.average.applied(self.model) if self.average is not None else nullcontext():
             if self.config.reestimate_bn:
                 self._reestimate()
@@ -490,7 +490,7 @@ class _Run:
         before = random_state()
         batches = islice(iter(self.data), self.config.reestimate_bn)
         reestimate_batch_norm(self.model, (images.to(self.config.device) for images, _ in batches))
-        share_buffers(self.model)
+        broadcast_buffers(self.model)
         set_random_state(before)
 
     def _metrics(self, stage: str, result: Evaluation | None) -> EpochMetrics:
@@ -502,7 +502,7 @@ class _Run:
             val_loss=None if result is None else result.loss,
             val_accuracy=None if result is None else result.accuracy,
             seconds=self.seconds,
-            images_per_second=ranks() * self.sums.images / self.seconds if self.seconds else 0.0,
+            images_per_second=world_size() * self.sums.images / self.seconds if self.seconds else 0.0,
             weights={} if self.statistics is None else self.statistics(self.epoch, self.batches),
         )
 

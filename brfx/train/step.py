@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy
 
 from brfx.config import TrainConfig
-from brfx.distributed import ranks
+from brfx.distributed import world_size
 from brfx.kernels.inductor import compiled
 from brfx.regularizers import HasTrainingForm, Regularizer
 
@@ -105,7 +105,7 @@ def how_to_compile(choice: str, batches: int, device: str) -> str:
     if not _can_compile(torch.device(device).type):
         return "none"
     small = choice == "kernels" or (choice == "auto" and batches < WORTH_COMPILING)
-    return "kernels" if small or ranks() > 1 else "whole"  # bins are summed over ranks between the kernels
+    return "kernels" if small or world_size() > 1 else "whole"  # bins are summed over ranks between the kernels
 
 
 @cache
@@ -166,12 +166,14 @@ def _for_one_shape(fast: Callable[..., Any], eager: Callable[..., Any], shape: t
 
 def in_ranks(model: nn.Module, penalty: Any | None, step: LossStep) -> LossStep:
     """``step`` as the forward of a DDP module, which averages gradients over the processes that train together."""
-    if ranks() == 1:
+    if world_size() == 1:
         return step
     trained = model if penalty is None else penalty
     device = next(model.parameters()).device
     ids = [device] if device.type == "cuda" else None
-    whole = isinstance(model, torch.fx.GraphModule) and not getattr(model, "twin", False)  # nothing in it is passed by
+    whole = isinstance(model, torch.fx.GraphModule) and not getattr(
+        model, "has_mode_branches", False
+    )  # nothing in it is passed by
     return DistributedDataParallel(_Stepping(trained, step), device_ids=ids, find_unused_parameters=not whole)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from brfx.config import TrainConfig
-from brfx.distributed import anywhere
+from brfx.distributed import all_reduce_any
 from brfx.errors import TrainingError
 from brfx.train.optim import build_optimizer, rate_factor
 
@@ -45,13 +45,13 @@ class Update:
         """The rate of the next update."""
         return float(self.scheduler.get_last_lr()[0])
 
-    def __call__(self, loss: Tensor, *, look: bool = True) -> int:
+    def __call__(self, loss: Tensor, *, sync: bool = True) -> int:
         """How many of the last batches, this one included, were not finite or came after one that was not.
 
-        0 without a ``look``, for which the host waits. Where there is one, the gradients are there to look at until
+        0 without a ``sync``, for which the host waits. Where there is one, the gradients are there to look at until
         :meth:`clear`.
         """
-        bad = (self.failed > 0) | anywhere(~torch.isfinite(loss.detach()))
+        bad = (self.failed > 0) | all_reduce_any(~torch.isfinite(loss.detach()))
         if self.scaler.is_enabled():  # its scale starts where gradients overflow, and it skips these updates itself
             torch.autograd.backward(self.scaler.scale(loss * torch.where(bad, torch.nan, 1.0)))
         else:
@@ -71,7 +71,7 @@ class Update:
             torch._foreach_clamp_min_([p.data for p in held], least)
         self.scheduler.step()
         self.failed += bad
-        failed = self._read() if look else 0
+        failed = self._read() if sync else 0
         if not failed:
             self.clear()
         return failed

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 import brfx
 from brfx.analysis.dead_filters import described
 from brfx.io.model_file import load_float
-from brfx.quant.step_init import lsq_start
+from brfx.quant.step_init import lsq_step_init
 
 #: Of the real checkpoint, by its batch norms alone.
 THIRTEEN = {
@@ -135,10 +135,10 @@ def test_ignored_filters_have_no_part_in_their_layers_step(images, per_channel):
         assert torch.equal(step, kept.conv1.weight_quantizer.step)
     else:
         live = qmodel.conv1.weight[[0, 1, 2, 4, 6, 7]].detach()
-        assert torch.equal(step, lsq_start(qmodel.conv1.weight_quantizer.grid, live, ()))
+        assert torch.equal(step, lsq_step_init(qmodel.conv1.weight_quantizer.grid, live, ()))
         up = torch.ones(8, 4, dtype=torch.bool)
         up[4:, 2] = False
-        expected = lsq_start(qmodel.up.weight_quantizer.grid, qmodel.up.weight[up].detach(), ())
+        expected = lsq_step_init(qmodel.up.weight_quantizer.grid, qmodel.up.weight[up].detach(), ())
         assert torch.equal(qmodel.up.weight_quantizer.step, expected)
     brfx.calibrate(qmodel, [images], start="lsq")  # and is asked for each time
     assert torch.equal(step, kept.conv1.weight_quantizer.step)

@@ -54,8 +54,8 @@ def test_figures_are_those_of_their_formulas(tiny, images, config):
 
 def test_before_the_epoch_that_is_measured_from_nothing_is_closed(tiny, images):
     qmodel = calibrated(tiny, images)
-    late, early = brfx.WeightStatistics(qmodel, after=2), brfx.WeightStatistics(qmodel)
-    for statistics, expected in ((late, [None, 0, 0]), (early, [0, 0, 0])):
+    deferred, early = brfx.WeightStatistics(qmodel, after=2), brfx.WeightStatistics(qmodel)
+    for statistics, expected in ((deferred, [None, 0, 0]), (early, [0, 0, 0])):
         statistics.begin()
         assert [statistics(epoch, 1)["fc"]["closed"] for epoch in (1, 2, 3)] == expected
 
@@ -137,23 +137,27 @@ def test_a_run_tells_the_figures_of_each_epoch_with_a_regularizer_and_without(di
     for weight in (0.0, 1.0):
         run_dir = tmp_path / str(weight)
         run_dir.mkdir()
-        told = train(digits, run_dir, weight)
-        assert [set(figures) for figures in told] == [{"0", "3", "8"}] * 3
-        assert [{figures["closed"] == 0 for figures in epoch.values()} for epoch in told] == [{True}, {False}, {False}]
-        assert told[0]["3"]["flips"] > 0
-        ends.append(told[-1])
+        logged = train(digits, run_dir, weight)
+        assert [set(figures) for figures in logged] == [{"0", "3", "8"}] * 3
+        assert [{figures["closed"] == 0 for figures in epoch.values()} for epoch in logged] == [
+            {True},
+            {False},
+            {False},
+        ]
+        assert logged[0]["3"]["flips"] > 0
+        ends.append(logged[-1])
         last = torch.load(run_dir / "last.pth", weights_only=True)
-        assert last["metrics"]["weights"] == told[-1]
+        assert last["metrics"]["weights"] == logged[-1]
     for layer in ("0", "3", "8"):
         assert ends[1][layer]["closed"] > 0.5 > ends[0][layer]["closed"]
         assert ends[1][layer]["mse"] < ends[0][layer]["mse"]
 
 
 def test_the_weights_that_are_validated_are_the_ones_measured(digits, tmp_path):
-    told = train(digits, tmp_path, 0.0, ema=0.99)
+    logged = train(digits, tmp_path, 0.0, ema=0.99)
     averaged = torch.load(tmp_path / "last.pth", weights_only=True)["state_dict"]
     weight, step = averaged["8.weight"], averaged["8.weight_quantizer.step"]
-    assert told[-1]["8"]["distance"] == pytest.approx(
+    assert logged[-1]["8"]["distance"] == pytest.approx(
         1 - brfx.BinRegularizer(2).diagnose(weight, step).effectiveness / 100, rel=1e-5
     )
 

@@ -298,10 +298,10 @@ def test_an_epoch_in_memory_is_continued_at_any_batch(augment):
         next(data.starting_at(-1))
 
 
-@pytest.mark.parametrize(("ranks", "batches"), [(2, 4), (4, 3)])
-def test_the_parts_of_all_ranks_are_the_batch_of_a_single_process(ranks, batches):
-    each = [loader(augment=True, rank=rank, ranks=ranks) for rank in range(ranks)]
-    assert [len(one) for one in each] == [batches] * ranks  # of 50 images, 2 are left for the fourth
+@pytest.mark.parametrize(("world_size", "batches"), [(2, 4), (4, 3)])
+def test_the_parts_of_all_ranks_are_the_batch_of_a_single_process(world_size, batches):
+    each = [loader(augment=True, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert [len(one) for one in each] == [batches] * world_size  # of 50 images, 2 are left for the fourth
     for start in (0, 2):
         parts = zip(*(one.starting_at(start) for one in each), strict=True)
         joined = [tuple(map(torch.cat, zip(*part, strict=True))) for part in parts]
@@ -311,7 +311,7 @@ def test_the_parts_of_all_ranks_are_the_batch_of_a_single_process(ranks, batches
 def test_ranks_decode_their_own_images_alone(tmp_path):
     make_folder(tmp_path, ("train",))
     whole = [(images[1:2], labels[1:2]) for images, labels in folder_batches(tmp_path, 0)]
-    second = folder_batches(tmp_path, 0, rank=1, ranks=3)
+    second = folder_batches(tmp_path, 0, rank=1, world_size=3)
     for i, path in enumerate(second.split.images.paths):
         if i % 3 != 1:
             path.unlink()
@@ -321,7 +321,7 @@ def test_ranks_decode_their_own_images_alone(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ranks": 3}, "batch_size=16: takes a multiple of ranks=3"),
+        ({"world_size": 3}, "batch_size=16: takes a multiple of world_size=3"),
         ({"rank": 2, "ranks": 2}, "rank=2, ranks=2: takes a rank of 0 or more"),
         ({"rank": -1}, "rank=-1"),
         ({"ranks": 0}, "rank=0"),

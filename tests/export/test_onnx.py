@@ -12,8 +12,8 @@ from brfx.data import Preprocessing
 from brfx.export.integer import integer_model
 from brfx.export.layers import saturates
 from brfx.export.onnx import onnx_runner
-from brfx.export.operators import Codes
-from brfx.metadata import card_of
+from brfx.export.operators import QuantParams
+from brfx.metadata import metadata_of
 from brfx.models import build_model
 
 onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
@@ -25,7 +25,7 @@ def exported(tmp_path_factory):
     torch.manual_seed(0)
     qmodel = brfx.prepare_qat(build_model("resnet20"))
     brfx.calibrate(qmodel, [torch.randn(8, 3, 32, 32)])
-    card_of(qmodel).preprocessing, card_of(qmodel).classes = Preprocessing(32), tuple("abcdefghij")
+    metadata_of(qmodel).preprocessing, metadata_of(qmodel).classes = Preprocessing(32), tuple("abcdefghij")
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     report = brfx.export_onnx(qmodel.train(), path, torch.randn(4, 3, 32, 32))
     assert qmodel.training
@@ -188,7 +188,7 @@ def test_symmetric_weights_are_stored_as_codes_and_run_as_odd_integers(tmp_path,
     assert {onnx.TensorProto.DataType.Name(value.data_type) for value in weights} == {container.get(bits, "INT4")}
 
 
-def told(caplog):
+def logged(caplog):
     return "\n".join(record.getMessage() for record in caplog.records if record.name == "brfx.export.onnx")
 
 
@@ -298,11 +298,11 @@ def test_biases_that_were_not_snapped_are_told_with_the_figure_and_the_cure(tmp_
     report = brfx.export_onnx(qmodel, tmp_path / "model.onnx", images)
     share = f"{report.rounding_difference / report.output_range:.1%} of their range"
     assert report.unsnapped == 1 and report.rounding_difference == pytest.approx(layer.y.scale)
-    assert f"{share}: 1 biases are not integers yet; call brfx.snap_biases(qmodel)" in told(caplog)
+    assert f"{share}: 1 biases are not integers yet; call brfx.snap_biases(qmodel)" in logged(caplog)
     caplog.clear()
     brfx.snap_biases(qmodel)
     report = brfx.export_onnx(qmodel, tmp_path / "model.onnx", images)
-    assert report.unsnapped == 0 and report.rounding_difference < 1e-6 and "differ" not in told(caplog)
+    assert report.unsnapped == 0 and report.rounding_difference < 1e-6 and "differ" not in logged(caplog)
 
 
 @pytest.mark.parametrize(("bits", "saturating"), [(8, ("0", "2", "5", "7")), (4, ())])
@@ -317,7 +317,7 @@ def test_layers_that_saturate_without_vnni_are_named_and_brfx_s_sessions_are_exa
     brfx.calibrate(qmodel, [images])
     report = brfx.export_onnx(qmodel, tmp_path / "model.onnx", images)
     assert report.saturating == saturating
-    assert ('"session.x64quantprecision", "1"' in told(caplog)) == bool(saturating)
+    assert ('"session.x64quantprecision", "1"' in logged(caplog)) == bool(saturating)
     entries = {}
     plain = ort.SessionOptions.add_session_config_entry
     monkeypatch.setattr(
@@ -333,7 +333,7 @@ def test_layers_that_saturate_without_vnni_are_named_and_brfx_s_sessions_are_exa
 
 
 def test_a_sum_of_two_products_leaves_16_bits():
-    codes = Codes(1.0, 0, 0, 255)
+    codes = QuantParams(1.0, 0, 0, 255)
     assert not saturates(torch.tensor([[64, -64, 64, -64]]), codes)  # 128 * 255 = 32640
     assert saturates(torch.tensor([[64, -64, 65, -64]]), codes)
     assert saturates(torch.tensor([[1, 1], [-100, -100]]), codes)
@@ -345,8 +345,8 @@ def test_a_runtime_that_computes_something_else_is_told(tmp_path, caplog, monkey
     qmodel = brfx.prepare_qat(model, example_inputs=images)
     brfx.calibrate(qmodel, [images])
     brfx.snap_biases(qmodel)
-    assert not brfx.export_onnx(qmodel, tmp_path / "model.onnx", images).wrong and not told(caplog)
+    assert not brfx.export_onnx(qmodel, tmp_path / "model.onnx", images).wrong and not logged(caplog)
     right = onnx_runner(tmp_path / "model.onnx")
     monkeypatch.setattr("brfx.export.onnx.onnx_runner", lambda path: lambda x: [1.1 * y for y in right(x)])
     report = brfx.export_onnx(qmodel, tmp_path / "model.onnx", images)
-    assert report.wrong and "ONNX Runtime on this machine computes something else" in told(caplog)
+    assert report.wrong and "ONNX Runtime on this machine computes something else" in logged(caplog)

@@ -15,7 +15,7 @@ from brfx.data import Preprocessing
 from brfx.errors import ExportError
 from brfx.export.integer import integer_model
 from brfx.export.packed import export_packed, read_packed
-from brfx.metadata import card_of
+from brfx.metadata import metadata_of
 from brfx.models import build_model
 
 
@@ -160,7 +160,7 @@ def test_the_file_alone_gives_the_outputs_bit_for_bit(tmp_path, settings):
 def resnet20(tmp_path_factory):
     torch.manual_seed(0)
     qmodel = quantized(build_model("resnet20"), 32)
-    card_of(qmodel).preprocessing, card_of(qmodel).classes = Preprocessing(32), tuple("abcdefghij")
+    metadata_of(qmodel).preprocessing, metadata_of(qmodel).classes = Preprocessing(32), tuple("abcdefghij")
     return qmodel, export_packed(qmodel, tmp_path_factory.mktemp("packed") / "resnet20.safetensors")
 
 

@@ -10,7 +10,7 @@ import brfx
 from brfx.config import QATConfig
 from brfx.data import Preprocessing
 from brfx.errors import ExportError, NotCalibratedError
-from brfx.metadata import card_of
+from brfx.metadata import metadata_of
 
 onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
 pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
@@ -89,7 +89,7 @@ def test_attention(tmp_path):
 def test_the_graph_is_quantizers_between_float_layers(tmp_path, images):
     torch.manual_seed(0)
     qmodel = quantized(Projected(), images, weight_bits=2, act_bits=3)
-    card_of(qmodel).preprocessing, card_of(qmodel).classes = Preprocessing(8), tuple("abcd")
+    metadata_of(qmodel).preprocessing, metadata_of(qmodel).classes = Preprocessing(8), tuple("abcd")
     proto = onnx.load(export_qonnx(qmodel.train(), tmp_path / "model.onnx", images))
     assert qmodel.training
     assert {entry.domain: entry.version for entry in proto.opset_import}[DOMAIN] == 1

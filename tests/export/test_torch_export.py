@@ -13,7 +13,7 @@ from brfx.config import QATConfig
 from brfx.data import Preprocessing
 from brfx.errors import ExportError, NotCalibratedError
 from brfx.export.torch_export import export_torch
-from brfx.metadata import card_of
+from brfx.metadata import metadata_of
 from brfx.models import build_model
 
 LOADER = """
@@ -39,7 +39,7 @@ def test_loads_where_brfx_is_not_installed(tmp_path):
     torch.manual_seed(0)
     qmodel = brfx.prepare_qat(build_model("resnet20"))
     brfx.calibrate(qmodel, [torch.randn(8, 3, 32, 32)])
-    card_of(qmodel).preprocessing, card_of(qmodel).classes = Preprocessing(32), tuple("abcdefghij")
+    metadata_of(qmodel).preprocessing, metadata_of(qmodel).classes = Preprocessing(32), tuple("abcdefghij")
     state = {key: value.clone() for key, value in qmodel.state_dict().items()}
     path = export_torch(qmodel.train(), tmp_path / "model.pt2", torch.randn(4, 3, 32, 32))
     assert qmodel.training and all(torch.equal(state[key], value) for key, value in qmodel.state_dict().items())
@@ -49,8 +49,8 @@ def test_loads_where_brfx_is_not_installed(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
     extra = {"brfx.json": ""}
     torch.export.load(path, extra_files=extra)
-    card = json.loads(extra["brfx.json"])
-    assert card["preprocessing"]["image_size"] == 32 and card["classes"] == list("abcdefghij")
+    metadata = json.loads(extra["brfx.json"])
+    assert metadata["preprocessing"]["image_size"] == 32 and metadata["classes"] == list("abcdefghij")
     content = b"".join(zipfile.ZipFile(path).read(name) for name in zipfile.ZipFile(path).namelist())
     assert str(Path(brfx.__file__).parent).encode() not in content
 

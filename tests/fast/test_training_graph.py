@@ -6,7 +6,7 @@ from torch import nn
 from torch._inductor.utils import run_and_get_code
 
 import brfx
-from brfx.fast.saved_codes import apply_coded
+from brfx.fast.saved_codes import apply_with_codes
 from brfx.fast.training_graph import compile_chains, compile_weights, keep_codes, tile_norms
 from brfx.graph.trace import pruned
 from brfx.nn import QuantizedClippedReLU, QuantizedLayer
@@ -42,12 +42,12 @@ def test_every_chain_starts_with_the_layer_in_front_of_it(images):
     qmodel = quantized(images, "deploy")
     graph = pruned(qmodel, True)
     keep_codes(qmodel, graph)
-    layers = [node for node in graph.nodes if node.target is apply_coded]
+    layers = [node for node in graph.nodes if node.target is apply_with_codes]
     assert len(layers) == sum(isinstance(module, QuantizedLayer) for module in qmodel.modules()) == 5
     tile_norms(qmodel, graph)
     compile_weights(qmodel, graph)
     compile_chains(qmodel, graph)
-    left = [str(node.args[0].target) for node in graph.nodes if node.target is apply_coded]
+    left = [str(node.args[0].target) for node in graph.nodes if node.target is apply_with_codes]
     assert left == ["head"]  # no quantizer is behind it
     assert not [node for node in graph.nodes if node.op == "call_module" and "norm" in str(node.target)]
 

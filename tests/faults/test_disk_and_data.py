@@ -256,13 +256,13 @@ def test_steps_stay_positive_whatever_the_rate(batches):
     least = min(LSQQuantizer.positive.values())
     hit = []
 
-    class Look(Callback):
+    class ObserveFn(Callback):
         def on_batch(self, progress):
             assert all(bool((step >= least).all()) for step in steps)
             hit.append(any(bool((step == least).any()) for step in steps))
 
     settings = replace(PLAIN, epochs=4, step_lr=1e4, on_nonfinite="skip")
-    fit(model, batches, batches[:1], settings, callbacks=[Look()])
+    fit(model, batches, batches[:1], settings, callbacks=[ObserveFn()])
     assert any(hit)
     assert all(bool((step >= least).all()) for step in steps)
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import brfx
 from brfx.errors import TraceError
-from brfx.fast.training_graph import lean_forward
+from brfx.fast.training_graph import training_forward
 from brfx.graph.functionalize import functionalize
 from brfx.graph.trace import Tracer, Tracing, trace, trace_islands
 from brfx.graph.utils import dump
@@ -218,7 +218,7 @@ def test_eight_bits_keep_the_signal_and_training_computes_the_same(case, x):
     assert 10 * torch.log10(signal.square().sum() / noise.square().sum()) > 25
     qmodel.train()
     lean = copy.deepcopy(qmodel)
-    lean.forward = partial(lean_forward(lean, None, kernels=False), lean)
+    lean.forward = partial(training_forward(lean, None, kernels=False), lean)
     for a, b in zip(run(lean, x), run(qmodel, x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 

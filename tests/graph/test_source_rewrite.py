@@ -140,11 +140,11 @@ def test_a_correlation_block() -> None:
         _corr(block)
     assert len(operands.levels) == 2 and max(operands.levels) <= 2**3
 
-    twin = copy.deepcopy(block)
+    has_mode_branches = copy.deepcopy(block)
     with torch.no_grad():
-        for quantizer in _quantizers(twin):
+        for quantizer in _quantizers(has_mode_branches):
             quantizer.step.zero_()
-    assert not torch.equal(_corr(twin), _corr(block))
+    assert not torch.equal(_corr(has_mode_branches), _corr(block))
 
 
 def test_roles_and_places() -> None:
@@ -161,13 +161,13 @@ def test_roles_and_places() -> None:
 def test_deepcopies_are_independent() -> None:
     quantized = _of(_add_rel_pos)
     _calibrate(quantized, lambda: _rel_pos(quantized))
-    before, twin = _rel_pos(quantized), copy.deepcopy(quantized)
-    assert torch.equal(_rel_pos(twin), before)
+    before, has_mode_branches = _rel_pos(quantized), copy.deepcopy(quantized)
+    assert torch.equal(_rel_pos(has_mode_branches), before)
     with torch.no_grad():
-        for quantizer in _quantizers(twin):
+        for quantizer in _quantizers(has_mode_branches):
             quantizer.step.mul_(3)
     assert torch.equal(_rel_pos(quantized), before)
-    assert not torch.equal(_rel_pos(twin), before)
+    assert not torch.equal(_rel_pos(has_mode_branches), before)
 
 
 def _forms(a: Tensor, b: Tensor, /, *pair: Tensor, scale: float = 2.0, out: list[Tensor] | None = None) -> Tensor:
@@ -238,8 +238,8 @@ def test_methods() -> None:
     _pass(module)
     assert torch.equal(module(x), expected[0]) and torch.equal(module.private(x), expected[1])
     assert torch.equal(module(x, times=4), 2 * expected[0])
-    twin = copy.deepcopy(module)
-    assert twin.forward.__self__ is twin  # type: ignore[attr-defined]
+    has_mode_branches = copy.deepcopy(module)
+    assert has_mode_branches.forward.__self__ is has_mode_branches  # type: ignore[attr-defined]
     assert rewrite_methods(nn.Linear(2, 2), 3, 3) == 0  # torch's own
 
 

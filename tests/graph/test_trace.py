@@ -9,11 +9,11 @@ from torch.nn import functional as F
 
 import brfx
 from brfx.calibration import quantizers
-from brfx.graph.trace import by_mode, pruned, trace
+from brfx.graph.trace import pruned, select_by_mode, trace
 
 
 def selections(gm):
-    return [node.args for node in gm.graph.nodes if node.target is by_mode]
+    return [node.args for node in gm.graph.nodes if node.target is select_by_mode]
 
 
 class Net(nn.Module):

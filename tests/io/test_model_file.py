@@ -11,7 +11,7 @@ import brfx
 from brfx.data import Preprocessing
 from brfx.errors import CheckpointError
 from brfx.io.model_file import load_float, read_state_dict
-from brfx.metadata import card_of
+from brfx.metadata import metadata_of
 from brfx.models import build_model
 
 WRAPS = {
@@ -124,13 +124,13 @@ def qmodel(resnet):
 
 
 def test_save_and_load_give_the_same_outputs_and_card(qmodel, tmp_path):
-    card = card_of(qmodel)
-    card.preprocessing, card.classes = Preprocessing(32), tuple("abcdefghij")
+    metadata = metadata_of(qmodel)
+    metadata.preprocessing, metadata.classes = Preprocessing(32), tuple("abcdefghij")
     brfx.save(qmodel, tmp_path / "model.pt")
     loaded = brfx.load(tmp_path / "model.pt")
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded(x), qmodel(x))
-    assert card_of(loaded) == card
+    assert metadata_of(loaded) == metadata
     assert not loaded.training
     assert not list(tmp_path.glob("*.partial"))
 
@@ -154,7 +154,7 @@ def test_a_file_that_names_a_python_file_does_not_run_it(tiny, images, tmp_path)
     brfx.calibrate(qmodel, [images])
     from brfx.models import ModelSource
 
-    card_of(qmodel).source = ModelSource(f"{factory}:make")
+    metadata_of(qmodel).source = ModelSource(f"{factory}:make")
     brfx.save(qmodel, tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match="no code is run from a file"):
         brfx.load(tmp_path / "model.pt")

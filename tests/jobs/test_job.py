@@ -65,8 +65,8 @@ def test_settings_of_regularizer_and_filters_reach_the_run_and_its_figures_its_m
         assert config["br_form"] == settings.get("br_form", "mean")
         assert config["dead_filters"] == settings.get("dead_filters", "keep")
         assert (told_to_calibrate["dead_filters"], told_to_calibrate["seed"]) == (config["dead_filters"], 3)
-        told = "revived" if "dead_filters" in settings else "kept as they are"
-        assert f"let nothing pass; {told}: 0 2" in caplog.text
+        logged = "revived" if "dead_filters" in settings else "kept as they are"
+        assert f"let nothing pass; {logged}: 0 2" in caplog.text
         assert ("BR lambda 2 per value" in caplog.text) == (name == "per value")
     for layer in ("0", "5"):
         assert weights["per value"][1][layer]["closed"] > 0.5

@@ -275,11 +275,11 @@ def test_settings_hooks_and_subclasses_are_kept() -> None:
 def test_deepcopy_is_equal_and_apart() -> None:
     x = rand(L, N, E)
     layer = calibrated(QuantizedMultiheadAttention.from_float(float_layer(), 2, 2), x, x, x)
-    twin = copy.deepcopy(layer)
-    assert torch.equal(twin(x, x, x)[0], layer(x, x, x)[0])
-    for quantizer in quantizers(twin).values():
+    has_mode_branches = copy.deepcopy(layer)
+    assert torch.equal(has_mode_branches(x, x, x)[0], layer(x, x, x)[0])
+    for quantizer in quantizers(has_mode_branches).values():
         quantizer.step.data.mul_(3)
-    assert not torch.equal(twin(x, x, x)[0], layer(x, x, x)[0])
+    assert not torch.equal(has_mode_branches(x, x, x)[0], layer(x, x, x)[0])
 
 
 @pytest.mark.parametrize("quantizer", ["input_quantizer", "attention.softmax_quantizer", "output_quantizer"])

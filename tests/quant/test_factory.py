@@ -77,7 +77,7 @@ def trained(request) -> nn.Module:
 
 
 def test_every_quantizer_is_of_the_method_that_was_chosen(trained: nn.Module) -> None:
-    config = brfx.metadata.card_of(trained).config
+    config = brfx.metadata.metadata_of(trained).config
     weight = type(weight_quantizer(2, method=config.weight_quantizer))
     acts = {type(activation_quantizer(2, signed=False, method=config.act_quantizer))}
     acts.add(type(relu_quantizer(2, method=config.act_quantizer)))

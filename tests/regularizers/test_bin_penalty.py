@@ -192,8 +192,8 @@ def assert_forms_agree(qmodel, penalty, images, compiled=("kernels", "whole")):
     streams = any(isinstance(module, StreamQuantizer) for module in qmodel.modules())
     for name, grad in found["codes"][1].items():  # the gradients of a stream's readers are added in another order
         torch.testing.assert_close(grad, expected[name], rtol=1e-12 if streams else 0, atol=1e-15 if streams else 0)
-    for form, (told, grads) in found.items():
-        torch.testing.assert_close(told, numbers, rtol=1e-10, atol=1e-12)
+    for form, (logged, grads) in found.items():
+        torch.testing.assert_close(logged, numbers, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(ends[form], ends["plain"])
         for name, grad in grads.items():
             torch.testing.assert_close(grad, expected[name], rtol=1e-8, atol=1e-12, msg=f"{form}: {name}")
@@ -220,9 +220,9 @@ def test_what_has_a_lambda_of_zero_is_neither_computed_nor_told(tiny, images, la
     qmodel = calibrated(tiny, images).train()
     penalty = brfx.BinPenalty(qmodel, *lambdas)
     for kernels in (None, False):
-        loss, told = loss_step(qmodel, penalty, kernels=kernels)(images, torch.arange(8) % 4)
+        loss, logged = loss_step(qmodel, penalty, kernels=kernels)(images, torch.arange(8) % 4)
         loss.backward()
-        assert set(told) == {"task", "correct", *terms}
+        assert set(logged) == {"task", "correct", *terms}
     br = penalty.training_form(False)(images)[1]
     br.total.backward()
     assert [name for name in ("weight", "act") if getattr(br, name) > 0] == list(terms)
@@ -261,8 +261,10 @@ def test_hooks_of_a_layer_run_in_every_form(tiny, images):
     tiny.conv2.register_forward_hook(lambda layer, inputs, output: 3 * output)
     qmodel = calibrated(tiny, images).train()
     steps = [loss_step(qmodel, None, kernels=kernels) for kernels in (None, False)]
-    (told, grads), (coded, coded_grads) = [gradients(qmodel, step, images, torch.arange(8) % 4) for step in steps]
-    assert told == coded and all(torch.equal(grad, coded_grads[name]) for name, grad in grads.items())
+    (logged, grads), (with_codes, coded_grads) = [
+        gradients(qmodel, step, images, torch.arange(8) % 4) for step in steps
+    ]
+    assert logged == with_codes and all(torch.equal(grad, coded_grads[name]) for name, grad in grads.items())
 
 
 @pytest.mark.parametrize("width", [4, 16])  # 16 channels: their sums are made line by line (brfx.kernels.batch_norm)
@@ -301,10 +303,10 @@ def test_bfloat16_trains_with_codes_in_full_precision(tiny, images, how):
     qmodel = calibrated(tiny, images).train()
     labels = torch.arange(8) % 4
     full, _ = gradients(qmodel, loss_step(qmodel, brfx.BinPenalty(qmodel)), images, labels)
-    told, _ = gradients(qmodel, build_step(qmodel, brfx.BinPenalty(qmodel), how, "bf16"), images, labels)
+    logged, _ = gradients(qmodel, build_step(qmodel, brfx.BinPenalty(qmodel), how, "bf16"), images, labels)
     assert all(p.grad.dtype == p.dtype and p.grad.isfinite().all() for p in qmodel.parameters())
     for name in ("task", "weight", "act"):
-        torch.testing.assert_close(told[name], full[name], rtol=0.05, atol=0.05)
+        torch.testing.assert_close(logged[name], full[name], rtol=0.05, atol=0.05)
 
 
 def test_on_the_real_checkpoint_lambda_1_lowers_both_by_thirty_per_cent_in_100_steps(real_checkpoint, cifar10_test):

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from brfx.errors import ConfigError
 from brfx.quant.grid import Grid
-from brfx.regularizers.bin_regularizer import BinRegularizer, bin_loss, bin_sums, joint_bin_sums, late_bin_sums
+from brfx.regularizers.bin_regularizer import BinRegularizer, bin_loss, bin_sums, deferred_bin_sums, joint_bin_sums
 
 
 def published(values: Tensor, step: Tensor, codes: list[int], assign: Tensor, offset: float = 0.0) -> Tensor:
@@ -72,16 +72,16 @@ def test_late_sums_have_the_same_gradients_and_leave_the_loss_in_backward(bits: 
     regularizer, values, step = case(bits, signed)
     v, s = values.clone().requires_grad_(), step.clone().requires_grad_()
     w, r = values.clone().requires_grad_(), step.clone().requires_grad_()
-    told = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    logged = torch.zeros((), dtype=torch.float64, requires_grad=True)
     expected = regularizer(v, s)
     (0.125 * expected).backward()
-    counts, squares, zero = late_bin_sums(w, r, regularizer.grid, told)
-    late = bin_loss(counts, squares) + zero
-    (0.125 * late).backward()
-    assert late == 0
+    counts, squares, zero = deferred_bin_sums(w, r, regularizer.grid, logged)
+    deferred = bin_loss(counts, squares) + zero
+    (0.125 * deferred).backward()
+    assert deferred == 0
     assert torch.equal(counts, bin_sums(v, s, regularizer.grid)[0])
     assert torch.equal(v.grad, w.grad) and torch.equal(s.grad, r.grad)
-    torch.testing.assert_close(told.grad, expected.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(logged.grad, expected.detach(), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(("floor", "ceiling"), [(0.0, math.inf), (0.0, 6.0), (0.0, 1.1), (-2.0, 2.0)])
@@ -93,21 +93,21 @@ def test_late_sums_clip_as_a_function_before_them_would(bits: int, floor: float,
     found = []
     for inside in (True, False):
         v, s = values.clone().requires_grad_(), torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
-        told = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        logged = torch.zeros((), dtype=torch.float64, requires_grad=True)
         bounds = {"floor": floor, "ceiling": ceiling}
         x = v if inside else F.relu(v) if ceiling == math.inf else F.hardtanh(v, floor, ceiling)
-        counts, squares, zero = late_bin_sums(x, s, grid, told, **(bounds if inside else {}))
+        counts, squares, zero = deferred_bin_sums(x, s, grid, logged, **(bounds if inside else {}))
         (bin_loss(counts, squares) + zero).backward()
-        found.append((counts, v.grad, s.grad, told.grad))
+        found.append((counts, v.grad, s.grad, logged.grad))
     assert all(torch.equal(fused, composed) for fused, composed in zip(*found, strict=True))
 
 
 def test_late_sums_of_a_loss_without_weight_are_told_as_zero() -> None:
     regularizer, values, step = case(2, False)
-    told = torch.zeros((), requires_grad=True)
-    counts, squares, zero = late_bin_sums(values.requires_grad_(), step, regularizer.grid, told)
+    logged = torch.zeros((), requires_grad=True)
+    counts, squares, zero = deferred_bin_sums(values.requires_grad_(), step, regularizer.grid, logged)
     (0.0 * (bin_loss(counts, squares) + zero)).backward()
-    assert told.grad == 0 and values.grad.abs().sum() == 0
+    assert logged.grad == 0 and values.grad.abs().sum() == 0
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 5, 8])
@@ -141,10 +141,10 @@ def test_nan_comes_out_as_nan(bits: int) -> None:
     values, grid = torch.tensor([0.1, math.nan, 0.3]).requires_grad_(), BinRegularizer(bits).grid
     BinRegularizer(bits)(values, torch.tensor(0.2)).backward()
     assert values.grad.isnan().tolist() == [False, True, False]
-    told = torch.zeros((), requires_grad=True)
-    counts, squares, zero = late_bin_sums(values, torch.tensor(0.2), grid, told)
+    logged = torch.zeros((), requires_grad=True)
+    counts, squares, zero = deferred_bin_sums(values, torch.tensor(0.2), grid, logged)
     (bin_loss(counts, squares) + zero).backward()
-    assert told.grad.isnan()
+    assert logged.grad.isnan()
     assert math.isnan(BinRegularizer(bits).diagnose(values, torch.tensor(0.2)).loss)
 
 

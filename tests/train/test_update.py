@@ -58,7 +58,7 @@ def test_nothing_changes_after_a_batch_that_is_not_finite(batches, optimizer, pr
     for images, labels in batches[:3]:
         assert update(step(images, labels)[0]) == 0
     before = values(update, model)
-    assert update(step(*batches[3])[0], look=False) == 0
+    assert update(step(*batches[3])[0], sync=False) == 0
     between = values(update, model)
     assert not all(map(torch.equal, before, between))
     loss = step(*batches[4])[0]
@@ -66,9 +66,9 @@ def test_nothing_changes_after_a_batch_that_is_not_finite(batches, optimizer, pr
         loss = loss * torch.tensor(NAN)
     else:
         loss.register_hook(lambda grad: grad * torch.inf)
-    assert update(loss, look=False) == 0
+    assert update(loss, sync=False) == 0
     for images, labels in batches[5:7]:
-        assert update(step(images, labels)[0], look=False) == 0
+        assert update(step(images, labels)[0], sync=False) == 0
     assert all(map(torch.equal, between, values(update, model)))
     assert update(step(*batches[7])[0]) == 4
     update.forgive()
