@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 import brfx
 from brfx.data import BatchLoader, load_dataset, Preprocessing
-from brfx.distributed import rank, ranks
+from brfx.distributed import rank, world_size
 from brfx.train import fit
 
 folder, number, count, steps = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[5])
@@ -43,7 +43,7 @@ class Doubles(BatchLoader):
 torch.manual_seed(0)
 model = brfx.build_model("resnet20", 10)
 qmodel = brfx.prepare_qat(model, brfx.QATConfig(bits=2))
-loader = Doubles(digits.train, digits.preprocessing, 16, augment=True, seed=3, rank=rank(), ranks=ranks())
+loader = Doubles(digits.train, digits.preprocessing, 16, augment=True, seed=3, rank=rank(), world_size=world_size())
 whole = BatchLoader(digits.train, digits.preprocessing, 16, augment=True, seed=3)
 brfx.calibrate(qmodel, [next(iter(whole))[0]])
 qmodel.double()

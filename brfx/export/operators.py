@@ -4,8 +4,8 @@ They stand in the graph for the export alone. Values between them are floats tha
 inside they are integers, computed as ONNX Runtime's kernels compute them, so that running the graph in PyTorch is the
 reference that an exported file is held to, bit for bit.
 
-``code`` is ``stored - zero_point``, with ``stored`` a byte from ``low`` to ``high`` (:class:`QuantParams`). ``round`` is
-half to even; sums are exact up to 32 bits.
+``code`` is ``stored - zero_point``, with ``stored`` a byte from ``low`` to ``high`` (:class:`QuantParams`). ``round``
+is half to even; sums are exact up to 32 bits.
 
 ============  ==========================================================================================================
 operator      what it computes
