@@ -87,3 +87,73 @@ def test_a_batch_norm_written_as_a_function_keeps_its_statistics():
     assert torch.equal(qmodel.bn.running_mean, torch.zeros(4))
     qmodel.train()(torch.randn(2, 3, 4, 4))
     assert not torch.equal(qmodel.bn.running_mean, torch.zeros(4))
+
+
+class Auxiliary(torch.nn.Module):
+    """A head that only training reaches, behind a batch norm of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.head = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 2)
+        self.aux_bn, self.aux = torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = torch.relu(self.bn(self.conv(x))).mean((2, 3))
+        return (self.head(x), self.aux(self.aux_bn(x))) if self.training else self.head(x)
+
+
+def test_a_branch_that_only_training_reaches_is_calibrated_and_changes_nothing_else():
+    torch.manual_seed(0)
+    model, batches = Auxiliary(), [torch.randn(4, 3, 8, 8) for _ in range(3)]
+    model.bn.running_mean.normal_()
+    qmodel = brfx.prepare_qat(model, brfx.QATConfig(bits=4)).eval()
+    before = {name: buffer.clone() for name, buffer in qmodel.named_buffers()}
+    brfx.calibrate(qmodel, batches)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in qmodel.named_buffers())
+    assert not qmodel.training and not isinstance(qmodel(batches[0]), tuple)
+    assert {quantizer.mode for quantizer in quantizers(qmodel).values()} == {"quantize"}
+    assert {quantizer.batches_seen for quantizer in quantizers(qmodel).values()} == {3}
+
+    class Plain(Auxiliary):
+        def forward(self, x):
+            return self.head(torch.relu(self.bn(self.conv(x))).mean((2, 3)))
+
+    plain = Plain()
+    plain.load_state_dict(model.state_dict())
+    plain = brfx.prepare_qat(plain, brfx.QATConfig(bits=4))
+    brfx.calibrate(plain, batches)
+    steps = {name: quantizer.step for name, quantizer in quantizers(qmodel).items()}
+    assert all(torch.equal(quantizer.step, steps[name]) for name, quantizer in quantizers(plain).items())
+    assert set(steps) - set(quantizers(plain)) == {"aux_input", "aux.weight_quantizer"}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_modes_and_buffers_come_back_even_where_calibration_fails(tiny, images, fails):
+    qmodel = brfx.prepare_qat(tiny.train(), brfx.QATConfig(bits=2))
+    qmodel.bn1.eval()  # frozen by its user
+    modes = {name: module.training for name, module in qmodel.named_modules()}
+    before = {name: buffer.clone() for name, buffer in qmodel.named_buffers()}
+    batches = [images, images * math.nan] if fails else [images]
+    if fails:
+        with pytest.raises(brfx.BrfxError, match="NaN"):
+            brfx.calibrate(qmodel, batches, batch_statistics=True)
+    else:
+        brfx.calibrate(qmodel, batches, batch_statistics=True)
+    assert {name: module.training for name, module in qmodel.named_modules()} == modes
+    assert all(torch.equal(buffer, before[name]) for name, buffer in qmodel.named_buffers())
+    assert {module.mode for module in qmodel.modules() if isinstance(getattr(module, "mode", None), str)} == {"quantize"}
+
+
+def test_within_quantization_disabled_and_behind_it_modes_are_what_they_were(tiny, images):
+    qmodel = brfx.prepare_qat(tiny)
+    brfx.calibrate(qmodel, [images])
+    expected = qmodel.eval()(images)
+    with brfx.quantization_disabled(qmodel):
+        off = qmodel(images)
+        with brfx.quantization_disabled(qmodel):
+            assert torch.equal(qmodel(images), off)
+        assert torch.equal(qmodel(images), off)
+    assert torch.equal(qmodel(images), expected) and not torch.equal(off, expected)
+    with pytest.raises(ZeroDivisionError), brfx.quantization_disabled(qmodel):
+        1 / 0
+    assert torch.equal(qmodel(images), expected)

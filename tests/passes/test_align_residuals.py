@@ -126,3 +126,70 @@ def test_rounding_the_branch_moves_no_final_code():
     assert n % 2 == 1 and abs(m / n - step_in / step_out) < 0.05 * step_in / step_out
     found = (qmodel(x) / step_out).round()
     assert (found != expected).double().mean() < 1e-4  # float32 on a boundary
+
+
+class Variant(nn.Module):
+    """``how(self, x)`` of an ``x`` on a grid."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.conv, self.drop, self.last, self.how = nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Dropout(), nn.ReLU(), how
+        self.scale = nn.Parameter(torch.full((1, 4, 1, 1), 0.5))
+
+    def forward(self, x):
+        return self.how(self, self.first(x))
+
+
+def same_twice(m, x):
+    y = m.conv(x)
+    return m.last(y + y)
+
+
+def two_readers(m, x):
+    y = m.conv(x) + x
+    return m.last(y), y
+
+
+VARIANTS = {  # what is in the graph: an add in integers, a quantizer of the branch or neither
+    "plain": (lambda m, x: m.last(m.conv(x) + x), "add"),
+    "the other way round": (lambda m, x: m.last(x + m.conv(x)), "add"),
+    "in place": (lambda m, x: m.last(m.conv(x).add_(x)), "add"),
+    "scaled": (lambda m, x: m.last(m.conv(x) * m.scale + x), "add"),
+    "dropped out": (lambda m, x: m.last(m.drop(m.conv(x)) + x), "add"),
+    "a shortcut that is scaled": (lambda m, x: m.last(m.conv(x) + x * m.scale), "branch"),
+    "a shortcut that is dropped out": (lambda m, x: m.last(m.conv(x) + m.drop(x)), "branch"),
+    "a factor of torch.add": (lambda m, x: m.last(torch.add(m.conv(x), x, alpha=2)), ""),
+    "itself": (same_twice, ""),
+    "two readers": (two_readers, "branch"),
+    "no relu": (lambda m, x: (m.conv(x) + x) * 2, "branch"),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_an_add_is_made_of(name):
+    how, expected = VARIANTS[name]
+    torch.manual_seed(0)
+    model, x = Variant(how), torch.randn(4, 4, 6, 6)
+    gm = trace(model)
+    config = QATConfig(bits=2)
+    QuantizeLayers(config)(gm), QuantizeReLUs(config)(gm)
+    assert AlignResiduals(config)(gm) == bool(expected)
+    aligned = any(isinstance(module, AlignedAdd) for module in gm.modules())
+    branch = [n for n, m in gm.named_modules() if isinstance(m, LSQActivationQuantizer) and n.endswith("_branch")]
+    assert (aligned, len(branch)) == (expected == "add", expected == "branch")
+    qmodel = brfx.prepare_qat(model, QATConfig(bits=8), x).eval()
+    output = model.eval()(x)
+    with brfx.quantization_disabled(qmodel):
+        assert torch.equal(*(torch.cat(y) if isinstance(y, tuple) else y for y in (qmodel(x), output)))
+    brfx.calibrate(qmodel, [x])
+    found, output = (torch.cat(y) if isinstance(y, tuple) else y for y in (qmodel(x), output))
+    assert 10 * torch.log10(output.square().sum() / (found - output).square().sum()) > 25
+
+
+def test_a_shortcut_on_a_signed_grid_is_not_aligned():
+    model = Variant(VARIANTS["plain"][0])
+    model.first = LSQActivationQuantizer(2, signed=True)
+    gm = trace(model)
+    QuantizeLayers(QATConfig(bits=2))(gm), QuantizeReLUs(QATConfig(bits=2))(gm)
+    assert AlignResiduals(QATConfig(bits=2))(gm) == 1
+    assert not any(isinstance(module, AlignedAdd) for module in gm.modules())

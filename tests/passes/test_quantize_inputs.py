@@ -104,3 +104,22 @@ def test_concatenated_relus_are_quantized_as_one():
         assert rewrite(gm) == sites
     assert not gm.head_input.signed and gm.head_input.bits == 2
     assert QuantizeReLUs(QATConfig(placement="paper"))(trace(Fire())) == 2
+
+
+def test_the_image_and_averages_have_no_fewer_bits_than_the_layer_and_are_not_regularized():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.act, self.pool = nn.Conv2d(3, 4, 1), nn.SiLU(), nn.AdaptiveAvgPool2d(1)
+            self.middle, self.fc = nn.Conv2d(4, 4, 1), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.fc(self.pool(self.middle(self.act(self.conv(x)))).flatten(1))
+
+    for bits, image, average, expected in ((8, 4, 4, (8, 8, 8)), (8, 8, 8, (8, 8, 8)), (2, 4, 3, (4, 2, 3))):
+        gm = trace(Head())
+        config = QATConfig(bits=bits, input_bits=image, residual_bits=average)
+        QuantizeLayers(config)(gm)
+        assert QuantizeInputs(config)(gm) == 3
+        assert (gm.conv_input.bits, gm.middle_input.bits, gm.fc_input.bits) == expected
+        assert [q.regularized for q in (gm.conv_input, gm.middle_input, gm.fc_input)] == [False, True, False]

@@ -41,3 +41,18 @@ def test_a_shared_weight_stays_one_weight():
     text = "x = input\nfc = Linear(x)\nfc_1 = Linear(fc)\nreturn fc_1"
     gm = assert_rewrites(Net(), SplitShared(), text, text, sites=0)
     assert len(list(gm.parameters())) == 2
+
+
+def test_a_shared_module_with_buffers_stays_one_module():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3, affine=False)
+
+        def forward(self, x):
+            return self.bn(self.bn(x) * 2)
+
+    text = "x = input\nbn = BatchNorm2d(x)\nmul = mul(bn)\nbn_1 = BatchNorm2d(mul)\nreturn bn_1"
+    gm = assert_rewrites(Net(), SplitShared(), text, text, sites=0)
+    gm(torch.randn(2, 3, 4, 4))
+    assert gm.bn.num_batches_tracked == 2 and list(gm.state_dict()) == list(Net().state_dict())

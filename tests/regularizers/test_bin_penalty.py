@@ -147,6 +147,28 @@ def test_per_value_weights_of_functions_too(images, act):
             assert quantizer.step.grad is None
 
 
+@pytest.mark.parametrize("lambdas", [(0.5, 0.0), (0.5, 0.25), (0.0, 0.25)])
+def test_weights_of_functions_have_the_regularizer_of_weights(images, lambdas):
+    """They count in ``weight`` alone, with lambda_w, and their steps learn from it."""
+    torch.manual_seed(0)
+    qmodel = calibrated(FunctionalWeight().double(), images.double()).train()
+    (quantizer,) = (m for m in qmodel.modules() if isinstance(m, LSQWeightQuantizer))
+    expected = brfx.BinRegularizer(2)(qmodel.kernel, quantizer.step)
+    penalty = brfx.BinPenalty(qmodel, *lambdas)
+    acts = list(brfx.observe(qmodel, images.double()).items())
+    act = sum(
+        brfx.BinRegularizer(m.bits, m.signed)(m.prepare(values), m.step)
+        for m, values in ((qmodel.get_submodule(site), values) for site, values in acts)
+        if not isinstance(m, LSQWeightQuantizer)
+    )
+    br = penalty(images.double())[1]
+    torch.testing.assert_close((br.weight, br.act), (expected.detach(), act.detach()))
+    torch.testing.assert_close(br.total, lambdas[0] * expected + lambdas[1] * act)
+    if not lambdas[1]:
+        found = torch.autograd.grad(br.total, (qmodel.kernel, quantizer.step))
+        torch.testing.assert_close(found, torch.autograd.grad(lambdas[0] * expected, (qmodel.kernel, quantizer.step)))
+
+
 def test_forms_that_there_are_not(tiny, images):
     qmodel = calibrated(tiny, images)
     with pytest.raises(brfx.BrfxError, match="form='sum': takes mean or per_value"):
@@ -155,9 +177,11 @@ def test_forms_that_there_are_not(tiny, images):
         brfx.BinPenalty(qmodel, form="per_value", act_gradient_to_step=True)
 
 
-def test_negative_lambda(tiny, images):
-    with pytest.raises(brfx.BrfxError, match="0 or more"):
-        brfx.BinPenalty(calibrated(tiny, images), weight=-1)
+@pytest.mark.parametrize("name", ["weight", "act"])
+def test_a_lambda_below_zero_is_refused(tiny, name):
+    for value in (-1, -1e-3, float("nan")):
+        with pytest.raises(brfx.BrfxError, match=f"{name}={value}: a lambda takes 0 or more"):
+            brfx.BinPenalty(brfx.prepare_qat(tiny), **{name: value})
 
 
 def forms(qmodel, penalty, compiled):
