@@ -288,6 +288,21 @@ def test_each_augmented_image_is_a_shifted_perhaps_mirrored_original():
     assert shifted > 25 and 10 < mirrored < 40
 
 
+def test_how_an_image_is_shifted_goes_by_its_number_and_not_by_its_place_in_the_epoch():
+    """The draws of a seed and an epoch, as they have been since the first runs: a resumed run needs them again."""
+    data = loader(augment=True, seed=3)
+    data.set_epoch(2)
+    draw = torch.Generator().manual_seed(3 * 1_000_003 + 2)
+    order = torch.randperm(50, generator=draw)
+    shifts, mirrored = torch.randint(0, 3, (50, 2), generator=draw), torch.rand(50, generator=draw) < 0.5
+    padded = torch.nn.functional.pad(data.preprocessing.normalize(data.split.images), (1, 1, 1, 1))
+    images = torch.cat([images for images, _ in data])
+    for image, number in zip(images, order, strict=True):
+        y, x = shifts[number]
+        crop = padded[number, :, y : y + 8, x : x + 8]
+        assert torch.equal(image, crop.flip(-1) if mirrored[number] else crop)
+
+
 @pytest.mark.parametrize("augment", [False, True])
 def test_an_epoch_in_memory_is_continued_at_any_batch(augment):
     data = loader(augment=augment)

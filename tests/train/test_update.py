@@ -103,6 +103,21 @@ def test_fp16_goes_on_after_a_gradient_that_overflows(batches):
     assert not all(map(torch.equal, before, values(update, model)))
 
 
+@pytest.mark.parametrize("clip", [0.01, 1e9])
+def test_fp16_clips_the_gradients_and_not_their_scaled_ones(clip):
+    """A loss of float32 values, so that FP16 differs by its scale alone, a power of two."""
+    ends = []
+    for precision in ("fp32", "fp16"):
+        torch.manual_seed(0)
+        model, x = nn.Linear(4, 3), torch.randn(8, 4)
+        before = model.weight.detach().clone()
+        config = brfx.TrainConfig(precision=precision, clip_grad=clip, lr=0.1, weight_decay=0.0, lr_warmup=0.0)
+        assert Update(model, config, 100)(model(x).square().sum()) == 0
+        ends.append(model.weight.detach() - before)
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=0)
+    assert (ends[0].norm() < 2 * 0.01 * 0.1) == (clip == 0.01)
+
+
 class Reads(TorchDispatchMode):
     """Notes each number that the host asks the device for, and each shape that depends on one."""
 
