@@ -21,11 +21,13 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
+import importlib
 import json
 import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,11 +35,13 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Test files that judge nothing: they take minutes, or run the library in other processes.
 SLOW_FILES = ("tests/faults/", "tests/examples/", "tests/test_sweep.py", "tests/test_ranks.py", "tests/test_mutants.py")
+#: What tests import that is slow to import, and has no part in what is judged.
+PRELOADED = ("torch", "torchvision", "torch._dynamo", "torch._inductor.compile_fx", "sklearn.datasets", "onnxruntime")
 HEADING = "## Whether the tests notice a fault"
 
 _OPERATORS: dict[type, str] = {
@@ -237,12 +241,39 @@ class Copy:
         for link, target in (("brfx", "../brfx"), ("brfx_cli", "../cli")):
             (folder / ".path" / link).symlink_to(target)
 
-    def pytest(self, *arguments: str, seconds: float, **environment: str) -> subprocess.CompletedProcess[str]:
-        environment |= {"PYTHONPATH": str(self.root / ".path"), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
-        return subprocess.run(
-            command, cwd=self.root, env=os.environ | environment, timeout=seconds, capture_output=True, text=True
-        )
+    def pytest(self, *arguments: str, seconds: float, **environment: str) -> tuple[int | None, str]:
+        """The exit status of pytest, ``None`` if it ran past ``seconds``, and what it printed.
+
+        It runs in a fork of this process, which has imported torch already: that would take longer than the tests.
+        """
+        output, end = self.root / "output", time.monotonic() + seconds
+        child = os.fork()
+        if child == 0:
+            self._pytest(output, arguments, environment)
+        while os.waitpid(child, os.WNOHANG) == (0, 0):
+            if time.monotonic() > end:
+                os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                return None, output.read_text()
+            time.sleep(0.05)
+        return int((self.root / "status").read_text() or 70), output.read_text()
+
+    def _pytest(self, output: Path, arguments: tuple[str, ...], environment: dict[str, str]) -> NoReturn:
+        """Become pytest in the copy."""
+        os.setsid()
+        (self.root / "status").write_text("")
+        stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(stream, 1)
+        os.dup2(stream, 2)
+        os.chdir(self.root)
+        path = str(self.root / ".path")
+        os.environ |= environment | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+        sys.path[:] = [str(self.root), path, *(p for p in sys.path if p not in ("", str(ROOT), str(ROOT / ".path")))]
+        sys.dont_write_bytecode = True
+        import pytest
+
+        (self.root / "status").write_text(str(int(pytest.main(["-p", "no:cacheprovider", *arguments]))))
+        os._exit(0)
 
 
 def measure(copy: Copy, test_file: str, folder: Path, slow: float) -> dict[str, Any]:
@@ -256,7 +287,10 @@ def measure(copy: Copy, test_file: str, folder: Path, slow: float) -> dict[str, 
     data, report = folder / "coverage", folder / "junit.xml"
     data.unlink(missing_ok=True)
     options = ("--cov=brfx", "--cov-context=test", "--cov-report=", f"--timeout={slow}", f"--junitxml={report}")
-    copy.pytest(test_file, *options, seconds=3600, COVERAGE_FILE=str(data))
+    report.unlink(missing_ok=True)
+    status, output = copy.pytest(test_file, *options, seconds=3600, COVERAGE_FILE=str(data))
+    if not report.is_file():
+        raise SystemExit(f"{test_file} does not run ({status}): {output[-2000:]}")
     tests: dict[str, Any] = {}
     for case in ElementTree.parse(report).iter("testcase"):
         if not any(child.tag in ("failure", "error", "skipped") for child in case):
@@ -298,17 +332,20 @@ def judge(copy: Copy, file: str, fault: Fault, tests: list[str], limit: float) -
     source = path.read_text()
     path.write_text(fault.apply(source))
     try:
-        done = copy.pytest(*tests, "-x", "--timeout=60", "--tb=no", "-rfE", seconds=5 * limit + 120)
-    except subprocess.TimeoutExpired:
-        return "timeout", ""
+        status, output = copy.pytest(*tests, "-x", "--timeout=60", "--tb=no", "-rfE", seconds=5 * limit + 120)
     finally:
         path.write_text(source)
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-    return "not noticed" if done.returncode == 0 else "noticed", failed.group(1) if failed else ""
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+    outcome = {None: "timeout", 0: "not noticed"}.get(status, "noticed")
+    return outcome, failed.group(1) if failed else ""
 
 
 def run(results: Path, *, count: int, seed: int, again: bool, slow: float, judging: float) -> None:
     """Judge the first ``count`` faults of ``seed`` that ``results`` lacks; with ``again`` those not noticed too."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.path[:] = [path for path in sys.path if Path(path) != ROOT / "benchmarks"]  # its coverage.py is another
+    for name in PRELOADED:
+        importlib.import_module(name)
     written = read(results)
     folder = results.with_suffix(".map")
     folder.mkdir(parents=True, exist_ok=True)

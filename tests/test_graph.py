@@ -44,6 +44,7 @@ def test_a_free_name_is_no_attribute_parameter_buffer_or_module(tiny):
 def test_no_step_of_a_rewritten_model_is_another_parameter_or_shares_its_memory(tiny, images):
     qmodel = brfx.prepare_qat(tiny, brfx.QATConfig(bits=2))
     brfx.calibrate(qmodel, [images])
-    memory = [parameter.untyped_storage().data_ptr() for _, parameter in qmodel.named_parameters(remove_duplicate=False)]
+    named = qmodel.named_parameters(remove_duplicate=False)
+    memory = [parameter.untyped_storage().data_ptr() for _, parameter in named]
     assert len(memory) == len(set(memory))
     assert not set(memory) & {parameter.untyped_storage().data_ptr() for parameter in tiny.parameters()}

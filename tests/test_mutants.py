@@ -65,7 +65,8 @@ def test_the_page_keeps_the_reasons(tmp_path):
     results, path = tmp_path / "results.jsonl", tmp_path / "page.md"
     record = {"file": "brfx/x.py", "line": 2, "before": "a < b", "after": "a <= b", "outcome": "not noticed"}
     noticed = record | {"line": 3, "before": "c", "outcome": "noticed"}
-    results.write_text("".join(json.dumps(line) + "\n" for line in (noticed | {"outcome": "not noticed"}, record, noticed)))
+    lines = (noticed | {"outcome": "not noticed"}, record, noticed)  # the last of a fault counts
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines))
     path.write_text("# Page\n")
     page(results, path)
     text = path.read_text()

@@ -133,7 +133,8 @@ class Variant(nn.Module):
 
     def __init__(self, how):
         super().__init__()
-        self.first, self.conv, self.drop, self.last, self.how = nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Dropout(), nn.ReLU(), how
+        self.first, self.conv, self.last = nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU()
+        self.drop, self.how = nn.Dropout(), how
         self.scale = nn.Parameter(torch.full((1, 4, 1, 1), 0.5))
 
     def forward(self, x):
