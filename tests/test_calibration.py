@@ -131,10 +131,42 @@ def test_a_branch_that_only_training_reaches_is_calibrated_and_changes_nothing_e
     assert set(steps) - set(quantizers(plain)) == {"aux_input", "aux.weight_quantizer"}
 
 
+def test_a_sign_that_only_training_shows_is_kept():
+    """torch's own encoder layer is called as it is, so that no graph tells what its linears read."""
+
+    class Net(Auxiliary):
+        def __init__(self):
+            super().__init__()
+            self.aux = torch.nn.TransformerEncoderLayer(4, 1, 8, batch_first=True)
+
+        def forward(self, x):
+            x = torch.relu(self.bn(self.conv(x))).mean((2, 3))
+            return (self.head(x), self.aux(x[:, None])) if self.training else self.head(x)
+
+    torch.manual_seed(0)
+    qmodel = brfx.prepare_qat(Net(), brfx.QATConfig(bits=2)).eval()
+    batches = [torch.randn(4, 3, 8, 8) for _ in range(3)]
+    brfx.calibrate(qmodel, batches)
+    signs = {name: q.signed for name, q in quantizers(qmodel).items() if getattr(q, "sign_from_data", False)}
+    assert signs["aux.linear1.input_quantizer"] and not signs["aux.linear2.input_quantizer"]
+    output = qmodel.train()(batches[0])[1]
+    assert qmodel.aux.linear1.input_quantizer.signed and output.isfinite().all()
+
+
+class Residual(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv, self.bn = torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 4, 1), torch.nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        return torch.relu(self.bn(self.conv(x)) + x)
+
+
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_modes_and_buffers_come_back_even_where_calibration_fails(tiny, images, fails):
-    qmodel = brfx.prepare_qat(tiny.train(), brfx.QATConfig(bits=2))
-    qmodel.bn1.eval()  # frozen by its user
+def test_the_modes_and_buffers_come_back_even_where_calibration_fails(images, fails):
+    qmodel = brfx.prepare_qat(Residual(), brfx.QATConfig(bits=2)).train()
+    qmodel.bn.eval()  # frozen by its user
     modes = {name: module.training for name, module in qmodel.named_modules()}
     before = {name: buffer.clone() for name, buffer in qmodel.named_buffers()}
     batches = [images, images * math.nan] if fails else [images]
@@ -146,7 +178,7 @@ def test_the_modes_and_buffers_come_back_even_where_calibration_fails(tiny, imag
     assert {name: module.training for name, module in qmodel.named_modules()} == modes
     assert all(torch.equal(buffer, before[name]) for name, buffer in qmodel.named_buffers())
     found = [module for module in qmodel.modules() if isinstance(module, (LSQQuantizer, ResidualAdd))]
-    assert {module.mode for module in found} == {"quantize"}
+    assert {module.mode for module in found} == {"quantize"} and any(isinstance(m, ResidualAdd) for m in found)
 
 
 def test_within_quantization_disabled_and_behind_it_modes_are_what_they_were(tiny, images):
