@@ -153,6 +153,23 @@ def test_a_sign_that_only_training_shows_is_kept():
     assert qmodel.aux.linear1.input_quantizer.signed and output.isfinite().all()
 
 
+def test_a_step_that_python_code_never_asked_for_is_not_trained():
+    class Branches(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(4, 2), torch.nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.a(x) if x.mean() > 0 else self.b(x)
+
+    qmodel, x = brfx.prepare_qat(Branches()), torch.rand(3, 4)
+    for batches, trained in (([x], {"a"}), ([-x], {"b"}), ([x, -x], {"a", "b"})):
+        brfx.calibrate(qmodel, batches)
+        steps = {name: quantizer.step for name, quantizer in quantizers(qmodel).items()}
+        assert {name.partition(".")[0] for name, step in steps.items() if step.requires_grad} >= trained
+        assert all(step.requires_grad == step.isfinite().all() for step in steps.values())
+
+
 class Residual(torch.nn.Module):
     def __init__(self):
         super().__init__()
