@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import brfx
 from brfx.errors import TraceError
 from brfx.fast.training_graph import training_forward
-from brfx.graph.functionalize import functionalize
+from brfx.graph.functionalize import functionalize, written
 from brfx.graph.trace import Tracer, Tracing, trace, trace_islands
 from brfx.graph.utils import dump
 
@@ -366,3 +366,15 @@ def test_state_is_changed_in_place(x):
     for _ in range(2):
         assert torch.equal(gm(x), model(x)) and torch.equal(gm.scale, model.scale)
     assert model.scale < 0.5
+
+
+def test_a_tensor_in_containers_within_each_other_is_written_where_it_is():
+    a, b, c = torch.arange(12.0).view(3, 4), torch.ones(2), torch.zeros(2)
+    value = {"pair": [a, b], "c": c}
+    into = (("getitem", ("pair",), {}), ("getitem", (0,), {}), ("t", (), {}), ("getitem", (1,), {}))
+    found = written(value, torch.full((3,), -1.0), into)
+    expected = a.clone()
+    expected[:, 1] = -1
+    assert torch.equal(found["pair"][0], expected) and a[0, 1] == 1
+    assert found["pair"][1] is b and found["c"] is c and list(found) == ["pair", "c"]
+    assert torch.equal(written(value, c + 5, (("getitem", ("c",), {}),))["c"], c + 5)

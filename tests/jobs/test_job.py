@@ -9,7 +9,7 @@ from torch import nn
 import brfx
 from brfx.config import JobConfig, QATConfig, TrainConfig
 from brfx.errors import ConfigError
-from brfx.jobs.job import quantize
+from brfx.jobs.job import banner, quantize
 
 NET = """
 from torch import nn
@@ -107,3 +107,17 @@ def test_a_run_of_other_methods_and_another_regularizer(job, caplog):
     assert run.onnx is None or run.onnx.reference_difference == 0
     with pytest.raises(ConfigError, match=r"--lambda-br-act 0 --lambda-kurtosis 0$"):
         quantize(replace(job("none", lambda_kurtosis=0.5), train=TrainConfig(epochs=2, warmup_epochs=2)))
+
+
+def test_the_banner_says_what_happens_to_weights_and_activations():
+    def lines(lambda_br, lambda_br_act, epochs=2, **bits):
+        qat, train = brfx.QATConfig(**bits), TrainConfig(epochs=epochs)
+        common = {"command": "quantize", "model": "resnet20", "data": "digits", "lambda_br": lambda_br}
+        return banner(JobConfig(**common, lambda_br_act=lambda_br_act, qat=qat, train=train))
+
+    assert lines(0.5, 0.0, weight_bits=1, act_bits=2) == [
+        "Weights: 2 levels, signed 1-bit [-s, s], s learned by LSQ; BR lambda 0.5",
+        "Activations: 4 levels, unsigned 2-bit [0, s, 2s, 3s], s learned by LSQ; no BR",
+    ]
+    assert lines(0.0, 2.0, weight_bits=32, act_bits=1)[0] == "Weights: FP32"
+    assert lines(1.0, 0.0, weight_bits=8, act_bits=32)[1:] == ["Activations: FP32"]
