@@ -277,7 +277,7 @@ _QUOTIENTS = words("div truediv itruediv divide true_divide")
 #: Below the least value of functions that have one.
 _LOWEST = {"tanh": -1.0, "sin": -1.0, "cos": -1.0, "erf": -1.0, "softsign": -1.0, "selu": -1.7581} | {
     "silu": -0.2785,
-    "gelu": -0.17,
+    "gelu": -0.1701,  # of the tanh form, which is below the exact one's
     "mish": -0.3089,
     "hardswish": -0.375,
 }

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -150,6 +152,16 @@ def test_sign_by_the_names_of_arguments(name):
     torch.manual_seed(0)
     found = gm(torch.randn(4, 4, 4, 4))
     assert negative or not (found < 0).any()
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu by tanh", "mish", "hardswish", "selu", "tanh"])
+def test_an_activation_and_the_least_that_makes_it_never_negative(name):
+    function = partial(F.gelu, approximate="tanh") if name == "gelu by tanh" else getattr(F, name)
+    least = float(function(torch.linspace(-20, 20, 400_001, dtype=torch.float64)).min())
+    for bound, negative in ((0.9999 * least, True), (1.001 * least, False)):
+        gm = trace(Net(lambda m, x, bound=bound: function(x) + -bound))
+        output = next(node for node in gm.graph.nodes if node.op == "output").args[0]
+        assert analyse(gm)[output].negative == negative
 
 
 def test_integers_are_on_no_grid():

@@ -343,3 +343,29 @@ def test_a_resumed_run_draws_the_numbers_of_python_and_numpy_that_it_would_have_
     fit(resumed, Jittering(batches), None, config, run_dir=tmp_path, resume=True)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_a_run_in_fp16_goes_on_at_the_scale_that_it_had(digits, tmp_path):
+    """Images so bright that gradients overflow at the scale of the start: there, an update would be left out."""
+    batches = [(100 * images, labels) for images, labels in islice(loaders(digits)[0], 8)]
+    config = brfx.TrainConfig(epochs=2, precision="fp16", compile="off", lr=1e-8, checkpoint_minutes=1e-9)
+
+    class Cutting(Callback):
+        def on_epoch(self, metrics):
+            if metrics.epoch == 1:
+                raise Cut
+
+    def net():
+        model = small_net()
+        model[1], model[4] = nn.Identity(), nn.Identity()
+        return model
+
+    whole, resumed = net(), net()
+    fit(whole, batches, None, config)
+    with pytest.raises(Cut):
+        fit(net(), batches, None, config, run_dir=tmp_path, callbacks=[Cutting()])
+    state = Checkpoints(tmp_path / "checkpoints", keep=1).newest()
+    assert state is not None and 0 < state["scaler"]["scale"] < 2**16
+    fit(resumed, batches, None, config, run_dir=tmp_path, resume=True)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name

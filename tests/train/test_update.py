@@ -103,6 +103,32 @@ def test_fp16_goes_on_after_a_gradient_that_overflows(batches):
     assert not all(map(torch.equal, before, values(update, model)))
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_first_update_that_is_left_out_leaves_no_trace(optimizer, precision, monkeypatch):
+    """Nor memory that nobody wrote: what is allocated without values is filled with NaN here."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        ends = []
+        for left_out in (0, 2):
+            torch.manual_seed(0)
+            model, x = nn.Linear(4, 3), torch.randn(8, 4)
+            config = brfx.TrainConfig(optimizer=optimizer, precision=precision, lr=0.1, lr_warmup=0.0)
+            update = Update(model, config, 10**9)
+            for _ in range(left_out):
+                loss = model(x).square().sum()
+                loss.register_hook(lambda grad: grad * torch.inf)
+                if update(loss):
+                    update.forgive()
+            for _ in range(2):
+                assert update(model(x).square().sum()) == 0
+            ends.append(model.weight.detach().clone())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("clip", [0.01, 1e9])
 def test_fp16_clips_the_gradients_and_not_their_scaled_ones(clip):
     """A loss of float32 values, so that FP16 differs by its scale alone, a power of two."""
