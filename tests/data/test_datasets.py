@@ -241,9 +241,9 @@ def test_normalization():
     assert with_overrides(DEFAULTS["cifar10"]) == DEFAULTS["cifar10"]
 
 
-def loader(**settings):
-    images = torch.arange(50 * 3 * 8 * 8).remainder(251).to(torch.uint8).view(50, 3, 8, 8)
-    return BatchLoader(Split(images, torch.arange(50)), Preprocessing(8, (0, 0, 0), (1, 1, 1)), 16, **settings)
+def loader(side=8, **settings):
+    images = torch.arange(50 * 3 * side * side).remainder(251).to(torch.uint8).view(50, 3, side, side)
+    return BatchLoader(Split(images, torch.arange(50)), Preprocessing(side, (0, 0, 0), (1, 1, 1)), 16, **settings)
 
 
 def test_without_augmentation_the_order_is_the_splits():
@@ -288,18 +288,19 @@ def test_each_augmented_image_is_a_shifted_perhaps_mirrored_original():
     assert shifted > 25 and 10 < mirrored < 40
 
 
-def test_how_an_image_is_shifted_goes_by_its_number_and_not_by_its_place_in_the_epoch():
+@pytest.mark.parametrize(("side", "reach"), [(4, 1), (8, 1), (15, 1), (16, 2), (24, 3)])
+def test_how_an_image_is_shifted_goes_by_its_number_and_not_by_its_place_in_the_epoch(side, reach):
     """The draws of a seed and an epoch, as they have been since the first runs: a resumed run needs them again."""
-    data = loader(augment=True, seed=3)
+    data = loader(side, augment=True, seed=3)
     data.set_epoch(2)
     draw = torch.Generator().manual_seed(3 * 1_000_003 + 2)
     order = torch.randperm(50, generator=draw)
-    shifts, mirrored = torch.randint(0, 3, (50, 2), generator=draw), torch.rand(50, generator=draw) < 0.5
-    padded = torch.nn.functional.pad(data.preprocessing.normalize(data.split.images), (1, 1, 1, 1))
+    shifts, mirrored = torch.randint(0, 2 * reach + 1, (50, 2), generator=draw), torch.rand(50, generator=draw) < 0.5
+    padded = torch.nn.functional.pad(data.preprocessing.normalize(data.split.images), (reach,) * 4)
     images = torch.cat([images for images, _ in data])
     for image, number in zip(images, order, strict=True):
         y, x = shifts[number]
-        crop = padded[number, :, y : y + 8, x : x + 8]
+        crop = padded[number, :, y : y + side, x : x + side]
         assert torch.equal(image, crop.flip(-1) if mirrored[number] else crop)
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch._inductor.utils import run_and_get_code
 
 import brfx
-from brfx.fast.saved_codes import apply_with_codes
+from brfx.fast.saved_codes import apply_with_codes, dequantized, with_codes
 from brfx.fast.training_graph import compile_chains, compile_weights, keep_codes, tile_norms
 from brfx.graph.trace import pruned
 from brfx.nn import QuantizedClippedReLU, QuantizedLayer
@@ -50,6 +50,18 @@ def test_every_chain_starts_with_the_layer_in_front_of_it(images):
     left = [str(node.args[0].target) for node in graph.nodes if node.target is apply_with_codes]
     assert left == ["head"]  # no quantizer is behind it
     assert not [node for node in graph.nodes if node.op == "call_module" and "norm" in str(node.target)]
+
+
+@pytest.mark.parametrize("placement", ["deploy", "paper"])
+def test_adds_read_floats_that_are_made_from_codes(images, placement):
+    """So that compiled code has no reason to keep the floats."""
+    qmodel = quantized(images, placement)
+    graph = pruned(qmodel, True)
+    keep_codes(qmodel, graph)
+    adds = [node for node in graph.nodes if node.op.startswith("call") and "add" in str(node.target)]
+    (add,) = [node for node in adds if node.target is not remade]
+    shortcuts = [node for node in add.all_input_nodes if node.target is remade]
+    assert len(shortcuts) == 1 and shortcuts[0].args[0].target is coded
 
 
 def test_backward_keeps_codes_and_what_batch_norms_read(images):

@@ -265,6 +265,22 @@ def test_before_and_after():
     assert not [node for node in gm.graph.nodes if str(node.target).endswith("_")]
 
 
+@pytest.mark.parametrize(
+    ("change", "arguments"), [("squeeze_", ()), ("unsqueeze_", (0,)), ("transpose_", (2, 3)), ("mul_", (2,))]
+)
+def test_no_method_in_place_is_left(change, arguments):
+    def how(m, x):
+        y = m.c0(x)
+        getattr(y, change)(*arguments)
+        return m.c(y[0] if change == "unsqueeze_" else y)
+
+    _, gm = functional(how)
+    assert change not in [str(node.target) for node in gm.graph.nodes]
+    torch.manual_seed(0)
+    model, x = Net(how), torch.randn(2, 3, 6, 6)
+    assert torch.equal(trace(model)(x), model(x))
+
+
 def test_modules_lose_the_flag_and_the_model_keeps_it():
     model = made("relu module")
     gm = trace(model)

@@ -351,3 +351,27 @@ def test_functions_that_it_calls_are_opened_too_and_recursion_ends() -> None:
     for quantizer in found:
         quantizer.mode = "pass"
     assert torch.equal(function(x, weight), _outer(x, weight))
+
+
+def test_what_wraps_a_method_under_its_own_name_is_not_lost() -> None:
+    """The wrapped function's source is what ``inspect`` finds, and it is not what is called."""
+
+    def doubled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(function)
+        def product(self: nn.Module, x: Tensor) -> Tensor:
+            return 2 * function(self, x)
+
+        return product
+
+    class Product(nn.Module):
+        @doubled
+        def product(self, x: Tensor) -> Tensor:
+            return x @ x.t()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.product(x)
+
+    module, x = Product(), _rand(3, 3)
+    expected = module(x)
+    assert find_sites(Product.product) == [] and rewrite_methods(module, 3, 3) == 0
+    assert torch.equal(module(x), expected)

@@ -1,6 +1,8 @@
 import pytest
+import torch
 from torch import nn
 
+import brfx
 from brfx.config import QATConfig
 from brfx.passes import QuantizeReLUs
 
@@ -32,3 +34,11 @@ def test_32_bits_and_other_activations_are_declined():
     assert_rewrites(nn.Sequential(nn.ReLU()), QuantizeReLUs(QATConfig(weight_bits=2, act_bits=32)), text, text, sites=0)
     text = "input_1 = input\n_0 = LeakyReLU(input_1)\nreturn _0"
     assert_rewrites(nn.Sequential(nn.LeakyReLU()), QuantizeReLUs(QATConfig()), text, text, sites=0)
+
+
+def test_hooks_of_a_relu_run_in_its_place():
+    model, x = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 2, 1)).eval(), torch.randn(2, 3, 4, 4)
+    model[1].register_forward_hook(lambda relu, inputs, output: 3 * output)
+    qmodel = brfx.prepare_qat(model).eval()
+    with brfx.quantization_disabled(qmodel):
+        assert torch.equal(qmodel(x), model(x))

@@ -36,6 +36,11 @@ def test_output_is_the_models_and_terms_are_the_regularizers_sums(tiny, images):
     torch.testing.assert_close(br.total, 0.5 * weight + 0.25 * act)
 
 
+def test_the_lambdas_are_no_part_of_the_state(tiny):
+    qmodel = brfx.prepare_qat(tiny)
+    assert list(brfx.BinPenalty(qmodel).state_dict()) == [f"model.{name}" for name in qmodel.state_dict()]
+
+
 def grads(penalty, images):
     penalty.zero_grad()
     penalty(images)[1].total.backward()
