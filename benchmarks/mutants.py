@@ -4,8 +4,9 @@
     python benchmarks/mutants.py run /tmp/mutants.jsonl --again          # those not noticed, after a test was written
     python benchmarks/mutants.py page /tmp/mutants.jsonl docs/reliability.md
 
-``run`` draws lines of brfx/ uniformly, with a seed, and on each of them one fault of :func:`faults`. Each fault is put
-into a copy of what git tracks, never into the checkout. One JSON line is written for each:
+``run`` draws lines of brfx/ uniformly, with a seed, and on each of them one fault of :func:`faults`; from other code it
+draws others. What was judged on a line that has changed since counts no more. Each fault is put into a copy of what git
+tracks, never into the checkout. One JSON line is written for each:
 
     {"file", "line", "kind", "before", "after", "outcome": "noticed" | "timeout" | "not noticed", "test", "seconds"}
 
@@ -33,7 +34,8 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -341,7 +343,7 @@ def judge(copy: Copy, file: str, fault: Fault, tests: list[str], limit: float) -
 
 
 def run(results: Path, *, count: int, seed: int, again: bool, slow: float, judging: float) -> None:
-    """Judge the first ``count`` faults of ``seed`` that ``results`` lacks; with ``again`` those not noticed too."""
+    """Judge those of the first ``count`` faults of ``seed`` that ``results`` lacks; or ``again`` those not noticed."""
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.path[:] = [path for path in sys.path if Path(path) != ROOT / "benchmarks"]  # its coverage.py is another
     for name in PRELOADED:
@@ -357,10 +359,10 @@ def run(results: Path, *, count: int, seed: int, again: bool, slow: float, judgi
             if not name.startswith(SLOW_FILES):
                 print(f"measuring {name}", flush=True)
                 tests |= measure(copy, name, folder, slow)
-        for (file, fault), _ in zip(drawn(seed), range(count), strict=False):
-            line = (ROOT / file).read_text().splitlines()[fault.line - 1]
-            key = (file, line.strip(), fault.on(line).strip())
-            if key in written and not (again and written[key]["outcome"] == "not noticed"):
+        missed = [key for key, record in written.items() if record["outcome"] == "not noticed"]
+        for file, fault in known(missed) if again else islice(drawn(seed), count):
+            key = (file, *_texts(file, fault))
+            if key in written and not again:
                 continue
             begin = time.perf_counter()
             chosen = judges(tests, file, fault, judging)
@@ -374,15 +376,32 @@ def run(results: Path, *, count: int, seed: int, again: bool, slow: float, judgi
 
 
 def read(results: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """The last record of each fault."""
+    """The last record of each fault, by file, line before and line after."""
     lines = results.read_text().splitlines() if results.is_file() else []
     records = [json.loads(line) for line in lines]
     return {(record["file"], record["before"], record["after"]): record for record in records}
 
 
+def _texts(file: str, fault: Fault) -> tuple[str, str]:
+    """The line before and after."""
+    line = (ROOT / file).read_text().splitlines()[fault.line - 1]
+    return line.strip(), fault.on(line).strip()
+
+
+def known(keys: Iterable[tuple[str, str, str]]) -> Iterator[tuple[str, Fault]]:
+    """The faults of records, wherever their lines are now; without those whose line is no more."""
+    for file, before, after in keys:
+        found = faults((ROOT / file).read_text())
+        fault = next((fault for fault in found if _texts(file, fault) == (before, after)), None)
+        if fault is not None:
+            yield file, fault
+
+
 def page(results: Path, path: Path) -> None:
     """Write the section of ``path`` anew, with the reasons that stand there."""
     records = read(results)
+    there = {(file, *_texts(file, fault)) for file, fault in known(records)}
+    records = {key: record for key, record in records.items() if key in there}
     text = path.read_text()
     head, _, old = text.partition(HEADING)
     reasons = {match[:3]: match[3] for match in re.findall(r"^- (\S+): `(.*)` → `(.*)`\n  (.*)$", old, re.MULTILINE)}

@@ -4,11 +4,12 @@ import json
 
 import pytest
 
+from benchmarks import mutants
 from benchmarks.mutants import HEADING, faults, judges, page
 
 
 @pytest.mark.parametrize(
-    ("line", "mutants"),
+    ("line", "changed"),
     [
         ("z = a < b", {"z = a <= b"}),
         ("z = a not in b", {"z = a in b"}),
@@ -32,9 +33,9 @@ from benchmarks.mutants import HEADING, faults, judges, page
         ("z = f'{a + 1}'", set()),
     ],
 )
-def test_faults_of_a_line(line, mutants):
+def test_faults_of_a_line(line, changed):
     source = f'def f(a: Literal[3]) -> Literal[4]:\n    """Text."""\n    {line}\n'
-    assert {fault.apply(source).splitlines()[2].strip() for fault in faults(source)} == mutants
+    assert {fault.apply(source).splitlines()[2].strip() for fault in faults(source)} == changed
     for fault in faults(source):
         compile(fault.apply(source), "mutant", "exec")
         assert fault.runs == range(3, 4)
@@ -61,11 +62,15 @@ def test_judges_are_the_tests_that_run_the_statement_the_modules_own_first():
     assert judges(tests, "brfx/x.py", fault, 5) == ["tests/test_x.py::own", "tests/test_y.py::quick"]
 
 
-def test_the_page_keeps_the_reasons(tmp_path):
+def test_the_page_keeps_the_reasons_and_leaves_out_lines_that_are_no_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(mutants, "ROOT", tmp_path)
+    (tmp_path / "brfx").mkdir()
+    (tmp_path / "brfx" / "x.py").write_text("c = 1\n\n\nif a < b:\n    c\n")
     results, path = tmp_path / "results.jsonl", tmp_path / "page.md"
-    record = {"file": "brfx/x.py", "line": 2, "before": "a < b", "after": "a <= b", "outcome": "not noticed"}
-    noticed = record | {"line": 3, "before": "c", "outcome": "noticed"}
-    lines = (noticed | {"outcome": "not noticed"}, record, noticed)  # the last of a fault counts
+    record = {"file": "brfx/x.py", "line": 2, "before": "if a < b:", "after": "if a <= b:", "outcome": "not noticed"}
+    noticed = record | {"line": 1, "before": "c = 1", "after": "c = 2", "outcome": "noticed"}
+    gone = record | {"before": "if a > b:", "after": "if a >= b:"}
+    lines = (noticed | {"outcome": "not noticed"}, gone, record, noticed)  # the last of a fault counts
     results.write_text("".join(json.dumps(line) + "\n" for line in lines))
     path.write_text("# Page\n")
     page(results, path)
@@ -73,4 +78,4 @@ def test_the_page_keeps_the_reasons(tmp_path):
     assert text.startswith(f"# Page\n\n{HEADING}\n") and "Of 2 faults 1 were noticed (50 %)" in text
     path.write_text(text.replace("not examined yet", "The same for integers."))
     page(results, path)
-    assert path.read_text().endswith("- brfx/x.py: `a < b` → `a <= b`\n  The same for integers.\n")
+    assert path.read_text().endswith("- brfx/x.py: `if a < b:` → `if a <= b:`\n  The same for integers.\n")
