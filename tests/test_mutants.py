@@ -75,7 +75,8 @@ def test_the_page_keeps_the_reasons_and_leaves_out_lines_that_are_no_more(tmp_pa
     path.write_text("# Page\n")
     page(results, path)
     text = path.read_text()
-    assert text.startswith(f"# Page\n\n{HEADING}\n") and "Of 2 faults 1 were noticed (50 %)" in text
+    assert text.startswith(f"# Page\n\n{HEADING}\n")
+    assert "Of 2 faults, 0 (0%) were noticed at first, and\n1 (50%) since" in text
     path.write_text(text.replace("not examined yet", "The same for integers."))
     page(results, path)
     assert path.read_text().endswith("- brfx/x.py: `if a < b:` → `if a <= b:`\n  The same for integers.\n")
