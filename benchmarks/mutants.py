@@ -81,8 +81,8 @@ class Fault(NamedTuple):
 def faults(source: str) -> list[Fault]:
     """Every fault of one line that the operators make; never in docstrings, annotations, logs and texts of errors.
 
-        a < b -> a <= b    a + b -> a - b    3 -> 4    True -> False    a and b -> a or b    min(a) -> max(a)
-        if a: -> if not (a):    not a -> a    f(a, key=b) -> f(a)    self.a = b -> pass    continue -> pass
+    a < b -> a <= b    a + b -> a - b    3 -> 4    True -> False    a and b -> a or b    min(a) -> max(a)
+    if a: -> if not (a):    not a -> a    f(a, key=b) -> f(a)    self.a = b -> pass    continue -> pass
     """
     found: list[Fault] = []
     _visit(ast.parse(source), range(0), False, source.splitlines(), found)

@@ -59,9 +59,9 @@ def test_adds_read_floats_that_are_made_from_codes(images, placement):
     graph = pruned(qmodel, True)
     keep_codes(qmodel, graph)
     adds = [node for node in graph.nodes if node.op.startswith("call") and "add" in str(node.target)]
-    (add,) = [node for node in adds if node.target is not remade]
-    shortcuts = [node for node in add.all_input_nodes if node.target is remade]
-    assert len(shortcuts) == 1 and shortcuts[0].args[0].target is coded
+    (add,) = [node for node in adds if node.target is not dequantized]
+    shortcuts = [node for node in add.all_input_nodes if node.target is dequantized]
+    assert len(shortcuts) == 1 and shortcuts[0].args[0].target is with_codes
 
 
 def test_backward_keeps_codes_and_what_batch_norms_read(images):

@@ -2,9 +2,9 @@ import pytest
 from torch import nn
 
 import brfx
-from brfx.graph import check, free_name
+from brfx.graph.trace import trace
+from brfx.graph.utils import check, free_name
 from brfx.nn import QuantizedClippedReLU, StreamQuantizer
-from brfx.trace import trace
 
 
 def two_relus(kind):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from brfx.fast.saved_codes import apply_with_codes, takes_codes, weight_with_codes, with_codes, without_codes
 from brfx.nn import LSQActivationQuantizer
-from brfx.nn.codes import apply_coded, coded, coded_weight, takes_codes, uncoded
 from brfx.nn.layers import QuantizedConv2d, QuantizedConvTranspose2d, QuantizedLayer, QuantizedLinear
 
 PARTS = ("x", "step", "weight", "weight_step", "bias")
@@ -45,7 +45,7 @@ def test_what_is_frozen_has_no_gradient_and_the_rest_has_its_own(kind: str, trai
         if plain:
             y = layer(quantizer(x))
         else:
-            y = apply_coded(layer, coded(quantizer, x) if codes else uncoded(quantizer(x)))
+            y = apply_with_codes(layer, with_codes(quantizer, x) if codes else without_codes(quantizer(x)))
         upstream = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(7))
         y.backward(upstream)
         found.append([y.detach(), *(tensor.grad for tensor in tensors)])
@@ -57,7 +57,7 @@ def test_what_is_frozen_has_no_gradient_and_the_rest_has_its_own(kind: str, trai
 def test_codes_outlive_a_change_of_the_step() -> None:
     """Backward may run after an optimizer changed the parameters: a step that is kept is no part of them."""
     quantizer, layer, x = quantized_pair("conv")
-    kept, weight = coded(quantizer, x), coded_weight(layer)
+    kept, weight = with_codes(quantizer, x), weight_with_codes(layer)
     for module in (quantizer, layer.weight_quantizer):
         module.step.data.mul_(2)
     for one in (kept, weight):
