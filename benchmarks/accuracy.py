@@ -29,6 +29,7 @@ FILES = ("config.json", "metrics.jsonl", "result.json")
 
 NO_BR = ("--lambda-br", "0", "--lambda-br-act", "0")
 SYMMETRIC = ("--weight-grid", "symmetric")
+SIGNED = ("--weight-grid", "signed")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ TABLES = {
     "w2a2-30": Table(
         "30 epochs, every layer at 2 bits",
         ("--bits", "2", "--qat-epochs", "30", *NO_BR),
-        {"symmetric": SYMMETRIC, "signed": (), "symmetric-distilled": (*SYMMETRIC, "--distill", "0.5")},
+        {"symmetric": SYMMETRIC, "signed": SIGNED, "symmetric-distilled": (*SYMMETRIC, "--distill", "0.5")},
         control="symmetric",
     ),
     "goals": Table(
@@ -63,10 +64,10 @@ TABLES = {
         ("--bits", "2", "--qat-epochs", "10", *NO_BR),
         {
             "stream-8-symmetric": ("--stream-bits", "8", *SYMMETRIC),
-            "stream-8-signed": ("--stream-bits", "8"),
+            "stream-8-signed": ("--stream-bits", "8", *SIGNED),
             "stream-4-symmetric": ("--stream-bits", "4", *SYMMETRIC),
             "stream-2-symmetric": ("--stream-bits", "2", *SYMMETRIC),
-            "stream-2-signed": ("--stream-bits", "2"),
+            "stream-2-signed": ("--stream-bits", "2", *SIGNED),
             "revived": ("--dead-filters", "revive", *SYMMETRIC),
         },
         control="stream-8-symmetric",

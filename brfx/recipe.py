@@ -31,14 +31,16 @@ class Settings:
     def under(self, above: Settings) -> Settings:
         """These settings, and ``above`` where both say something.
 
-        What follows from another setting by default follows ``above``: weights' and activations' bits its ``bits``; the
-        warm-up its ``epochs`` and the steps' rate its ``lr``, unless they are others here than would follow; the share
-        of distillation its ``teacher``, if it is 0 here.
+        What follows from another setting by default follows ``above``: weights' and activations' bits its ``bits``, the
+        weights' grid their bits; the warm-up its ``epochs`` and the steps' rate its ``lr``, unless they are others here
+        than would follow; the share of distillation its ``teacher``, if it is 0 here.
         """
         qat, train = dict(self.qat), dict(self.train)
         if "bits" in above.qat:
             for name in ("weight_bits", "act_bits"):
                 qat.pop(name, None)
+        if "bits" in above.qat or "weight_bits" in above.qat:
+            qat.pop("weight_grid", None)
         if "teacher" in above.job and not train.get("distill"):
             train.pop("distill", None)
         default = TrainConfig(**{name: train[name] for name in ("epochs", "lr") if name in train})

@@ -175,7 +175,7 @@ quantizer_options = combine(
     click.option(
         "--weight-grid",
         type=click.Choice(WEIGHT_GRIDS),
-        help="Levels of weights: with a zero, or symmetric without one.  [default: signed]",
+        help="Levels of weights: with a zero, or symmetric without one.  [default: symmetric at 2 bits, else signed]",
     ),
     click.option(
         "--weight-quantizer", type=click.Choice(list(WEIGHT_QUANTIZERS)), help="Method for weights.  [default: lsq]"
@@ -280,7 +280,7 @@ def build_job(command: str, given: dict[str, Any]) -> JobConfig:
     recipe, config = given.pop("recipe", None), given.pop("config", None)
     freeze = {"freeze_weight_alpha": True, "freeze_act_alpha": True} if given.pop("freeze_alpha", False) else {}
     flags = _by_place(_of_command_line(given) | freeze)
-    settings = _from_files(command, recipe, config, flags).under(flags)
+    settings = _with_grid(_from_files(command, recipe, config, flags).under(flags))
     defaults = _by_place(given)
     if settings.job.get("teacher") is not None and "distill" not in settings.train:
         settings.train["distill"] = TEACHER_SHARE
@@ -289,6 +289,22 @@ def build_job(command: str, given: dict[str, Any]) -> JobConfig:
         train=TrainConfig(**defaults.train | settings.train),
         **defaults.job | settings.job | {"command": command},
     )
+
+
+def _with_grid(settings: Settings) -> Settings:
+    """``settings`` with a grid for the weights where they have none: symmetric at 2 bits, which trains to more accuracy
+    (docs/results.md); signed at others, and where layers are quantized as the papers do it."""
+    qat = settings.qat
+    bits = qat.get("weight_bits") or qat.get("bits", _BITS)
+    if "weight_grid" in qat or bits != 2 or qat.get("placement") == "paper":
+        return settings
+    overrides = [(pattern, own if own is None else _signed_above_4(own)) for pattern, own in qat.get("overrides", ())]
+    return replace(settings, qat=qat | {"weight_grid": "symmetric", "overrides": tuple(overrides)})
+
+
+def _signed_above_4(override: dict[str, Any]) -> dict[str, Any]:
+    bits = override.get("weight_bits", override.get("bits", 0))
+    return {"weight_grid": "signed"} | override if isinstance(bits, int) and bits > 4 else override
 
 
 def _of_command_line(given: dict[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def quantized_run(float_run: Path) -> tuple[Path, str]:
 
 def test_quantize_prints_levels_epochs_and_files(quantized_run):
     root, text = quantized_run
-    assert "Weights: 4 levels, signed 2-bit [-2s, -s, 0, s]" in text
+    assert "Weights: 4 levels, symmetric 2-bit [-1.5s, -0.5s, 0.5s, 1.5s]" in text
     assert "Activations: 4 levels, unsigned 2-bit [0, s, 2s, 3s]" in text
     epochs = [line for line in text.splitlines() if line.startswith("Epoch")]
     assert len(epochs) == 3

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 from brfx_cli.main import cli
 
-from brfx.config import TrainConfig
+from brfx.config import QATConfig, TrainConfig
 from brfx.errors import ConfigError
 from brfx.jobs import job as jobs
 
@@ -110,6 +110,21 @@ def test_methods_of_quantization_are_flags_and_settings_of_a_file(job_of, tmp_pa
     with pytest.raises(ConfigError, match="act_quantizer='log2': takes 'lsq' or"):
         path.write_text('[qat]\nact_quantizer = "log2"\n')
         job_of("quantize", "--config", path)
+
+
+def test_weights_of_2_bits_are_symmetric_unless_something_else_is_said(job_of, tmp_path):
+    def grid(*flags):
+        return job_of("quantize", *flags).qat.weight_grid
+
+    assert grid() == grid("--weight-bits", 2, "--act-bits", 4) == grid("--recipe", "fast") == "symmetric"
+    assert grid("--bits", 3) == grid("--bits", 8, "--recipe", "fast") == grid("--placement", "paper") == "signed"
+    assert grid("--weight-grid", "signed") == grid("--recipe", "seed") == "signed"
+    path = tmp_path / "mine.toml"
+    path.write_text('[[overrides]]\nmatch = "fc"\nbits = 8\n[[overrides]]\nmatch = "conv1"\nfp32 = true\n')
+    qat = job_of("quantize", "--config", path).qat
+    assert qat.weight_grid == "symmetric"
+    assert qat.overrides == (("fc", {"weight_grid": "signed", "bits": 8}), ("conv1", None))
+    assert QATConfig().weight_grid == "signed"  # the library's own default
 
 
 def test_kurtosis_regularization_is_a_flag_and_off_by_default(job_of):
