@@ -16,6 +16,7 @@ from brfx.analysis.dead_filters import dead_filters as found_dead
 from brfx.analysis.sqnr import LEAST_DB, lossy_at_8_bits
 from brfx.config import DEAD_FILTERS
 from brfx.errors import ConfigError, DataError, NotCalibratedError
+from brfx.modes import eval_mode
 from brfx.nn import Quantizer, ResidualAdd
 from brfx.quant.step_init import STEP_INIT_RULES
 
@@ -110,21 +111,18 @@ def _treated(qmodel: nn.Module, how: str, start: str, seed: int) -> Filters:
 @contextmanager
 def _calibrating(qmodel: nn.Module, start: str) -> Iterator[None]:
     """Within the block the model runs in eval mode, and quantizers and sums are calibrated by what they meet."""
-    modes = {module: module.training for module in qmodel.modules()}
     found = quantizers(qmodel).values()
     for quantizer in found:
         quantizer.begin_calibration(start)
     sums = [module for module in qmodel.modules() if isinstance(module, ResidualAdd)]
     _set(sums, "mode", "calibrate")
-    qmodel.eval()
     try:
-        yield
+        with eval_mode(qmodel):
+            yield
     finally:
         for quantizer in found:
             quantizer.end_calibration()
         _set(sums, "mode", "quantize")
-        for module, training in modes.items():
-            module.training = training
 
 
 def _run(qmodel: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> None:

@@ -339,6 +339,9 @@ class TrainConfig:
                 raise ConfigError(f"{name}={_shown(getattr(self, name))}: takes {' or '.join(choices)}")
 
 
+#: Where named data sets lie.
+DATA_DIR = Path("~/.cache/brfx")
+
 #: Of the loss, what is distilled from a teacher that is named without a share.
 TEACHER_SHARE = 0.5
 
@@ -394,7 +397,7 @@ class JobConfig:
     num_classes: int | None = None
     cifar_stem: bool = False
     data: str | None = None
-    data_dir: Path = Path("~/.cache/brfx")
+    data_dir: Path = DATA_DIR
     download: bool = False
     image_size: int | None = None
     mean: tuple[float, float, float] | None = None

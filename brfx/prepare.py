@@ -25,6 +25,7 @@ from brfx.graph.trace import Tracing, trace_islands
 from brfx.graph.user_classes import copied, keep_containers
 from brfx.graph.utils import check, module_calls
 from brfx.metadata import ModelMetadata, attach
+from brfx.modes import eval_mode
 from brfx.nn import (
     QUANTIZED_LAYERS,
     ActivationQuantizer,
@@ -215,18 +216,14 @@ def _require_initialized(model: nn.Module) -> None:
 @torch.no_grad()
 def _calls(model: nn.Module, inputs: tuple[Any, ...], concrete_args: Mapping[str, Any]) -> Calls:
     """Run the model once, and see how its modules are called."""
-    training = {module: module.training for module in model.modules()}
     try:
         fixed = missing(model, inputs, concrete_args)
-        with CallRecorder(model.eval()) as recorder:
+        with eval_mode(model), CallRecorder(model) as recorder:
             model(*tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, inputs), **fixed)
         return recorder.calls
     except Exception as error:
         first = (str(error).splitlines() or [repr(error)])[0]
         raise ConfigError(f"{type(model).__name__} does not run on example_inputs: {first}") from error
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _follow_devices(qmodel: nn.Module, model: nn.Module) -> None:

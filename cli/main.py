@@ -15,6 +15,7 @@ from brfx.errors import BrfxError, Interrupted
 from . import render
 from .options import (
     build_job,
+    data_dir_option,
     data_options,
     model_options,
     penalty_options,
@@ -114,7 +115,7 @@ def export(ckpt: Path, output: Path, model: str, profile: str) -> None:
 @click.argument("first", type=click.Path(path_type=Path))
 @click.argument("second", type=click.Path(path_type=Path))
 @click.option("--data", default="", help="Test images to compare on.  [default: random images]")
-@click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), help="Where named data sets lie.")
+@data_dir_option
 @click.option("--images", type=click.IntRange(0), default=0, help="At most so many.  [default: all, or 64 random ones]")
 @click.option("--integer", is_flag=True, help="Run a model.pt in its integer form, the reference interpreter.")
 def verify(first: Path, second: Path, data: str, data_dir: Path, images: int, integer: bool) -> None:

@@ -97,13 +97,15 @@ model_options = combine(
     _job("--cifar-stem", "cifar_stem", is_flag=True, help="3x3 stem without pooling, for small images."),
 )
 
+data_dir_option = _job("--data-dir", "data_dir", type=click.Path(path_type=Path), help="Where named data sets lie.")
+
 data_options = combine(
     _job(
         "--data",
         "data",
         help="digits, cifar10, cifar100, or a folder with train/ and test/ (or val/).  [default: the model's own]",
     ),
-    _job("--data-dir", "data_dir", type=click.Path(path_type=Path), help="Where named data sets lie."),
+    data_dir_option,
     _job("--download", "download", is_flag=True, help="Let torchvision download a named data set."),
     _job(
         "--image-size",

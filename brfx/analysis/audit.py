@@ -21,6 +21,7 @@ from brfx.calibration import calibrate, quantizers, uncalibrated
 from brfx.config import QATConfig
 from brfx.graph.torch_ops import JOINS, LINEAR, einsum_macs, name_of, preserves_values
 from brfx.metadata import metadata_of
+from brfx.modes import eval_mode
 from brfx.nn import ActivationQuantizer, Quantizer, WeightQuantizer
 
 
@@ -107,15 +108,9 @@ def audit(qmodel: nn.Module, *example_inputs: Any) -> Audit:
     subject = copy.deepcopy(qmodel) if unset else qmodel
     if unset:
         calibrate(subject, [example_inputs], start="lsq", forward=lambda model, inputs: model(*inputs))  # the fastest
-    modes = {module: module.training for module in subject.modules()}
     provenance = _Provenance(subject)
-    try:
-        subject.eval()
-        with provenance.watching():
-            subject(*example_inputs)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with eval_mode(subject), provenance.watching():
+        subject(*example_inputs)
     return _report(qmodel, provenance, config)
 
 

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from brfx.analysis.observe import graphs
 from brfx.graph.utils import module_calls
+from brfx.modes import eval_mode
 from brfx.nn import QuantizedLayer, QuantizedMultiheadAttention, WeightQuantizer
 from brfx.quant.grid import in_full
 from brfx.regularizers.bin_regularizer import distances
@@ -58,15 +59,11 @@ class WeightStatistics:
 
     @torch.no_grad()
     def _measure(self, epoch: int, batches: int) -> dict[str, dict[str, float | None]]:
-        training = self.qmodel.training
-        self.qmodel.eval()  # a weight that is computed when it is read, such as spectral norm's, is not moved by that
-        try:
+        with eval_mode(self.qmodel):  # a weight that is computed when read, such as spectral norm's, is not moved by it
             return {
                 name: self._figures(name, weight, quantizer, epoch, batches)
                 for name, weight, quantizer in quantized_weights(self.qmodel)
             }
-        finally:
-            self.qmodel.train(training)
 
     def _figures(
         self, name: str, weight: Tensor, quantizer: WeightQuantizer, epoch: int, batches: int

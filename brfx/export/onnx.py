@@ -10,8 +10,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ from brfx.export.operators import translations
 from brfx.export.parity import SiteParity, compare_codes
 from brfx.export.proto import own_zero_points, share_codes, store_quantized, store_weights, strip
 from brfx.graph.dataflow import operation
-from brfx.metadata import metadata_of
+from brfx.metadata import metadata_entries
+from brfx.modes import eval_mode
 from brfx.nn import QuantizedLayer
 
 log = logging.getLogger(__name__)
@@ -165,21 +165,15 @@ def _told(error: BaseException, model: nn.Module) -> str:
 
 
 def _describe(proto: Any, qmodel: nn.Module, saturating: tuple[str, ...]) -> None:
-    metadata = metadata_of(qmodel)
-    for key, value in (
-        ("brfx_version", version("brfx")),
-        ("brfx_config", asdict(metadata.config)),
-        ("preprocessing", metadata.preprocessing and asdict(metadata.preprocessing)),
-        ("classes", metadata.classes),
-        *([(_SATURATING, saturating)] if saturating else []),
-    ):
+    entries = metadata_entries(qmodel) | ({_SATURATING: saturating} if saturating else {})
+    for key, value in entries.items():
         proto.metadata_props.add(key=key, value=json.dumps(value))
 
 
 @torch.no_grad()
 def _trained(qmodel: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     """The trained model's outputs in eval mode; ExportError if it does not run, or a layer's input has no batch."""
-    device, training = next(qmodel.parameters()).device, qmodel.training
+    device = next(qmodel.parameters()).device
     unbatched: dict[str, tuple[int, ...]] = {}
 
     def look(name: str, dims: int) -> Callable[..., None]:
@@ -195,11 +189,11 @@ def _trained(qmodel: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         if isinstance(module, QuantizedLayer)
     ]
     try:
-        output = tensors(qmodel.eval()(*(value.to(device) for value in inputs)))
+        with eval_mode(qmodel):
+            output = tensors(qmodel(*(value.to(device) for value in inputs)))
     except Exception as error:
         raise ExportError(f"the model does not run on example_inputs ({first_line(error)})") from error
     finally:
-        qmodel.train(training)
         for handle in handles:
             handle.remove()
     for name, shape in unbatched.items():

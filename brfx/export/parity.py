@@ -13,6 +13,7 @@ from brfx.export.integer import IntegerModel
 from brfx.export.layers import IntegerConv, Requantize
 from brfx.graph.trace import pruned
 from brfx.graph.utils import call_sites
+from brfx.modes import eval_mode
 from brfx.nn import ActivationQuantizer
 
 
@@ -39,12 +40,9 @@ def compare_codes(qmodel: nn.Module, integer: IntegerModel, *inputs: Tensor) -> 
     """The trained model's codes against the integer form's, on one batch; for models that are one graph."""
     if not isinstance(qmodel, GraphModule) or not isinstance(integer.model, GraphModule):
         return []
-    training = qmodel.training
-    running = _Quantized(qmodel.eval())
-    try:
+    with eval_mode(qmodel):
+        running = _Quantized(qmodel)
         running.run(*inputs)
-    finally:
-        qmodel.train(training)
     comparing = _Comparing(integer.model, running.seen)
     comparing.run(*inputs)
     return comparing.found

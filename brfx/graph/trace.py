@@ -28,6 +28,7 @@ from brfx.graph.functionalize import _named_in_place, functionalize
 from brfx.graph.side_effects import Surroundings, recording
 from brfx.graph.user_classes import Derived, copied, derived, detached
 from brfx.kernels.hooks import has_hooks
+from brfx.modes import modes_kept
 from brfx.nn import QUANTIZED_LAYERS, ActivationObserver, QuantizedLayer, Quantizer
 
 log = logging.getLogger(__name__)
@@ -449,7 +450,7 @@ def _trace(model: nn.Module, tracing: Tracing, name: str = "", *, write_back: bo
     except TraceError as error:
         raise TraceError(f"cannot trace {type(model).__name__}: {error}") from error
     left = {each: value for each, value in (tracing.concrete_args or {}).items() if not is_plain(value)}
-    with _modes_kept(model):
+    with modes_kept(model):
         for training in (True, False):
             model.train(training)
             try:
@@ -477,16 +478,6 @@ def _check_arguments(graph: fx.Graph, arguments: Arguments) -> None:
                 graph.call_function(require_held, (node, node.target, arguments.held[str(node.target)]))
             elif node.target in arguments.given:
                 graph.call_function(require_given, (node, node.target))
-
-
-@contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _merge(train: fx.Graph, evaluation: fx.Graph) -> None:

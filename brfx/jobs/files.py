@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from brfx.config import DATA_DIR
 from brfx.data import DEFAULTS, BatchLoader, Preprocessing, load_dataset
 from brfx.errors import ExportError
 from brfx.export import OnnxReport
@@ -43,7 +44,7 @@ def export_file(ckpt: Path, output: Path, model: str = "", profile: str = "compa
 
 
 def verify_files(
-    first: Path, second: Path, data: str = "", data_dir: Path = Path("data"), images: int = 0, integer: bool = False
+    first: Path, second: Path, data: str = "", data_dir: Path = DATA_DIR, images: int = 0, integer: bool = False
 ) -> Verification:
     """Compare two files of one model, on the test images of ``data`` or, where none is named, on random ones.
 
@@ -57,7 +58,7 @@ def verify_files(
     preprocessing = metadata_of(trained).preprocessing if trained is not None else None
     if data:
         preprocessing = preprocessing or DEFAULTS.get(data) or Preprocessing(224)
-        split = load_dataset(data, data_dir=data_dir, preprocessing=preprocessing).test
+        split = load_dataset(data, data_dir=data_dir.expanduser(), preprocessing=preprocessing).test
         count = min(images or len(split), len(split))
         loader = BatchLoader(split.take(torch.arange(count)), preprocessing, 128)
         batches: Iterable[tuple[torch.Tensor, torch.Tensor | None]] = loader

@@ -26,6 +26,7 @@ from brfx.export import OnnxReport, export_onnx, snap_biases
 from brfx.io.model_file import is_brfx_file, load, load_float, read_state_dict, save
 from brfx.metadata import metadata_of
 from brfx.models import CIFAR_RESNETS, build_model, example_inputs, require_model
+from brfx.modes import eval_mode
 from brfx.prepare import prepare_qat
 from brfx.quant.factory import about_activations, about_weights
 from brfx.quant.grid import Grid
@@ -360,14 +361,12 @@ def _teacher(job: JobConfig, dataset: Dataset, model: nn.Module) -> nn.Module | 
 @torch.no_grad()
 def _require_classifier(model: nn.Module, name: str, dataset: Dataset) -> None:
     size = dataset.preprocessing.image_size
-    training = model.training
     try:
-        output: Any = model.eval()(torch.zeros(2, 3, size, size))
+        with eval_mode(model):
+            output: Any = model(torch.zeros(2, 3, size, size))
     except Exception as error:
         first = (str(error).splitlines() or [repr(error)])[0]
         raise ConfigError(f"{name} does not run on images of 3x{size}x{size} ({first}); see --image-size") from error
-    finally:
-        model.train(training)
     if not isinstance(output, torch.Tensor) or output.dim() != 2:
         raise ConfigError(
             f"{name} is no classifier (its output is a {type(output).__name__}): the command line trains "

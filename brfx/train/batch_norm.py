@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from brfx.errors import TrainingError
+from brfx.modes import eval_mode
 
 
 @torch.no_grad()
@@ -22,20 +23,19 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
         model: on the batches' device; it comes back in the mode it had.
         batches: model inputs ``(batch, ...)``.
     """
-    modes = {module: module.training for module in model.modules()}
-    norms = [module for module in modes if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # torch's word for a cumulative average
-        norm.train()
-    for batch in batches:
-        model(batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    for module, training in modes.items():
-        module.training = training
+    with eval_mode(model):
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # torch's word for a cumulative average
+                norm.train()
+            for batch in batches:
+                model(batch)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from brfx.errors import DataError
+from brfx.modes import eval_mode
 
 
 @dataclass(frozen=True)
@@ -38,19 +39,15 @@ def evaluate(model: nn.Module, data: Iterable[tuple[Tensor, Tensor]]) -> Evaluat
         DataError: there was no batch.
         NotCalibratedError: the model holds a quantizer without a step.
     """
-    training = model.training
     device = next(model.parameters()).device
-    model.eval()
     correct = loss = torch.zeros((), dtype=torch.float64, device=device)
     count = 0
-    try:
+    with eval_mode(model):
         for images, labels in data:
             logits, labels = model(images.to(device)), labels.to(device)
             correct = correct + (logits.argmax(1) == labels).sum()
             loss = loss + F.cross_entropy(logits, labels, reduction="sum")
             count += len(labels)
-    finally:
-        model.train(training)
     if not count:
         raise DataError("there is nothing to evaluate on: the data gave no batch")
     return Evaluation(int(correct), count, float(loss) / count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.utils import get_total_norm
 from torch.utils.hooks import RemovableHandle
 
 from brfx.distributed import world_size
+from brfx.modes import eval_mode
 
 
 def culprit(model: nn.Module, images: Tensor, loss: Tensor) -> str:
@@ -60,12 +62,10 @@ def _first_layer(model: nn.Module, images: Tensor) -> str | None:
     for name, module in model.named_modules():
         if name:  # of a module inside another the inner one is done first
             handles.append(module.register_forward_hook(watch(name)))
-    training = model.training
-    model.train(training and world_size() == 1)
     try:
-        model(images)
+        with nullcontext() if world_size() == 1 else eval_mode(model):
+            model(images)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     return found[0] if found else None

@@ -295,8 +295,6 @@ class _Run:
         device = self.config.device
         self.epoch, self.batch = int(state["epoch"]), int(state["batch"])
         self.model.load_state_dict(versioned(state["model"], self.model))
-        for group in state["optimizer"]["param_groups"]:
-            group["fused"] = True  # it was not in checkpoints of brfx before 2026-11-27
         self.update.optimizer.load_state_dict(state["optimizer"])
         self.update.scheduler.load_state_dict(state["scheduler"])
         self.update.scaler.load_state_dict(state["scaler"])

@@ -135,7 +135,7 @@ def test_weights_are_packed_and_the_file_says_how_to_feed_it(exported):
     metadata = {entry.key: json.loads(entry.value) for entry in proto.metadata_props}
     assert metadata["preprocessing"]["image_size"] == 32
     assert metadata["classes"] == list("abcdefghij")
-    assert metadata["brfx_config"]["weight_bits"] == 2
+    assert metadata["config"]["weight_bits"] == 2
 
 
 @pytest.mark.parametrize("profile", ["compact", "fast"])
