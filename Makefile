@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: help demo test sweep faults lint check bench clean
+.PHONY: help demo test test-fast sweep faults lint check bench clean
 
 help:  ## show this
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -23,14 +23,19 @@ demo: .venv/installed  ## train, quantize to 2 bits, evaluate and export on hand
 test: .venv/installed  ## the tests, under ten minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
+test-fast: .venv/installed  ## the tests that neither compile nor train much
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/test_distributed.py \
+		tests/quant tests/nn tests/graph tests/passes tests/data tests/io tests/analysis tests/cli/test_options.py tests/test_*.py
+
 sweep: .venv/installed  ## the slow tests too
 	$(BIN)/python -m pytest -m "slow or not slow" --timeout=3600
 
 faults: .venv/installed  ## kill, fill up and damage training runs, slow ones too (docs/reliability.md)
 	$(BIN)/python -m pytest tests/faults -m "slow or not slow" --timeout=3600
 
-lint: .venv/installed  ## ruff and mypy
+lint: .venv/installed  ## ruff, its format, and mypy
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 check: lint test  ## what CI runs

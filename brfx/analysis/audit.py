@@ -234,12 +234,12 @@ class _Provenance(TorchFunctionMode):
                     if hasattr(value, "brfx_grid"):
                         del value.brfx_grid
                     if inputs and name not in ("get", "size"):
-                        value.brfx_source = self._source(name, inputs)  # type: ignore[attr-defined]
+                        value.brfx_made_by = self._source(name, inputs)  # type: ignore[attr-defined]
         return out
 
     def _source(self, name: str, inputs: list[Tensor]) -> str:
         if name in ("detach", "to", "contiguous"):
-            return getattr(inputs[0], "brfx_source", name)
+            return getattr(inputs[0], "brfx_made_by", name)
         return name
 
     @staticmethod
@@ -288,7 +288,7 @@ def _grid(value: Any) -> Quantizer | None:
 def _made_by(value: Tensor) -> str:
     if isinstance(value, nn.Parameter):
         return "a weight in FP32"
-    return f"what {getattr(value, 'brfx_source', '') or 'the caller'} gives"
+    return f"what {getattr(value, 'brfx_made_by', '') or 'the caller'} gives"
 
 
 def _flat(value: Any) -> Iterator[Any]:

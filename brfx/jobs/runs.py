@@ -164,13 +164,9 @@ def _result(path: Path) -> dict[str, Any] | None:
     if not count:
         raise ConfigError("count is 0, it takes a number of images")
     found: dict[str, Any] = {"test_accuracy": _share(correct / count)}
-    if "best_epoch" in content:  # an older brfx shipped the best of all epochs
-        epoch, stage, accuracy = "best_epoch", None, "best_accuracy"
-    else:
-        epoch, stage, accuracy = "epoch", "stage", "val_accuracy"
-    if _get(content, epoch) is not None:  # it is where no epoch was trained
-        found |= {"epoch": _whole(content, epoch), "val_accuracy": _share_or_none(content, accuracy)}
-        found["stage"] = stage and _word(content, stage)
+    if _get(content, "epoch") is not None:  # it is where no epoch was trained
+        found |= {"epoch": _whole(content, "epoch"), "val_accuracy": _share_or_none(content, "val_accuracy")}
+        found["stage"] = _word(content, "stage")
     return found
 
 

@@ -49,14 +49,6 @@ def test_runs_are_found_at_every_depth_with_what_they_came_to(tmp_path):
     assert (untrained.state, untrained.epochs_done, untrained.val_accuracy) == ("complete", 0, None)
 
 
-def test_a_run_of_an_older_brfx_shipped_its_best_epoch(tmp_path):
-    path = write_run(tmp_path / "old") / "result.json"
-    old = {"test": {"correct": 81, "count": 100, "loss": 0.5}, "best_epoch": 2, "best_accuracy": 0.75}
-    path.write_text(json.dumps(old))
-    (run,) = read_runs(tmp_path)
-    assert (run.epoch, run.stage, run.val_accuracy, run.state) == (2, None, 0.75, "complete")
-
-
 def test_a_run_without_validation(tmp_path):
     path = write_run(tmp_path / "run")
     (path / "metrics.jsonl").write_text('{"epoch": 1, "val_accuracy": null, "seconds": 1}\n')
