@@ -23,6 +23,7 @@ from torch import fx, nn
 from torch.fx import Node
 
 from brfx.errors import TraceError
+from brfx.graph import side_effects
 from brfx.graph.call_arguments import Arguments, Calls, class_of, require_given, require_held
 from brfx.graph.functionalize import _named_in_place, functionalize
 from brfx.graph.side_effects import Surroundings, recording
@@ -39,7 +40,7 @@ _LEAVES = (Quantizer, QuantizedLayer, ActivationObserver)
 
 
 #: Files whose frames are not lines of the user's code.
-_NOT_THE_USER_S = (f"{Path(torch.__file__).parent}{os.sep}", __file__, str(Path(__file__).with_name("recording.py")))
+_NOT_THE_USER_S = (f"{Path(torch.__file__).parent}{os.sep}", __file__, side_effects.__file__)
 
 
 def is_plain(value: Any) -> bool:

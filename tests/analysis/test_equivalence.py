@@ -87,7 +87,7 @@ def test_what_differs_is_an_error_with_its_line(case, x, believed):
         brfx.prepare_qat(Net(how), example_inputs=x)
     assert "\n" not in str(caught.value) and "rewritten Net" in str(caught.value)
     if case != "state":
-        assert "test_proof.py:" in str(caught.value)
+        assert "test_equivalence.py:" in str(caught.value)
 
 
 def test_what_it_runs_on(x):
@@ -169,10 +169,10 @@ def changed(model, name, **attributes):
 def test_the_first_node_that_differs_is_named(x):
     model = Net(lambda m, x: F.gelu(x * 3) + 1)
     prove(model, trace(model), (x,), {})
-    with pytest.raises(RewriteError, match=r"first at add, test_proof.py:\d+;"):
+    with pytest.raises(RewriteError, match=r"first at add, test_equivalence.py:\d+;"):
         prove(model, changed(model, "add", args=lambda node: (node.args[0], 1.01)), (x,), {})
     line = Net.forward.__code__.co_firstlineno + 1
-    with pytest.raises(RewriteError, match=f"first at norm, test_proof.py:{line};"):
+    with pytest.raises(RewriteError, match=f"first at norm, test_equivalence.py:{line};"):
         gm = trace(model)
         gm.norm.eps = 1.0
         prove(model, gm, (x,), {})
@@ -180,7 +180,7 @@ def test_the_first_node_that_differs_is_named(x):
     nodes = {node.name: node for node in gm.graph.nodes}
     nodes["last"].args = (nodes["norm"],)
     gm.recompile()
-    with pytest.raises(RewriteError, match=f"first at what goes into last, test_proof.py:{line + 1};"):
+    with pytest.raises(RewriteError, match=f"first at what goes into last, test_equivalence.py:{line + 1};"):
         prove(model, gm, (x,), {})
 
 

@@ -338,9 +338,9 @@ def test_ranks_decode_their_own_images_alone(tmp_path):
     ("settings", "message"),
     [
         ({"world_size": 3}, "batch_size=16: takes a multiple of world_size=3"),
-        ({"rank": 2, "ranks": 2}, "rank=2, ranks=2: takes a rank of 0 or more"),
+        ({"rank": 2, "world_size": 2}, "rank=2, world_size=2: takes a rank below world_size"),
         ({"rank": -1}, "rank=-1"),
-        ({"ranks": 0}, "rank=0"),
+        ({"world_size": 0}, "rank=0"),
     ],
 )
 def test_ranks_that_do_not_fit_are_named(settings, message):

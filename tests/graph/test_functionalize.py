@@ -306,7 +306,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_not_known_is_refused_with_its_line(case):
-    with pytest.raises(TraceError, match=r"test_functional.py:\d+"):
+    with pytest.raises(TraceError, match=r"test_functionalize.py:\d+"):
         trace(Net(REFUSED[case]))
 
 

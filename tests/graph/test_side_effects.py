@@ -231,12 +231,12 @@ PYTHON = {
     "NumPy's random": (lambda m, x: m.block(x) * float(np.random.rand()), "numpy.random"),
     "a layer dropped by torch": (lambda m, x: x if torch.rand(1) < 0.5 else m.block(x), ""),
     "a generator of the model": (lambda m, x: m.block(x) * float(m.rng.random()), "forward changes Net.rng"),
-    "a global generator": (lambda m, x: m.block(x) * GENERATOR.random(), "forward changes test_recording.GENERATOR"),
+    "a global generator": (lambda m, x: m.block(x) * GENERATOR.random(), "forward changes test_side_effects.GENERATOR"),
     "a generator of torch": (
         lambda m, x: m.block(x) * torch.rand(1, generator=TORCH_GENERATOR),
         "draws from a generator",
     ),
-    "a global count": (counted_globally, "forward changes test_recording.CALLS"),
+    "a global count": (counted_globally, "forward changes test_side_effects.CALLS"),
     "a number of a buffer": (lambda m, x: m.block(x) * int(m.two), "takes a number out of two"),
     "a choice by a buffer": (lambda m, x: m.block(x) if m.flag else x, "takes a number out of flag"),
     "an array of a buffer": (lambda m, x: m.block(x) * float(m.m.numpy().sum()), "takes a number out of m"),
@@ -301,7 +301,7 @@ def test_python_around_islands(case, x):
     model = Net(how)
     traced = trace_islands(model)
     assert "block" in traced.islands and reason in traced.stopped[""]
-    assert "test_recording.py:" in traced.stopped[""] or "forward changes" in reason
+    assert "test_side_effects.py:" in traced.stopped[""] or "forward changes" in reason
     assert model.calls == 0 and model.feats == [] and model.aux is None and model.notes == {"seen": 0}
     qmodel = require_sound(model, x)
     assert isinstance(qmodel, Net)

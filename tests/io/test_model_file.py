@@ -209,7 +209,7 @@ def test_how_a_model_was_traced_is_in_the_file(images, tmp_path):
     loaded = brfx.load(tmp_path / "model.pt", model=_Optional())
     assert torch.equal(loaded(images, mask, True), qmodel.eval()(images, mask, True))
     assert type(loaded.leaf) is _Leaf
-    with pytest.raises(CheckpointError, match="test_checkpoint:_Leaf as one of leaf_modules"):
+    with pytest.raises(CheckpointError, match="test_model_file:_Leaf as one of leaf_modules"):
         brfx.load(tmp_path / "model.pt", model=nn.Conv2d(3, 4, 1))
 
 

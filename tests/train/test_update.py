@@ -37,7 +37,7 @@ def batches():
 
 @pytest.fixture
 def looks_late(monkeypatch):
-    monkeypatch.setattr(loop, "looks_always", lambda config: False)
+    monkeypatch.setattr(loop, "always_syncs", lambda config: False)
 
 
 def values(update, model):
@@ -292,12 +292,3 @@ def test_a_late_look_says_so_where_the_batch_is_finite_when_run_again(batches, l
 
     with pytest.raises(TrainingError, match=r"epoch 1, batch 13: its loss or gradient was not finite, but is when run"):
         fit(nn.Sequential(Once(), *small_net()), batches, batches[:1], brfx.TrainConfig(epochs=1, compile="off"))
-
-
-def test_a_checkpoint_from_before_the_fused_optimizers_goes_on_with_them(batches):
-    run = loop._Run(small_net(), batches, brfx.TrainConfig(epochs=1, compile="off"), None, None, None, None, ())
-    state = run.state()
-    for group in state["optimizer"]["param_groups"]:
-        group["fused"] = None
-    run.restore(state)
-    assert all(group["fused"] for group in run.update.optimizer.param_groups)
