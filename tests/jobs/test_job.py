@@ -9,7 +9,7 @@ from torch import nn
 import brfx
 from brfx.config import JobConfig, QATConfig, TrainConfig
 from brfx.errors import ConfigError
-from brfx.jobs.job import banner, quantize
+from brfx.jobs.job import NORM_IMAGES, banner, quantize
 
 NET = """
 from torch import nn
@@ -121,3 +121,20 @@ def test_the_banner_says_what_happens_to_weights_and_activations():
     ]
     assert lines(0.0, 2.0, weight_bits=32, act_bits=1)[0] == "Weights: FP32"
     assert lines(1.0, 0.0, weight_bits=8, act_bits=32)[1:] == ["Activations: FP32"]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_batch_norms_keep_the_float_networks_statistics_at_8_bits_alone(job, monkeypatch, bits):
+    seen = {}
+    monkeypatch.setattr(
+        "brfx.jobs.job.calibrate",
+        lambda *args, **given: seen.update(given) or brfx.calibrate(*args, **given),
+    )
+    monkeypatch.setattr(
+        "brfx.jobs.job.reestimate_batch_norm",
+        lambda model, batches: seen.update(images=sum(len(images) for images in batches)),
+    )
+    train = TrainConfig(epochs=0)
+    quantize(replace(job(f"w{bits}", qat=QATConfig(bits=bits), lambda_br=0.0, lambda_br_act=0.0), train=train))
+    assert seen["batch_statistics"] == (bits == 4)
+    assert seen.get("images", 0) == (0 if bits == 8 else min(NORM_IMAGES, 1294 // 16 * 16))
