@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from brfx.config import QATConfig
-from brfx.data import Preprocessing
 from brfx.errors import BrfxError
 from brfx.graph.trace import Tracing
-from brfx.models import ModelSource
+
+if TYPE_CHECKING:
+    from brfx.data import Preprocessing
+    from brfx.models import ModelSource
 
 _KEY = "brfx"  # in ``meta``, which a GraphModule has and its deepcopy keeps; plain attributes are lost there
 

@@ -11,9 +11,9 @@ from torch.fx import GraphModule, Node
 
 from brfx.analysis.observe import graphs
 from brfx.graph.utils import module_calls
+from brfx.kernels.precision import in_full
 from brfx.modes import eval_mode
 from brfx.nn import QuantizedLayer, QuantizedMultiheadAttention, WeightQuantizer
-from brfx.quant.grid import in_full
 from brfx.regularizers.bin_regularizer import distances
 
 

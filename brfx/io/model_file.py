@@ -19,12 +19,12 @@ from brfx.data import Preprocessing
 from brfx.errors import CheckpointError, ConfigError
 from brfx.graph.call_arguments import Calls
 from brfx.graph.trace import Tracing, is_plain
+from brfx.io.atomic import write_atomically
 from brfx.io.state_dict import versioned
 from brfx.metadata import ModelMetadata, metadata_of
 from brfx.models import ModelSource, build_model
 from brfx.nn import Quantizer
 from brfx.prepare import rewrite, unwrapped
-from brfx.train.checkpoint import write_atomically
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "checkpoint")
 _PREFIXES = ("module.", "_orig_mod.")

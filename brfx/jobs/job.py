@@ -23,6 +23,7 @@ from brfx.data import DEFAULTS, BatchLoader, Dataset, Preprocessing, load_datase
 from brfx.distributed import broadcast_object, broadcast_state, process_group, rank, world_size
 from brfx.errors import BrfxError, ConfigError, DataError, TrainingError, first_line
 from brfx.export import OnnxReport, export_onnx, snap_biases
+from brfx.io.atomic import write_text_atomically
 from brfx.io.model_file import is_brfx_file, load, load_float, read_state_dict, save
 from brfx.metadata import metadata_of
 from brfx.models import CIFAR_RESNETS, build_model, example_inputs, require_model
@@ -35,7 +36,7 @@ from brfx.regularizers.bin_penalty import BinPenalty
 from brfx.regularizers.kurtosis import KurtosisTerm
 from brfx.train import Callback, Evaluation, FitResult, TensorBoard, evaluate, fit, reestimate_batch_norm
 from brfx.train.batch_norm import small_batches_named
-from brfx.train.checkpoint import FOLDER, Checkpoints, has_checkpoints, write_text_atomically, written_into
+from brfx.train.checkpoint import FOLDER, Checkpoints, has_checkpoints, written_into
 from brfx.train.loop import seed_everything
 
 log = logging.getLogger(__name__)

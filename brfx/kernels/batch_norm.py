@@ -1,10 +1,4 @@
-"""Batch norm for compiled code on CPUs, and sums by channel that such code takes in one reading of a map.
-
-A reduction over all but the channels of a channels-last map becomes a loop over groups of 8 or 16 channels around one
-over all pixels: the map goes through the cache once for each group. The tiles here, a line of the image each, stay in
-the cache meanwhile. And what is the same for all pixels of a channel, such as the root of its variance, is computed
-again for each pixel there, and once here (``python benchmarks/tiles.py`` compares).
-"""
+"""Batch norm for compiled code on CPUs, with sums by channel that are made line by line."""
 
 from __future__ import annotations
 
@@ -15,24 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
 
 from brfx.distributed import SyncedBatchNorm
+from brfx.kernels.channel_sums import in_lines, once, sum_by_channel
 from brfx.kernels.hooks import has_hooks
-from brfx.quant.grid import in_full
-
-#: Channels must be a multiple: inductor's reduction over a line that it reads in two layouts at once stores a whole
-#: vector of channels even where fewer are left, over what lies behind (seen in torch 2.14).
-_VECTOR = 16
-
-
-def in_lines(values: Tensor) -> bool:
-    """Whether sums over ``values (batch, channels, ...)`` are to be made line by line."""
-    return values.dim() > 2 and values.shape[1] % _VECTOR == 0 and values.device.type == "cpu"
-
-
-def sum_by_channel(values: Tensor) -> Tensor:
-    """``values (batch, channels, ...)`` summed over all but the channels, ``(channels,)``."""
-    if in_lines(values):
-        return values.movedim(1, -1).sum(-2).flatten(0, -2).sum(0)
-    return values.sum([dim for dim in range(values.dim()) if dim != 1])
+from brfx.kernels.precision import in_full
 
 
 class _Normalized(torch.autograd.Function):
@@ -74,12 +53,6 @@ def _lines(values: Tensor) -> tuple[Tensor, Tensor]:
     shifts = shifted.mean(-2)
     means, variances = first.squeeze(-2) + shifts, shifted.square().mean(-2) - shifts.square()
     return means.flatten(0, -2), variances.flatten(0, -2)
-
-
-def once(row: Tensor) -> Tensor:
-    """``row (n,)`` computed once: inductor puts all but reductions into the loop over values that reads it, and takes
-    reductions of few values apart."""
-    return row.expand(_VECTOR, -1).amax(0)
 
 
 def _broadcast(x: Tensor) -> list[int]:

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from brfx.kernels.batch_norm import sum_by_channel
-from brfx.quant.grid import in_full, nearest_code, positive_step
+from brfx.kernels.channel_sums import sum_by_channel
+from brfx.kernels.precision import in_full
+from brfx.quant.grid import nearest_code, positive_step
 
 #: Codes of a branch are uint8 or int8.
 LEVELS = 255

@@ -19,7 +19,8 @@ import math
 import torch
 from torch import Tensor
 
-from brfx.quant.grid import in_full, positive_step
+from brfx.kernels.precision import in_full
+from brfx.quant.grid import positive_step
 from brfx.quant.lsq import lsq_quantize
 from brfx.quant.quantizer import BORDER_OF_SUMS, WeightQuantizer
 from brfx.quant.step_init import StepInitRule

@@ -18,11 +18,6 @@ from torch import Tensor, nn
 MIN_STEP = 1e-8
 
 
-def in_full(values: Tensor) -> Tensor:
-    """``values`` in float32 at least: the 8 bits of a bfloat16 do not tell neighbouring codes apart."""
-    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
-
-
 def positive_step(step: Tensor) -> Tensor:
     """``step``, nowhere below :data:`MIN_STEP`."""
     return step.clamp(min=MIN_STEP)

@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from brfx.kernels.batch_norm import sum_by_channel
-from brfx.quant.grid import MIN_STEP, Grid, clipped, in_full
+from brfx.kernels.channel_sums import sum_by_channel
+from brfx.kernels.precision import in_full
+from brfx.quant.grid import MIN_STEP, Grid, clipped
 from brfx.quant.quantizer import BORDER_OF_SUMS, ActivationQuantizer, Quantizer, WeightQuantizer
 
 

@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from brfx.quant.grid import MIN_STEP, Grid, clipped, in_full
+from brfx.kernels.precision import in_full
+from brfx.quant.grid import MIN_STEP, Grid, clipped
 from brfx.quant.quantizer import ActivationQuantizer
 
 

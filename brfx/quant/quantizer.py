@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from brfx.errors import NotCalibratedError
-from brfx.quant.grid import Grid, clipped, in_full
+from brfx.kernels.precision import in_full
+from brfx.quant.grid import Grid, clipped
 from brfx.quant.step_init import STEP_INIT_RULES, StepInitRule
 
 #: The ``border`` of a quantizer of sums of codes, in codes. Such a sum is often the outermost level itself.

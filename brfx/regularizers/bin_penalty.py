@@ -17,6 +17,7 @@ from brfx.distributed import all_reduce_sum, world_size
 from brfx.errors import ConfigError
 from brfx.fast.training_graph import training_forward
 from brfx.kernels.inductor import compiled
+from brfx.kernels.precision import in_full
 from brfx.nn import (
     ActivationQuantizer,
     QuantizedLayer,
@@ -24,7 +25,7 @@ from brfx.nn import (
     Quantizer,
     WeightQuantizer,
 )
-from brfx.quant.grid import Grid, in_full
+from brfx.quant.grid import Grid
 from brfx.regularizers import Regularizer
 from brfx.regularizers.bin_regularizer import bin_loss, bin_sums, deferred_bin_sums, joint_bin_sums, same_for_each
 

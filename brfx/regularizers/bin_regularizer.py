@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from brfx.errors import ConfigError
-from brfx.kernels.batch_norm import once, sum_by_channel
-from brfx.quant.grid import Grid, clipped, in_full
+from brfx.kernels.channel_sums import once, sum_by_channel
+from brfx.kernels.precision import in_full
+from brfx.quant.grid import Grid, clipped
 
 #: Up to this many bins, masked sums that compile to one vectorized pass are faster than scattering.
 _FEW = 16

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from brfx.kernels.precision import in_full
 from brfx.nn import QuantizedLayer, QuantizedMultiheadAttention
-from brfx.quant.grid import in_full
 from brfx.regularizers import WeightTerm
 
 #: The kurtosis of a uniform distribution.

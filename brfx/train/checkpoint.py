@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from brfx.errors import CheckpointError, TrainingError, first_line
+from brfx.io.atomic import replace_atomically, saved
 
 log = logging.getLogger(__name__)
 
@@ -26,46 +26,6 @@ _HEADER = len(_MAGIC) + 64 + 1
 
 #: Where a run folder has its checkpoints.
 FOLDER = "checkpoints"
-
-
-def write_atomically(path: Path, content: Any) -> None:
-    """``torch.save`` to a file beside ``path``, flushed to disk, then renamed over it.
-
-    Raises:
-        OSError: no room, or no permission; names ``path``, and what was there still is.
-    """
-    _atomically(path, _saved(content))
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """``text`` to a file beside ``path``, flushed to disk, then renamed over it.
-
-    Raises:
-        OSError: as :func:`write_atomically`.
-    """
-    _atomically(path, text.encode())
-
-
-def _saved(content: Any) -> memoryview:
-    """The bytes of ``torch.save``, which says nothing of a full disk when it writes to one itself."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getbuffer()
-
-
-def _atomically(path: Path, *parts: bytes | memoryview) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
 
 
 @contextmanager
@@ -99,9 +59,9 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     Raises:
         OSError: as :func:`write_atomically`.
     """
-    content = _saved(state)
+    content = saved(state)
     digest = hashlib.sha256(content).hexdigest().encode()
-    _atomically(path, _MAGIC + digest + b"\n", content)
+    replace_atomically(path, _MAGIC + digest + b"\n", content)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from brfx.distributed import (
     world_size,
 )
 from brfx.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError, first_line
+from brfx.io.atomic import write_atomically, write_text_atomically
 from brfx.io.state_dict import versioned
 from brfx.train.batch_norm import reestimate_batch_norm, small_batches_named
 from brfx.train.checkpoint import (
@@ -36,8 +37,6 @@ from brfx.train.checkpoint import (
     Checkpoints,
     has_checkpoints,
     state_sha256,
-    write_atomically,
-    write_text_atomically,
     written_into,
 )
 from brfx.train.ema import WeightAverage

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 import brfx.kernels.batch_norm as norms
-from brfx.kernels.batch_norm import batch_norm, can_tile, sum_by_channel
+from brfx.kernels.batch_norm import batch_norm, can_tile
+from brfx.kernels.channel_sums import sum_by_channel
 
 SHAPES = [(5, 16), (4, 16, 6), (4, 16, 5, 6), (4, 6, 5, 6), (2, 16, 4, 3, 2)]
 KINDS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}

@@ -296,7 +296,7 @@ def test_hooks_of_a_layer_run_in_every_form(tiny, images):
     assert logged == with_codes and all(torch.equal(grad, coded_grads[name]) for name, grad in grads.items())
 
 
-@pytest.mark.parametrize("width", [4, 16])  # 16 channels: their sums are made line by line (brfx.kernels.batch_norm)
+@pytest.mark.parametrize("width", [4, 16])  # 16 channels: their sums are made line by line (brfx.kernels.channel_sums)
 @pytest.mark.parametrize(
     ("settings", "streams"), [({"stream_bits": 2}, 0), ({"stream_bits": 8, "weight_grid": "symmetric"}, 1)]
 )
