@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from brfx.prepare import prepare_qat
     from brfx.regularizers.bin_penalty import BinPenalty
     from brfx.regularizers.bin_regularizer import BinRegularizer
-    from brfx.train import evaluate, fit
+    from brfx.train import evaluate, fit, parameter_groups
 
 _HOMES = {
     "BinPenalty": "brfx.regularizers.bin_penalty",
@@ -42,6 +42,7 @@ _HOMES = {
     "float_state_dict": "brfx.io.model_file",
     "load": "brfx.io.model_file",
     "observe": "brfx.analysis.observe",
+    "parameter_groups": "brfx.train",
     "prepare_qat": "brfx.prepare",
     "quantization_disabled": "brfx.calibration",
     "save": "brfx.io.model_file",
@@ -60,6 +61,7 @@ __all__ = [  # noqa: RUF022  (in the order of use)
     "TrainConfig",
     "fit",
     "evaluate",
+    "parameter_groups",
     "BinPenalty",
     "BinRegularizer",
     "WeightStatistics",

@@ -32,9 +32,7 @@ def main(
 
     accelerator = Accelerator()
     penalty = brfx.BinPenalty(qmodel, weight=0.1, act=0.01)
-    steps = [p for name, p in qmodel.named_parameters() if name.endswith(".step")]
-    others = [p for name, p in qmodel.named_parameters() if not name.endswith(".step")]
-    optimizer = torch.optim.SGD([{"params": others}, {"params": steps, "lr": 0.004}], lr=0.04, momentum=0.9)
+    optimizer = torch.optim.SGD(brfx.parameter_groups(qmodel, lr=0.04, step_lr=0.004), momentum=0.9)
     penalty, optimizer, loader = accelerator.prepare(penalty, optimizer, train)  # the penalty, not qmodel
 
     warmup, history = epochs // 3, []

@@ -36,9 +36,7 @@ class QuantizedClassifier(lightning.LightningModule):
         print(f"epoch {len(self.history)}:", ", ".join(f"{k} {v:.4f}" for k, v in self.history[-1].items()))
 
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[dict[str, object]]]:
-        steps = [p for name, p in self.named_parameters() if name.endswith(".step")]
-        others = [p for name, p in self.named_parameters() if not name.endswith(".step")]
-        optimizer = torch.optim.SGD([{"params": others}, {"params": steps, "lr": 0.004}], lr=0.04, momentum=0.9)
+        optimizer = torch.optim.SGD(brfx.parameter_groups(self, lr=0.04, step_lr=0.004), momentum=0.9)
         batches = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, batches)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]

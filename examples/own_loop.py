@@ -22,9 +22,7 @@ def main(epochs: int = 8) -> float:
     brfx.calibrate(qmodel, [images for images, _ in train][:8], batch_statistics=True)
 
     model = brfx.BinPenalty(qmodel, weight=0.1, act=0.01)  # wrap this, not qmodel, in DDP or torch.compile
-    steps = [p for name, p in qmodel.named_parameters() if name.endswith(".step")]
-    others = [p for name, p in qmodel.named_parameters() if not name.endswith(".step")]
-    optimizer = torch.optim.SGD([{"params": others}, {"params": steps, "lr": 0.004}], lr=0.04, momentum=0.9)
+    optimizer = torch.optim.SGD(brfx.parameter_groups(qmodel, lr=0.04, step_lr=0.004), momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(train))
     for epoch in range(1, epochs + 1):
         train.set_epoch(epoch)

@@ -4,6 +4,7 @@ from brfx.config import TrainConfig
 from brfx.train.batch_norm import reestimate_batch_norm
 from brfx.train.evaluate import Evaluation, evaluate
 from brfx.train.loop import Penalty, fit, seed_everything
+from brfx.train.optim import parameter_groups
 from brfx.train.report import Callback, EpochMetrics, FitResult, Means, Progress
 from brfx.train.tensorboard import TensorBoard
 
@@ -19,6 +20,7 @@ __all__ = [
     "TrainConfig",
     "evaluate",
     "fit",
+    "parameter_groups",
     "reestimate_batch_norm",
     "seed_everything",
 ]
