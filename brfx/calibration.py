@@ -1,4 +1,4 @@
-"""Setting every step from data, and switching quantization off for a comparison."""
+"""Set every step from data, and switch quantization off for a comparison."""
 
 from __future__ import annotations
 

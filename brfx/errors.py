@@ -1,4 +1,4 @@
-"""What brfx raises: every message says what is wrong, where, and what to do."""
+"""Exceptions. Every message says what is wrong, where, and what to do."""
 
 
 class BrfxError(Exception):

@@ -1,4 +1,4 @@
-"""What a rewritten model knows about itself, so that a file can be read without its code."""
+"""Metadata of a rewritten model, so that a file can be read without the model's code."""
 
 from __future__ import annotations
 

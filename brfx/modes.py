@@ -1,4 +1,4 @@
-"""A model's modules in eval mode for a while."""
+"""Put a model into eval mode for a block, and restore the mode of each module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rewritten model really computes: one batch is run, and every multiplication is asked where it comes from."""
+"""Audit a rewritten model: run one batch, and count which multiplications have both operands on a grid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Filters that let nothing pass: found, revived, or left out of what a weight's step is fitted to."""
+"""Find filters that let nothing pass, and revive them or leave them out of the step's fit."""
 
 from __future__ import annotations
 

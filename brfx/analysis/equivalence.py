@@ -1,4 +1,4 @@
-"""The rewritten model against the float one, quantizers off: both run, and what they compute is compared."""
+"""Compare the rewritten model, quantizers off, with the float model: outputs and gradients."""
 
 from __future__ import annotations
 

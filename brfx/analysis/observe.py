@@ -1,4 +1,4 @@
-"""The second forward of a rewritten model: the same modules, with what the observers saw beside the output."""
+"""The second forward of a rewritten model, which returns the observed activations beside the output."""
 
 from __future__ import annotations
 

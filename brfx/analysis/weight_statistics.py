@@ -1,4 +1,4 @@
-"""Where a model's quantized weights lie after each epoch: what bin regularization, or LSQ alone, did to them."""
+"""Statistics of the quantized weights after each epoch: quantization error, distance to the levels, flips."""
 
 from __future__ import annotations
 

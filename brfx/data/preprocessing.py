@@ -1,4 +1,4 @@
-"""How an image becomes what a model sees."""
+"""Preprocessing of images: size, mean and standard deviation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where an export goes and what it is traced with: checked the same for every form."""
+"""Checks of an export's path and example inputs, shared by all formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an integer model is made of: quantizers, convolutions and linears from codes to codes."""
+"""Modules of the integer form: quantizers, convolutions and linears from codes to codes."""
 
 from __future__ import annotations
 

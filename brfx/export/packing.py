@@ -1,4 +1,4 @@
-"""Codes of few bits in few bytes."""
+"""Pack codes of few bits into bytes."""
 
 from __future__ import annotations
 

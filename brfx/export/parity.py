@@ -1,4 +1,4 @@
-"""How far two forms of a model agree: codes layer by layer, outputs, decisions."""
+"""Compare two forms of a model: codes layer by layer, outputs, decisions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is done to an ONNX graph that torch's exporter wrote: codes shared, weights packed, debugging taken out."""
+"""Rewrite the ONNX graph of torch's exporter: share codes, pack weights, drop debugging entries."""
 
 from __future__ import annotations
 

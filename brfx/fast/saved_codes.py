@@ -1,4 +1,4 @@
-"""Codes instead of floats: what backward needs of a quantized activation is its code, one byte a value.
+"""Save codes for backward instead of floats: one byte for each value of a quantized activation.
 
 ``v^ = code * step`` can be made again from the code bit for bit, so that keeping the code loses nothing.
 """

@@ -1,4 +1,4 @@
-"""The form of a rewritten graph that trains fastest and in the least memory. It computes what the graph computes.
+"""The form of a rewritten graph that trains fastest in the least memory. It computes the same.
 
 Two things differ. Layers and residual adds keep the *codes* of what they read, and layers those of their weights, a
 byte a value instead of four (:mod:`brfx.fast.saved_codes`). And the chains from a layer to the quantizer behind it

@@ -1,4 +1,4 @@
-"""How a float model's modules are called: what a symbolic trace cannot see and has to be told."""
+"""Record how a float model's modules are called, which a symbolic trace cannot see."""
 
 from __future__ import annotations
 

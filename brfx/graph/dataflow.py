@@ -1,4 +1,4 @@
-"""Dataflow over a graph: which values already lie on a quantizer's grid, and which may be negative."""
+"""Dataflow over a graph: which values lie on a quantizer's grid, and which may be negative."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a symbolic run does beside calls on its inputs: recorded too, or the run ends with the reason.
+"""Record the side effects of a symbolic run, or end the trace with the reason.
 
 ``torch.fx`` sees a call if one of its arguments stands for a value of the graph. All else is Python that runs once: a
 number drawn, a product of buffers, a counter of batches would be what they were in the trace, for ever.

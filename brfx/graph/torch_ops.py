@@ -1,4 +1,4 @@
-"""What brfx knows of torch's functions: which are linear algebra, and what others do to a grid and to a sign.
+"""Properties of torch's functions: linear algebra, effect on a grid, effect on the sign.
 
 Used on graphs before anything runs (:mod:`brfx.graph.dataflow`) and on calls while they run
 (:mod:`brfx.analysis.audit`), so that both speak of the same operations. Functions are known by torch's own

@@ -1,4 +1,4 @@
-"""A float model becomes a ``GraphModule``, or a module with ``GraphModule`` islands in it."""
+"""Trace a float model into a ``GraphModule``, or into a module with ``GraphModule`` islands."""
 
 from __future__ import annotations
 

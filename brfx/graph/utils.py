@@ -1,4 +1,4 @@
-"""Small helpers over ``torch.fx`` graphs. Passes are written in these."""
+"""Helpers over ``torch.fx`` graphs, in which the passes are written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""State dicts that lost their metadata on the way, such as the version that a class writes into its own."""
+"""Restore the metadata of state dicts that lost it, such as a class's version."""
 
 from __future__ import annotations
 

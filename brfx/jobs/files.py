@@ -1,4 +1,4 @@
-"""What is done with finished files: export one, compare two, time several."""
+"""Export a trained file, compare two files, time several."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The runs under a folder, side by side: what each was told, how far it came, how good it is. Nothing imports torch."""
+"""Read the runs under a folder: settings, progress, accuracy. Nothing here imports torch."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What runs fast and knows no quantizer: compile options, channel sums, batch norm."""
+"""Kernels that know no quantizer: compile options, channel sums, batch norm."""

@@ -1,4 +1,4 @@
-"""The marker that says: what passes here is about to be quantized, and is regularized."""
+"""The observer: a marker in front of an activation quantizer whose input is regularized."""
 
 from torch import Tensor, nn
 

@@ -1,4 +1,4 @@
-"""Branches into residual adds are put on 8-bit grids."""
+"""Put the branches of residual adds on 8-bit grids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mark what the activation bin regularizer is to see."""
+"""Insert observers for the activation bin regularizer."""
 
 from dataclasses import dataclass
 

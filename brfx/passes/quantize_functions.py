@@ -1,4 +1,4 @@
-"""Linear algebra that is written as functions, and functions that hide some."""
+"""Quantize linear algebra that is written as functions."""
 
 from __future__ import annotations
 

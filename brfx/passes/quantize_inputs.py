@@ -1,4 +1,4 @@
-"""What enters a convolution, linear or matrix product is put on a grid."""
+"""Put the inputs of convolutions, linears and matrix products on a grid."""
 
 from __future__ import annotations
 

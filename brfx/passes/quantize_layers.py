@@ -1,4 +1,4 @@
-"""Convolutions and linears get quantized weights."""
+"""Give convolutions and linears quantized weights."""
 
 from dataclasses import dataclass
 

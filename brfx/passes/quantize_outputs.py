@@ -1,4 +1,4 @@
-"""What leaves a convolution is put on a grid, so that integer kernels can run it."""
+"""Put the output of a convolution on a grid, so that integer kernels can run it."""
 
 from __future__ import annotations
 

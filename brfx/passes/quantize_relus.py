@@ -1,4 +1,4 @@
-"""ReLUs become quantized clipped ReLUs."""
+"""Replace ReLUs by quantized clipped ReLUs."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""ReLUs written as functions or methods become modules."""
+"""Turn ReLUs that are written as functions or methods into modules."""
 
 from dataclasses import dataclass
 

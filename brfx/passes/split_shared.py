@@ -1,4 +1,4 @@
-"""One module per call site."""
+"""Give each call site a module of its own."""
 
 import copy
 from collections import Counter

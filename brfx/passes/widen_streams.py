@@ -1,4 +1,4 @@
-"""Residual streams get a grid of their own."""
+"""Give residual streams a grid of their own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which class quantizes what.
+"""Choose the class of each quantizer from the settings.
 
 A method is one file with its classes, all of the protocol in :mod:`brfx.quant.quantizer`, and one line in a table
 below. The functions here alone choose between methods, by the settings of a :class:`~brfx.config.QATConfig`. All other

@@ -1,4 +1,4 @@
-"""What every quantizer is: the protocol that passes, calibration, regularizers, audit and exporters are written in."""
+"""The quantizer protocol, in which passes, calibration, regularizers, audit and exporters are written."""
 
 from __future__ import annotations
 

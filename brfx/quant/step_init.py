@@ -1,4 +1,4 @@
-"""Where a step starts: two rules from values to a first step."""
+"""Initial step sizes: two rules from values to a first step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bin regularizers of a whole rewritten model, as a module that wraps it."""
+"""The bin regularizers of a whole rewritten model, as a module around it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a regularizer is, and how several of them are one penalty."""
+"""The regularizer protocol, and several regularizers as one penalty."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a number that is not finite came from."""
+"""Find the origin of a loss or gradient that is not finite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory that the process keeps from one training step for the next."""
+"""Keep freed memory in the process from one training step to the next."""
 
 from __future__ import annotations
 

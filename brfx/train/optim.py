@@ -1,4 +1,4 @@
-"""Which parameter gets which rate and decay, and how the rate runs."""
+"""Parameter groups, the optimizer, and the schedule of the learning rate."""
 
 from __future__ import annotations
 

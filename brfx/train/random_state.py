@@ -1,4 +1,4 @@
-"""The state of every random generator of a run, as plain data."""
+"""Read and restore the state of all random generators, as plain data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stopping between two batches when the user or the machine's scheduler asks for it."""
+"""Stop between two batches on Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a loss to changed parameters."""
+"""Update the parameters from a loss."""
 
 from __future__ import annotations
 
