@@ -27,7 +27,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """The number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -70,7 +70,7 @@ def name_lost_ranks() -> Iterator[None]:
 
 
 def broadcast_object(value: T) -> T:
-    """What rank 0 has, on every rank."""
+    """The value of rank 0, on every rank."""
     if world_size() == 1:
         return value
     held: list[Any] = [value if rank() == 0 else None]
@@ -79,7 +79,7 @@ def broadcast_object(value: T) -> T:
 
 
 def all_gather_object(value: T) -> list[T]:
-    """What each rank has, in their order."""
+    """The values of all ranks, in their order."""
     if world_size() == 1:
         return [value]
     held: list[Any] = [None] * world_size()

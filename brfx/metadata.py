@@ -39,7 +39,7 @@ class ModelMetadata:
 
 
 def metadata_entries(qmodel: nn.Module) -> dict[str, Any]:
-    """What an exported file says of the model in it: what it was made with, and how to feed it; plain data."""
+    """Entries of an exported file about its model: settings, preprocessing, classes; plain data."""
     metadata = metadata_of(qmodel)
     return {
         "brfx": version("brfx"),

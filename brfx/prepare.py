@@ -138,7 +138,7 @@ def _warn_of_no_proof() -> None:
 
 
 def rewrite(model: nn.Module, config: QATConfig, tracing: Tracing) -> nn.Module:
-    """What :func:`prepare_qat` does, with no proof that the two models are one."""
+    """:func:`prepare_qat` without the comparison with the float model."""
     _require_plain_weights(model)
     leaf_modules = tracing.leaf_modules
     traced = trace_islands(model, tracing)

@@ -51,7 +51,7 @@ class Settings:
 
 
 def recipe_names() -> list[str]:
-    """What ``--recipe`` accepts."""
+    """The names that ``--recipe`` accepts."""
     return sorted(path.name.removesuffix(".toml") for path in _FOLDER.iterdir() if path.name.endswith(".toml"))
 
 

@@ -57,7 +57,7 @@ class LayerAudit:
 
 @dataclass(frozen=True)
 class Audit:
-    """What :func:`audit` found.
+    """The result of :func:`audit`.
 
     Attributes:
         layers: every layer and quantizer that ran.
@@ -366,7 +366,7 @@ def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _whose(name: str, kind: str, config: QATConfig) -> str:
-    """What of the configuration leaves an operand in FP32, if it does."""
+    """The setting that leaves an operand in FP32, if one does."""
     own = config.at(name, kind.removeprefix("Quantized"))
     if own is None:
         return " (left in FP32 by an override)"

@@ -34,7 +34,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class _Run:
-    """What one run came to.
+    """The results of one run.
 
     Attributes:
         outputs: every tensor of the output.
@@ -153,7 +153,7 @@ class _Comparison:
         return {}
 
     def _place(self, what: str, name: str) -> str:
-        """Where the first value differs, as ``"first at add_1, net.py:12"``."""
+        """The first value that differs, as ``"first at add_1, net.py:12"``."""
         if what == "output":
             return f"first at {self._first_different()}"
         node = self._calls().get(name.rpartition(".")[0])
@@ -262,7 +262,7 @@ _INSERTED = (ActivationQuantizer, ActivationObserver)
 
 
 def _problem(wanted: _Run, found: _Run) -> tuple[str, str] | None:
-    """What differs, and of which parameter or buffer; ``None``: nothing."""
+    """The kind of value that differs, and its parameter or buffer; ``None``: nothing differs."""
     if _different(wanted.outputs, found.outputs):
         return "output", ""
     for name, value in wanted.buffers.items():
@@ -328,7 +328,7 @@ def _weighted(value: Tensor) -> Tensor:
 
 
 def missing(model: nn.Module, inputs: tuple[Any, ...], concrete_args: Mapping[str, Any]) -> dict[str, Any]:
-    """What is held fixed and is not among the inputs."""
+    """The fixed arguments that are not among the inputs."""
     given = inspect.signature(model.forward).bind_partial(*inputs).arguments
     return {name: value for name, value in concrete_args.items() if name not in given}
 

@@ -63,7 +63,7 @@ def lossy_at_8_bits(quantizers: dict[str, Quantizer], start: str) -> Iterator[di
 
 
 def _reason(grid: Grid, values: Tensor, step: Tensor) -> str:
-    """Which values are lost: those on the wrong side of zero, below the first level, or beyond the last."""
+    """The values that are lost: those on the wrong side of zero, below the first level, or beyond the last."""
     negative = float((values < 0).float().mean())
     if not grid.signed and negative:
         return f"{negative:.0%} of its values are negative, and its grid is unsigned"

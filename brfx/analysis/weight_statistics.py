@@ -50,7 +50,7 @@ class WeightStatistics:
         return self._measure(epoch, batches)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next figures are measured against: codes and distances."""
+        """The state that the next figures are measured against: codes and distances."""
         return {"codes": dict(self._codes), "start": dict(self._start)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -93,7 +93,7 @@ class BatchLoader:
             yield self.preprocessing.normalize(images), labels[part]
 
     def _part(self, batch: int) -> slice:
-        """Where this rank's part of a batch lies in the epoch's order."""
+        """This rank's part of a batch, in the epoch's order."""
         start = batch * self.batch_size
         size = min(self.batch_size, len(self.split) - start) // self.world_size
         return slice(start + self.rank * size, start + (self.rank + 1) * size)

@@ -14,7 +14,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What happens to an image before the model sees it: resized to a square, scaled to 0..1, normalized.
+    """Preprocessing of an image: resized to a square, scaled to 0..1, normalized.
 
     Attributes:
         image_size: side of the square in pixels.

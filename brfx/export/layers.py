@@ -183,7 +183,7 @@ def prepare_function_weights(gm: GraphModule) -> None:
 
 
 class Storage(NamedTuple):
-    """How a layer's integers (less their headroom) are stored: themselves, or as codes of ``2 * code + 1``."""
+    """The storage of a layer's integers (less their headroom): themselves, or as codes of ``2 * code + 1``."""
 
     bits: int
     odd: bool = False
@@ -196,12 +196,12 @@ class Storage(NamedTuple):
         return Storage(grid.bits, odd=True) if bool((integers != 0).all()) else Storage(grid.bits + 1)
 
     def stored(self, integers: Any) -> Any:
-        """What is stored of ``integers``, a tensor or an array."""
+        """The stored form of ``integers``, a tensor or an array."""
         return (integers - 1) // 2 if self.odd else integers
 
 
 def largest_sum(weight: Tensor, x: QuantParams) -> int:
-    """How far from zero the sum of an output can get, whatever the input."""
+    """The largest magnitude of an output's sum over all inputs."""
     reach = max(abs(x.low - x.zero_point), abs(x.high - x.zero_point))
     return int(weight.flatten(1).int().abs().sum(1).max()) * reach
 

@@ -43,7 +43,7 @@ NEGLIGIBLE = 1e-4
 
 @dataclass(frozen=True)
 class OnnxReport:
-    """What was written, and how it compares.
+    """The written file, and its comparison with the model.
 
     Attributes:
         path, bytes: the file.
@@ -77,7 +77,7 @@ class OnnxReport:
 
     @property
     def flipped(self) -> tuple[int, int]:
-        """How many codes differ between the trained model and its integer form, of how many."""
+        """Differing codes between the trained model and its integer form, and all codes."""
         return sum(site.flipped for site in self.sites), sum(site.codes for site in self.sites)
 
     @property
@@ -150,7 +150,7 @@ def export_onnx(
 
 
 def _told(error: BaseException, model: nn.Module) -> str:
-    """What the exporter could not do: where it has no form of an operator, that operator and the line that calls it."""
+    """The exporter's failure in a line: of an operator that ONNX lacks, its name and the line that calls it."""
     while error.__cause__ is not None:
         error = error.__cause__
     unknown = re.search(r"No ONNX function found for <OpOverload\(op='(\w+\.(\w+))'", str(error))
@@ -253,7 +253,7 @@ def _compare(
 
 
 def differences(report: OnnxReport) -> list[str]:
-    """What the user of a file has to know or do, a line each: the file computes something else, or may elsewhere."""
+    """Warnings about a file, a line each: it computes something else than the model, or may on another machine."""
     lines = []
     if report.rounding_difference > NEGLIGIBLE * report.output_range:
         size = report.rounding_difference

@@ -141,7 +141,7 @@ def _(left: Tensor, right: Tensor, *args: Any) -> Tensor:
 
 
 def translations() -> dict[Any, Any]:
-    """How torch's exporter is to write the operators above: ``custom_translation_table``."""
+    """The translations of the operators above for torch's exporter: ``custom_translation_table``."""
     import numpy as np
     import onnx
     from onnxscript import opset21 as op

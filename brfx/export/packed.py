@@ -43,7 +43,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class PackedModel:
-    """What is in a packed file.
+    """The content of a packed file.
 
     Attributes:
         header: the JSON header as plain data.
@@ -355,7 +355,7 @@ def read_packed(path: str | Path) -> PackedModel:
 
 
 class _Invalid(Exception):
-    """What is wrong with a file."""
+    """The defect of a file."""
 
 
 def _must(holds: bool, wrong: str) -> None:

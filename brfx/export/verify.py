@@ -20,7 +20,7 @@ LISTED = 20
 
 @dataclass(frozen=True)
 class Verification:
-    """How two files compare on the same images.
+    """The comparison of two files on the same images.
 
     Attributes:
         images: how many.

@@ -42,7 +42,7 @@ _READERS = (ActivationObserver, ResidualAdd, ActivationQuantizer)
 
 
 class QuantizedGraph(TracedModule):
-    """What :func:`brfx.prepare_qat` makes of a model that can be traced whole."""
+    """The result of :func:`brfx.prepare_qat` for a model that can be traced whole."""
 
     def training_form(self, kernels: bool) -> Callable[..., Any]:
         """A function that computes in training what calling this computes; see :func:`training_forward`."""
@@ -305,5 +305,5 @@ def _module_of(node: Node) -> str:
 
 
 def _impure(node: Node) -> bool:
-    """What must not be taken for dead: only ``get_attr`` and the items of tuples may go."""
+    """Whether dead-code elimination must keep a node: only ``get_attr`` and the items of tuples may go."""
     return node.op != "get_attr" and node.target is not getitem

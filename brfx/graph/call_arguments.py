@@ -20,7 +20,7 @@ _NONE = type(None).__name__
 
 @dataclass(frozen=True)
 class Calls:
-    """What one run of a model showed; plain data, so that a file can hold it.
+    """The recorded calls of one run; plain data, so that a file can hold it.
 
     Attributes:
         arguments: for each module with submodules, by its name, the kinds that each argument of its ``forward`` had.
@@ -32,7 +32,7 @@ class Calls:
     opened: list[str] = field(default_factory=list)
 
     def arguments_of(self, name: str, forward: Callable[..., Any]) -> Arguments:
-        """What a trace of the module ``name`` has to know of its arguments.
+        """The recorded arguments of the module ``name``.
 
         Raises:
             TraceError: an argument is sometimes None, or nobody knows.
@@ -48,7 +48,7 @@ class Calls:
 
 @dataclass(frozen=True)
 class Arguments:
-    """How a trace takes the arguments of a ``forward``.
+    """The arguments of a ``forward`` in the trace.
 
     Attributes:
         held: those that have one value in the trace, with the value.
@@ -168,7 +168,7 @@ _SEVERAL_MODULES = (nn.MultiheadAttention, nn.RNNBase, nn.LSTMCell)
 
 
 def class_of(node: torch.fx.Node, root: nn.Module, kinds: dict[str, type]) -> type:
-    """What ``isinstance`` is to take a traced value for.
+    """The type that ``isinstance`` assumes for a traced value.
 
     Raises:
         TraceError: a trace does not know.

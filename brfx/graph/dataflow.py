@@ -31,7 +31,7 @@ AVERAGES = words("avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_
 
 @dataclass(frozen=True)
 class Flow:
-    """What is known of a value.
+    """Known properties of a value.
 
     Attributes:
         grid: the quantizer's node whose levels these are; ``None`` if they are on no grid.
@@ -95,7 +95,7 @@ _WORDS = {
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """What a module holds that its function takes as an argument, and that matters here."""
+    """The module's attributes that its function takes as arguments, as far as they matter here."""
     names = ("value", "mode", "min_val", "max_val", "threshold", "alpha")
     values = {name: getattr(module, name, None) for name in names}
     return {name: value for name, value in values.items() if isinstance(value, (str, float, int))}
@@ -254,7 +254,7 @@ class _Call:
         return False
 
     def _lowest(self, value: Any) -> float:
-        """What no value is below; minus infinity where that is not known."""
+        """A lower bound of the values; minus infinity where none is known."""
         if value is None:
             return 0.0
         if not isinstance(value, Node):

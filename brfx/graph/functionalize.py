@@ -74,14 +74,14 @@ Step = tuple[str, tuple[Any, ...], dict[str, Any]]
 
 
 def on_copy(method: str, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """What ``value.method(*args)``, which changes ``value``, would leave there."""
+    """The value that the in-place ``value.method(*args)`` would leave in ``value``."""
     out = value.clone()
     getattr(out, method)(*args, **kwargs)
     return out
 
 
 def assigned(value: Tensor, index: Any, new: Any) -> Tensor:
-    """What ``value[index] = new`` would leave in ``value``."""
+    """The value that ``value[index] = new`` would leave in ``value``."""
     out = value.clone()
     out[index] = new
     return out
@@ -147,7 +147,7 @@ def functionalize(graphs: Sequence[fx.Graph], root: nn.Module, *, write_back: bo
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a value lies: in the memory of ``root``, as the view that ``steps`` lead to."""
+    """A value's place: in the memory of ``root``, as the view that ``steps`` lead to."""
 
     root: Node
     steps: tuple[Step, ...] = ()

@@ -116,7 +116,7 @@ class _Calls(TorchFunctionMode):
 
 
 class Surroundings:
-    """What a call runs in, apart from its arguments: it must be the same for every call of a graph."""
+    """The global modes that a call runs in; they must be the same for every call of a graph."""
 
     def __init__(self) -> None:
         self.python, self.numpy = random.getstate(), np.random.get_state()
@@ -236,7 +236,7 @@ _ABSENT = object()
 
 
 class _State:
-    """What the modules below ``root`` hold: their attributes, and what is in containers and plain objects there.
+    """The state of the modules below ``root``: attributes, and the items of containers and plain objects.
 
     The globals that their code reads belong to it, as far as they are numbers, tensors and random generators.
     """
@@ -336,6 +336,6 @@ def _put_back(generator: Any, position: Any) -> None:
 
 
 def _inside(value: Any) -> Any:
-    """What holds the state of a value; a plain object's attributes."""
+    """The container of a value's state; a plain object's attributes."""
     own = type(value).__module__.split(".")[0] not in ("torch", "builtins", "numpy", "types", "functools")
     return vars(value) if own and not isinstance(value, (nn.Module, type)) and hasattr(value, "__dict__") else value

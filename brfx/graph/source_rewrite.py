@@ -192,7 +192,7 @@ def _rewrite(function: object, attribute: str | None, callers: tuple[object, ...
 
 
 def find_sites(function: object) -> list[str]:
-    """Where a function's own source has linear algebra, as ``"file:line: expression"``."""
+    """Lines of a function's own source that have linear algebra, as ``"file:line: expression"``."""
     rewritten = rewrite(function)
     return rewritten.places if rewritten else []
 
@@ -252,7 +252,7 @@ class QuantizedMethods(Derived):
 
 
 def _rewritten_again(original: object, attribute: str | None, sites: nn.Module) -> types.FunctionType:
-    """What :func:`rewrite` made of a function when its sites were made.
+    """The result of :func:`rewrite` for a function.
 
     Raises:
         CheckpointError: the function's source has other sites now.
@@ -338,7 +338,7 @@ class _Rewriter(ast.NodeTransformer):
         return ast.copy_location(ast.Assign([node.target], site), node)
 
     def _value(self, node: ast.expr) -> Any:
-        """What a name, or an attribute of a module or class, stands for; ``None`` where only a run would tell."""
+        """The value of a name, or of an attribute of a module or class; ``None`` where only a run would tell."""
         if isinstance(node, ast.Name):
             return self._known.get(node.id)
         if isinstance(node, ast.Attribute):

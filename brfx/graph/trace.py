@@ -50,7 +50,7 @@ def is_plain(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Tracing:
-    """What the user may say about tracing.
+    """The user's settings of the trace.
 
     Attributes:
         concrete_args: inputs of ``forward`` to hold fixed, by name, as in ``torch.fx.symbolic_trace``.
@@ -63,7 +63,7 @@ class Tracing:
     calls: Calls = field(default_factory=Calls)
 
     def arguments_of(self, name: str, forward: Any) -> Arguments:
-        """How the trace of the module ``name`` takes its arguments, the user's ``concrete_args`` first."""
+        """The arguments of the module ``name`` in the trace, the user's ``concrete_args`` first."""
         found, concrete = self.calls.arguments_of(name, forward), self.concrete_args or {}
         found.given[:] = [each for each in found.given if each not in concrete]
         found.held.update({each: value for each, value in concrete.items() if is_plain(value)})
@@ -374,7 +374,7 @@ def _ancestors(value: Any) -> set[Node]:
 
 @dataclass(frozen=True)
 class Traced:
-    """What tracing came to.
+    """The result of a trace.
 
     Attributes:
         model: a ``GraphModule``; or, where the model cannot be traced whole, a copy of it in which the largest
@@ -495,7 +495,7 @@ def _merge(train: fx.Graph, evaluation: fx.Graph) -> None:
 
 
 class _Merge:
-    """Which node of the training graph each node of the eval graph is.
+    """Match each node of the eval graph with its node in the training graph.
 
     A node that is nowhere in the training graph is paired with the next one there that calls the same thing, on
     arguments that go by the mode, so that both have one quantizer; if there is none it is added.

@@ -33,7 +33,7 @@ def copied(model: nn.Module) -> Any:
 
 
 def detached(model: nn.Module) -> dict[int, Any]:
-    """What a deep copy is to take for each tensor with a history that a module has as an attribute."""
+    """A detached copy for each module attribute that is a tensor with a history, for ``copy.deepcopy``."""
     kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     return {id(value): value.detach().clone() for value in kept if value.grad_fn is not None}
 

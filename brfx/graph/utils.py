@@ -18,7 +18,7 @@ def module_calls(gm: GraphModule) -> list[tuple[Node, nn.Module]]:
 
 
 def call_counts(gm: GraphModule) -> Counter[str]:
-    """How many nodes call each submodule."""
+    """The number of nodes that call each submodule."""
     return Counter(str(node.target) for node in gm.graph.nodes if node.op == "call_module")
 
 
@@ -41,7 +41,7 @@ def scope(node: Node) -> str:
 
 
 def attribute(gm: GraphModule, node: Node) -> Any:
-    """What a ``get_attr`` node reads: a parameter, a buffer or a module."""
+    """The parameter, buffer or module that a ``get_attr`` node reads."""
     value: Any = gm
     for part in str(node.target).split("."):
         value = getattr(value, part)
@@ -63,7 +63,7 @@ def step_of(quantizer: Quantizer) -> Tensor:
 
 
 def step_read(gm: GraphModule, node: Node) -> Tensor:
-    """What a :func:`step_node` reads."""
+    """The step that a :func:`step_node` reads."""
     step: Tensor = step_of(attribute(gm, node.all_input_nodes[0])) if node.target is step_of else attribute(gm, node)
     return step.detach()
 

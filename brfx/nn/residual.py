@@ -60,7 +60,7 @@ class ResidualAdd(nn.Module):
         self.mode = "quantize"
 
     def units(self, step_out: Tensor, step_in: Tensor | None) -> AddendUnits:
-        """What the addends are measured in, from the steps around the add."""
+        """The addends' units, from the steps around the add."""
         raise NotImplementedError
 
     def forward(self, branch: Tensor, shortcut: Tensor, step_out: Tensor, step_in: Tensor | None = None) -> Tensor:
@@ -81,7 +81,7 @@ class ResidualAdd(nn.Module):
 
     @staticmethod
     def shortcut_factor(units: AddendUnits, step_in: Tensor | None) -> Tensor | None:
-        """What a shortcut on the grid of ``step_in`` is multiplied by, so that its codes are worth whole numbers of
+        """The factor of a shortcut on the grid of ``step_in`` that makes its codes worth whole numbers of
         units; ``None``: nothing, they are so already, or the shortcut is rounded."""
         if units.multiple is None or step_in is None:
             return None

@@ -48,7 +48,7 @@ class QuantizeOutputs:
 
 
 def _output(gm: GraphModule, node: Node) -> Node:
-    """What a convolution computes together with the batch norm, and behind it the ReLU, that it alone feeds."""
+    """The last node of a convolution with the batch norm, and behind it the ReLU, that it alone feeds."""
     for name in ("batch_norm", "relu"):
         users = list(node.users)
         if len(users) == 1 and str(operation(gm, users[0])[0]).rstrip("123d") == name:

@@ -43,7 +43,7 @@ def activation_quantizer(
 
 
 def relu_quantizer(bits: int, *, clip_value: float | None = None, method: str = "lsq") -> ActivationQuantizer:
-    """What stands for a ReLU, or one with a ceiling, and the quantizer of its output."""
+    """The quantized form of a ReLU, or of one with a ceiling."""
     made: ActivationQuantizer = _class(ACT_QUANTIZERS[method][1])(bits, clip_value=clip_value)
     return made
 
@@ -55,12 +55,12 @@ def stream_quantizer(bits: int, *, clip_value: float | None = None) -> Activatio
 
 
 def about_weights(method: str) -> str:
-    """How a method sets the levels of weights, in a phrase."""
+    """A phrase on how a method sets the levels of weights."""
     return str(_class(WEIGHT_QUANTIZERS[method]).about)
 
 
 def about_activations(method: str) -> str:
-    """How a method sets the levels of activations, in a phrase."""
+    """A phrase on how a method sets the levels of activations."""
     return str(_class(ACT_QUANTIZERS[method][0]).about)
 
 

@@ -43,7 +43,7 @@ def clipped(values: Tensor, floor: float, ceiling: float) -> Tensor:
 
 
 class Recomputed(NamedTuple):
-    """What a backward pass needs of the values that were quantized."""
+    """Quantities that a backward pass needs of the quantized values."""
 
     within: Tensor  #: between floor and ceiling
     ratio: Tensor  #: ``within / step - offset``
@@ -88,7 +88,7 @@ class Grid:
 
     @property
     def offset(self) -> float:
-        """What is added to a code before it is multiplied by the step."""
+        """Added to a code before it is multiplied by the step."""
         return 0.5 if self.symmetric and not self.binary else 0.0
 
     @property

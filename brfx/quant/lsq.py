@@ -82,7 +82,7 @@ def lsq_quantize(
 
 
 class LSQQuantizer(Quantizer):
-    """What LSQ's quantizers share: a learned positive ``step``."""
+    """Base of LSQ's quantizers: a learned positive ``step``."""
 
     step: nn.Parameter
     about = "s learned by LSQ"

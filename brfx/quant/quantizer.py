@@ -19,7 +19,7 @@ BORDER_OF_SUMS = 1e-4
 
 
 class Quantizer(nn.Module):
-    """What weight and activation quantizers share: a grid, a positive ``step``, and how it is first set.
+    """Base of weight and activation quantizers: a grid, a positive ``step``, and its calibration.
 
     What comes out is ``grid.decode(encode(values), step)``, bit for bit: an integer times a scale, so that every
     exporter writes what was trained. A kind of quantizer defines :meth:`quantize` with its gradients, ``step``, and
@@ -83,11 +83,11 @@ class Quantizer(nn.Module):
         return self.quantize(values)
 
     def prepare(self, values: Tensor) -> Tensor:
-        """What is rounded: the values after :meth:`transform`."""
+        """The values that are rounded, after :meth:`transform`."""
         return values if self.prepared else self.transform(values)
 
     def transform(self, values: Tensor) -> Tensor:
-        """What happens to the values before they are rounded: here they are clipped."""
+        """Transform the values before they are rounded: here they are clipped."""
         return clipped(values, self.floor, self.ceiling)
 
     def quantize(self, values: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class _DeferredBinSums(torch.autograd.Function):
 def bin_sums(
     values: Tensor, step: Tensor, grid: Grid, *, clamp: bool = False, by_row: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """What L_BR is made of: of each bin, how many values it has and the sum of their squared distances to its level.
+    """The parts of L_BR: of each bin, the number of its values and the sum of their squared distances to its level.
 
     Both are sums, so that those of the parts of a batch, or of ranks, add up to those of the whole.
 
@@ -138,7 +138,7 @@ def bin_loss(counts: Tensor, squares: Tensor) -> Tensor:
 
 
 def same_for_each(counts: Tensor, samples: int = 1) -> Tensor:
-    """What to divide the bins' squares by in the place of their ``counts``, so that :func:`bin_loss` is
+    """Divisors of the bins' squares in the place of their ``counts``, so that :func:`bin_loss` is
 
         sum_i (v_i - k_i * step)^2 / (2 * samples)
 
@@ -212,7 +212,7 @@ def _sums_dtype(values: Tensor) -> torch.dtype:
 
 
 def _count(code: Tensor, grid: Grid) -> Tensor:
-    """How many values each bin holds. Few bins are counted by bits of the index, whose sums compile to fast code: how
+    """The number of values in each bin. Few bins are counted by bits of the index, whose sums compile to fast code: how
     often all of a set of bits are ones, less how often one more is."""
     if len(grid.codes) > _FEW:
         index = _index(code, grid).flatten()
@@ -231,7 +231,7 @@ def _count(code: Tensor, grid: Grid) -> Tensor:
 
 
 def _index(code: Tensor, grid: Grid) -> Tensor:
-    """Which code of many each is; NaN is taken for the first, so that it comes out as NaN and not as an error."""
+    """The index of each code among many; NaN has the first, so that it comes out as NaN and not as an error."""
     return torch.where(code == code, (code - grid.low) / grid.codes.step, 0.0).long()
 
 
@@ -265,7 +265,7 @@ def _look_up(table: Tensor, code: Tensor, grid: Grid) -> Tensor:
 
 @dataclass(frozen=True)
 class BinDiagnosis:
-    """How values lie in their bins. ``mean_part + variance_part`` is the loss."""
+    """The distribution of values in their bins. ``mean_part + variance_part`` is the loss."""
 
     num_bins: int
     used_bins: int
@@ -325,7 +325,7 @@ class BinRegularizer:
 
     @torch.no_grad()
     def diagnose(self, values: Tensor, step: Tensor) -> BinDiagnosis:
-        """Where the loss comes from; the two parts are computed from means and variances, as in the paper."""
+        """The loss in two parts, computed from means and variances as in the paper."""
         grid, values, step = self.grid, values.double(), step.double()
         code, distance = distances(values, step, grid, clamp=self.clamp)
         index = _index(code, grid).flatten()

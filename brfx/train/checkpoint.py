@@ -65,7 +65,7 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What :func:`write_checkpoint` wrote; tensors and plain containers only, so that no file can run code.
+    """The content that :func:`write_checkpoint` wrote; tensors and plain containers only, so that no file can run code.
 
     Raises:
         CheckpointError: absent, truncated, changed by as much as a bit, or holding pickled code, which is refused.

@@ -60,7 +60,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 
 
 def rate_factor(iteration: int, total: int, rise: float) -> float:
-    """What multiplies the peak rate at ``iteration`` of ``total``: a linear rise, then half a cosine down to 0."""
+    """The factor of the peak rate at ``iteration`` of ``total``: a linear rise, then half a cosine down to 0."""
     rising = math.ceil(rise * total)
     if iteration < rising:
         return (iteration + 1) / rising

@@ -46,9 +46,9 @@ class Update:
         return float(self.scheduler.get_last_lr()[0])
 
     def __call__(self, loss: Tensor, *, sync: bool = True) -> int:
-        """How many of the last batches, this one included, were not finite or came after one that was not.
+        """Number of updates skipped since the first non-finite batch; 0 when ``sync=False``.
 
-        0 without a ``sync``, for which the host waits. Where there is one, the gradients are there to look at until
+        With ``sync`` the host waits for the device. Where an update was skipped, the gradients stay until
         :meth:`clear`.
         """
         bad = (self.failed > 0) | all_reduce_any(~torch.isfinite(loss.detach()))
