@@ -154,16 +154,19 @@ def store_quantized(proto: Any, narrowest: int) -> None:
 
 
 def strip(proto: Any) -> None:
-    """Take out what the exporter wrote for its own debugging, shorten the names of values, store constants once."""
+    """Take out what the exporter wrote for its own debugging, shorten the names of values, store constants once, and
+    leave out attributes with their default."""
     graph = proto.graph
     del graph.value_info[:], proto.functions[:], graph.metadata_props[:]
     graph.doc_string = ""
     kept = {value.name for value in (*graph.input, *graph.output)}
     constants: dict[bytes, str] = {}
     short: dict[str, str] = {}
+    opset = {entry.domain: entry.version for entry in proto.opset_import}
     for node in list(graph.node):
         del node.metadata_props[:]
         node.doc_string = node.name = ""
+        _drop_defaults(node, opset)
         if node.op_type == "Constant" and node.attribute[0].name == "value" and node.output[0] not in kept:
             tensor = node.attribute[0].t
             tensor.name = ""
@@ -188,6 +191,21 @@ def strip(proto: Any) -> None:
     for node in graph.node:
         for place, name in enumerate(node.input):
             node.input[place] = short.get(name, name)
+
+
+def _drop_defaults(node: Any, opset: dict[str, int]) -> None:
+    """Take out attributes that say what the operator does without them."""
+    import onnx
+
+    if node.domain not in ("", "ai.onnx"):
+        return
+    known = onnx.defs.get_schema(node.op_type, opset[node.domain], node.domain).attributes
+    for attribute in list(node.attribute):
+        value = onnx.helper.get_attribute_value(attribute)
+        default = known[attribute.name].default_value
+        said = default.type != onnx.AttributeProto.UNDEFINED and onnx.helper.get_attribute_value(default) == value
+        if said or (attribute.name in ("strides", "dilations") and set(value) == {1}):
+            node.attribute.remove(attribute)
 
 
 def own_zero_points(proto: Any) -> None:
