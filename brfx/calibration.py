@@ -77,7 +77,7 @@ def calibrate(
     ):
         _run(qmodel, batches, forward or _first_as_input)
     for quantizer in found.values():
-        quantizer.learn(quantizer.calibrated)
+        quantizer.set_trainable(quantizer.calibrated)
     missed = [name for name, quantizer in found.items() if not quantizer.calibrated and not quantizer.optional]
     if missed:
         raise NotCalibratedError(f"the batches never reached {len(missed)} quantizers, the first is {missed[0]}")

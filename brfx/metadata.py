@@ -50,12 +50,12 @@ def metadata_entries(qmodel: nn.Module) -> dict[str, Any]:
 
 
 def attach(qmodel: nn.Module, metadata: ModelMetadata) -> None:
-    """Give ``qmodel`` its card."""
+    """Attach ``metadata`` to ``qmodel``."""
     vars(qmodel).setdefault("meta", {})[_KEY] = metadata
 
 
 def metadata_of(qmodel: nn.Module) -> ModelMetadata:
-    """The card of a model that :func:`brfx.prepare_qat` made.
+    """The metadata of a model that :func:`brfx.prepare_qat` made.
 
     Raises:
         BrfxError: the model has none.

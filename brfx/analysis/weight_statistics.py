@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from brfx.analysis.observe import graphs
 from brfx.graph.utils import module_calls
-from brfx.kernels.precision import in_full
+from brfx.kernels.precision import at_least_float32
 from brfx.modes import eval_mode
 from brfx.nn import QuantizedLayer, QuantizedMultiheadAttention, WeightQuantizer
 from brfx.regularizers.bin_regularizer import distances
@@ -68,7 +68,7 @@ class WeightStatistics:
     def _figures(
         self, name: str, weight: Tensor, quantizer: WeightQuantizer, epoch: int, batches: int
     ) -> dict[str, float | None]:
-        prepared = in_full(quantizer.prepare(weight))
+        prepared = at_least_float32(quantizer.prepare(weight))
         code, distance = distances(prepared, quantizer.step, quantizer.grid)
         mean, power = float((2 * distance.abs() / quantizer.step).mean()), float(prepared.square().mean())
         code = code.to("cpu", torch.int8)

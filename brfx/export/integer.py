@@ -31,7 +31,7 @@ from brfx.export.layers import (
     float_layer,
     fold,
     integer_linear,
-    prepare_function_weights,
+    store_transformed_weights,
 )
 from brfx.export.operators import QuantParams
 from brfx.graph.dataflow import analyse, commutes_with_rounding, operands, operation
@@ -181,7 +181,7 @@ class _Rewriting:
                 node.replace_all_uses_with(node.args[0])
                 self.gm.graph.erase_node(node)
         _keep_what_is_read(self.gm)
-        prepare_function_weights(self.gm)
+        store_transformed_weights(self.gm)
         self.flows, self.calls = analyse(self.gm), call_counts(self.gm)
         self.sites = {node: f"{self.scope}{site}" for node, site in call_sites(self.gm.graph).items()}
         for node in list(self.gm.graph.nodes):

@@ -162,9 +162,9 @@ def codes_of_weight(layer: QuantizedLayer) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def prepare_function_weights(gm: GraphModule) -> None:
-    """Give the graph, where a parameter is prepared and rounded for a function, the prepared values as a constant: a
-    runtime's own tanh, say, may come to another code.
+def store_transformed_weights(gm: GraphModule) -> None:
+    """Where the weight of a function is a transformed parameter (DoReFa's tanh), store the transformed values as a
+    constant, since another runtime's tanh could round to another code.
 
     y = F.linear(x, quantizer(weight))  ->  y = F.linear(x, quantizer(prepared))
     """

@@ -15,7 +15,7 @@ from brfx.analysis.observe import graphs
 from brfx.calibration import require_calibrated
 from brfx.errors import ExportError, first_line
 from brfx.export.destination import as_inputs, destination, replacing
-from brfx.export.layers import prepare_function_weights
+from brfx.export.layers import store_transformed_weights
 from brfx.export.onnx import quiet
 from brfx.graph.trace import pruned
 from brfx.graph.utils import attribute, set_module, step_read
@@ -150,7 +150,7 @@ def _with_quant(qmodel: nn.Module) -> nn.Module:
                 for value in read:
                     if not value.users:
                         gm.graph.erase_node(value)
-        prepare_function_weights(gm)
+        store_transformed_weights(gm)
         gm.graph.lint()
         gm.recompile()
     _prepare_weights(model)

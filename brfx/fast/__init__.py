@@ -1,1 +1,1 @@
-"""The form of a rewritten graph that trains fastest. Without this room all numbers stay the same."""
+"""The form of a rewritten graph that trains fastest. Removing this package changes speed and memory, not results."""

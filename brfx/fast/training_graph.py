@@ -78,9 +78,9 @@ def training_forward(
 def defer_observation(
     gm: GraphModule, graph: fx.Graph, observe_fn: ObserveFn | None, deferred: Callable[..., Any]
 ) -> None:
-    """Look at activations with a function that is told where to leave what backward finds.
+    """Observe activations with a function that reports in backward, as the gradient of ``logged``.
 
-    s = look(quantizer, x)  ->  s = late(quantizer, x, told)
+    s = observe_fn(quantizer, x)  ->  s = deferred(quantizer, x, logged)
     """
     with graph.inserting_before(next(iter(graph.nodes))):
         logged = graph.placeholder("logged")
@@ -90,11 +90,11 @@ def defer_observation(
 
 
 def observe_after_writes(graph: fx.Graph, observed: set[Any], *, kernels: bool) -> None:
-    """Let what looks at an activation come after what writes the quantized one to memory: inductor makes one loop of
-    two over the same values, but only where the one that sums is the second.
+    """Place each bin count after the write of the quantized activation. Inductor fuses two loops over one tensor only
+    if the reduction comes second.
 
-    s = late(quantizer, x, told); c = coded(quantizer, x); y = apply_coded(conv, c)
-    ->  c = coded(quantizer, x); y = apply_coded(conv, c); s = late(quantizer, x, told)
+    s = deferred(quantizer, x, logged); c = with_codes(quantizer, x); y = apply_with_codes(conv, c)
+    ->  c = with_codes(quantizer, x); y = apply_with_codes(conv, c); s = deferred(quantizer, x, logged)
 
     Args:
         graph: with codes kept.

@@ -124,8 +124,8 @@ def functionalize(graphs: Sequence[fx.Graph], root: nn.Module, *, write_back: bo
 
     Args:
         graphs: all that were recorded from ``root``, each in one mode, training or eval.
-        root: has the modules that the graphs call. Those whose flag is taken get a copy, with the same parameters, in
-            their place: who else calls them still has theirs.
+        root: the module whose submodules the graphs call. One with ``inplace=True`` is replaced by a copy that shares
+            its parameters and has ``inplace=False``; other users of the original keep it.
         write_back: copy what an input of the graph was changed to into it in the end, for callers that go on with it.
 
     Returns:

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
 from brfx.distributed import SyncedBatchNorm
 from brfx.kernels.channel_sums import in_lines, once, sum_by_channel
 from brfx.kernels.hooks import has_hooks
-from brfx.kernels.precision import in_full
+from brfx.kernels.precision import at_least_float32
 
 
 class _Normalized(torch.autograd.Function):
@@ -19,7 +19,7 @@ class _Normalized(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        values = in_full(x)
+        values = at_least_float32(x)
         means, variances = _lines(values)
         share = 1 / means.shape[0]
         mean = (share * means).sum(0)
@@ -35,8 +35,8 @@ class _Normalized(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, scale = ctx.saved_tensors
         shape, count = _broadcast(x), x.numel() // x.shape[1]
-        grad = in_full(grads[0])
-        centred = in_full(x) - mean.view(shape)
+        grad = at_least_float32(grads[0])
+        centred = at_least_float32(x) - mean.view(shape)
         grad_bias, grad_weight = sum_by_channel(grad), sum_by_channel(grad * (centred * scale.view(shape)))
         shift, slope, gain = once(grad_bias / count), once(scale * grad_weight / count), once(scale * weight)
         grad_x = (grad - shift.view(shape) - centred * slope.view(shape)) * gain.view(shape)

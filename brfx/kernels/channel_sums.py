@@ -28,6 +28,6 @@ def sum_by_channel(values: Tensor) -> Tensor:
 
 
 def once(row: Tensor) -> Tensor:
-    """``row (n,)`` computed once: inductor puts all but reductions into the loop over values that reads it, and takes
-    reductions of few values apart."""
+    """``row (n,)``, which inductor then computes once instead of inside the loop that reads it: it inlines all but
+    reductions, and takes reductions of few values apart."""
     return row.expand(_VECTOR, -1).amax(0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from brfx.kernels.channel_sums import sum_by_channel
-from brfx.kernels.precision import in_full
+from brfx.kernels.precision import at_least_float32
 from brfx.quant.grid import nearest_code, positive_step
 
 #: Codes of a branch are uint8 or int8.
@@ -67,7 +67,7 @@ class ResidualAdd(nn.Module):
         if self.mode != "quantize":
             return branch + shortcut
         dtype = torch.promote_types(branch.dtype, shortcut.dtype)
-        branch, shortcut = in_full(branch), in_full(shortcut)
+        branch, shortcut = at_least_float32(branch), at_least_float32(shortcut)
         units = self.units(step_out, step_in)
         rounded = self.round(branch, units.unit, units.zero_point)
         if units.multiple is None:

@@ -22,7 +22,7 @@ from brfx.nn import (
     StreamAdd,
 )
 from brfx.quant.factory import activation_quantizer
-from brfx.quant.quantizer import BORDER_OF_SUMS
+from brfx.quant.quantizer import GRAD_MARGIN_OF_SUMS
 
 _ADDS = ("add", "iadd")
 _MULTIPLY = (QuantizedLayer, QuantizedMultiheadAttention, QuantizedAttention, QuantizedFunction)
@@ -74,7 +74,7 @@ class AlignResiduals:
             if add is not None:
                 source = flows[others[0]].grid if others and isinstance(add, AlignedAdd) else None
                 self._align(gm, node, (*branches, *others), source, add)
-                behind.border = BORDER_OF_SUMS
+                behind.grad_margin = GRAD_MARGIN_OF_SUMS
                 return 1
         for branch in branches:
             name = free_name(gm, f"{scope(node)}.{node.name}_branch".lstrip("."))

@@ -13,7 +13,7 @@ from brfx.nn import QUANTIZED_LAYERS, QuantizedLayer, QuantizedMultiheadAttentio
 
 @dataclass(frozen=True)
 class QuantizeLayers:
-    """Swap each convolution and linear, first and last included, for its LSQ-quantized form.
+    """Swap each convolution and linear, first and last included, for its quantized form.
 
         y = Conv2d(x)                      ->    y = QuantizedConv2d(x)
         y, p = MultiheadAttention(q, k, v) ->    y, p = QuantizedMultiheadAttention(q, k, v)

@@ -19,10 +19,10 @@ import math
 import torch
 from torch import Tensor
 
-from brfx.kernels.precision import in_full
+from brfx.kernels.precision import at_least_float32
 from brfx.quant.grid import positive_step
 from brfx.quant.lsq import lsq_quantize
-from brfx.quant.quantizer import BORDER_OF_SUMS, WeightQuantizer
+from brfx.quant.quantizer import GRAD_MARGIN_OF_SUMS, WeightQuantizer
 from brfx.quant.step_init import StepInitRule
 
 
@@ -45,7 +45,7 @@ class DoReFaWeightQuantizer(WeightQuantizer):
         return self._scaled(values, self.step)
 
     def _scaled(self, values: Tensor, step: Tensor) -> Tensor:
-        squashed = torch.tanh(in_full(values))
+        squashed = torch.tanh(at_least_float32(values))
         return squashed / positive_step(self._largest(squashed)) * (self.grid.reach * step)
 
     def _largest(self, squashed: Tensor) -> Tensor:
@@ -59,8 +59,10 @@ class DoReFaWeightQuantizer(WeightQuantizer):
 
     def first_step(self, values: Tensor, start: StepInitRule) -> Tensor:
         """``max|tanh(w)|`` at the largest level; no rule is searched by."""
-        return self._largest(torch.tanh(in_full(values))) / self.grid.reach
+        return self._largest(torch.tanh(at_least_float32(values))) / self.grid.reach
 
     def quantize(self, values: Tensor) -> Tensor:
-        levels = lsq_quantize(self.prepare(values), self.step, self.grid, gradient_scale=0.0, border=BORDER_OF_SUMS)
+        levels = lsq_quantize(
+            self.prepare(values), self.step, self.grid, gradient_scale=0.0, grad_margin=GRAD_MARGIN_OF_SUMS
+        )
         return levels.to(values.dtype)

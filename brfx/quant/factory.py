@@ -3,6 +3,9 @@
 A method is one file with its classes, all of the protocol in :mod:`brfx.quant.quantizer`, and one line in a table
 below. The functions here alone choose between methods, by the settings of a :class:`~brfx.config.QATConfig`. All other
 code asks a quantizer through the protocol, and names no method.
+
+Levels are those of :class:`~brfx.quant.grid.Grid`, evenly spaced: integer kernels multiply them. A method with other
+levels, such as powers of two, needs a grid and a storage of its own.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Recomputed(NamedTuple):
     within: Tensor  #: between floor and ceiling
     ratio: Tensor  #: ``within / step - offset``
     code: Tensor
-    off_grid: Tensor  #: where the ratio is beyond the outermost codes by more than the border
+    off_grid: Tensor  #: where the ratio is beyond the outermost codes by more than ``grad_margin``
     clipped: Tensor | None  #: where a value was at or beyond floor or ceiling; ``None`` where there is neither
 
 
@@ -106,27 +106,33 @@ class Grid:
         """Every level in steps, ascending."""
         return [code + self.offset for code in self.codes]
 
-    def encode(self, values: Tensor, step: Tensor, *, least: float = -math.inf) -> Tensor:
+    def encode(self, values: Tensor, step: Tensor, *, lower_bound: float = -math.inf) -> Tensor:
         """The code of each value, as floats: ``round(clip(v / step - offset, Qn, Qp))``; binary: the sign, +1 at zero.
         NaN has no code and comes out as NaN.
 
         Args:
             values: any shape.
             step: a scalar, or a shape that broadcasts against ``values`` (one step per output channel).
-            least: no value is below it. From 0 on none is below the grid, and nothing is compared there.
+            lower_bound: known lower bound of ``values``. From 0 on the lower clamp is skipped.
         """
         if self.binary:
             return torch.where(values >= 0, 1.0, torch.where(values < 0, -1.0, values))
-        low = self.low if least < 0 else None
+        low = self.low if lower_bound < 0 else None
         return nearest_code(self.ratio(values, step), low, self.high)
 
     def recompute(
-        self, values: Tensor, step: Tensor, *, floor: float = -math.inf, ceiling: float = math.inf, border: float = 0.0
+        self,
+        values: Tensor,
+        step: Tensor,
+        *,
+        floor: float = -math.inf,
+        ceiling: float = math.inf,
+        grad_margin: float = 0.0,
     ) -> Recomputed:
         """:meth:`encode` of ``clipped(values, floor, ceiling)`` for a backward pass, with all that it needs besides.
 
-        It selects where :meth:`encode` takes extrema: the comparisons are those by which gradients are cut off, and an
-        extremum that hands on NaN is four instructions.
+        It uses ``torch.where`` instead of ``clamp``: the same comparisons give the masks of the gradients, and a clamp
+        that hands on NaN costs four instructions.
         """
         within, cut = values, None
         if ceiling < math.inf:
@@ -136,10 +142,10 @@ class Grid:
             low = values <= floor
             within, cut = torch.where(low, floor, within), low if cut is None else cut | low
         ratio = self.ratio(within, step)
-        off_grid = ratio > self.high + border
+        off_grid = ratio > self.high + grad_margin
         on_grid = torch.where(off_grid, self.high, ratio)
         if floor < 0:
-            below = ratio < self.low - border
+            below = ratio < self.low - grad_margin
             off_grid, on_grid = off_grid | below, torch.where(below, self.low, on_grid)
         code = self.encode(within, step) if self.binary else on_grid.round()
         return Recomputed(within, ratio, code, off_grid, cut)

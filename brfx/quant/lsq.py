@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from brfx.kernels.channel_sums import sum_by_channel
-from brfx.kernels.precision import in_full
+from brfx.kernels.precision import at_least_float32
 from brfx.quant.grid import MIN_STEP, Grid, clipped
-from brfx.quant.quantizer import BORDER_OF_SUMS, ActivationQuantizer, Quantizer, WeightQuantizer
+from brfx.quant.quantizer import GRAD_MARGIN_OF_SUMS, ActivationQuantizer, Quantizer, WeightQuantizer
 
 
 class _LSQ(torch.autograd.Function):
@@ -22,19 +22,26 @@ class _LSQ(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, step: Tensor, grid: Grid, scale: float, floor: float, ceiling: float, border: float
+        ctx: Any,
+        values: Tensor,
+        step: Tensor,
+        grid: Grid,
+        scale: float,
+        floor: float,
+        ceiling: float,
+        grad_margin: float,
     ) -> Tensor:
         ctx.save_for_backward(values, step)
-        ctx.settings = (grid, scale, floor, ceiling, border)
-        code = grid.encode(clipped(in_full(values), floor, ceiling), step, least=floor)
+        ctx.settings = (grid, scale, floor, ceiling, grad_margin)
+        code = grid.encode(clipped(at_least_float32(values), floor, ceiling), step, lower_bound=floor)
         return grid.decode(code, step).to(values.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved, step = ctx.saved_tensors
-        grid, scale, floor, ceiling, border = ctx.settings
-        grad = in_full(grads[0])
-        seen = grid.recompute(in_full(saved), step, floor=floor, ceiling=ceiling, border=border)
+        grid, scale, floor, ceiling, grad_margin = ctx.settings
+        grad = at_least_float32(grads[0])
+        seen = grid.recompute(at_least_float32(saved), step, floor=floor, ceiling=ceiling, grad_margin=grad_margin)
         if grid.binary:  # v^ = s * sign(v): the gradient passes straight to v, and d v^ / d s = sign(v)
             grad_values, slope = grad, seen.code
         else:
@@ -60,7 +67,7 @@ def lsq_quantize(
     gradient_scale: float,
     floor: float = -math.inf,
     ceiling: float = math.inf,
-    border: float = 0.0,
+    grad_margin: float = 0.0,
 ) -> Tensor:
     """Quantize ``clip(values, floor, ceiling)`` to the levels ``code * step``.
 
@@ -78,7 +85,7 @@ def lsq_quantize(
         ``code - v / step`` inside and ``Qn`` or ``Qp`` outside (LSQ, eq. 3 and 5). Binary grids (signed, one bit):
         1 everywhere and ``sign(v)``.
     """
-    return _LSQ.apply(values, step, grid, gradient_scale, floor, ceiling, border)  # type: ignore[no-any-return, no-untyped-call]
+    return _LSQ.apply(values, step, grid, gradient_scale, floor, ceiling, grad_margin)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class LSQQuantizer(Quantizer):
@@ -127,7 +134,7 @@ class LSQActivationQuantizer(LSQQuantizer, ActivationQuantizer):
             gradient_scale=1 / math.sqrt(features * self.grid.high),
             floor=self.floor,
             ceiling=self.ceiling,
-            border=self.border,
+            grad_margin=self.grad_margin,
         )
 
 
@@ -154,7 +161,7 @@ class StreamQuantizer(QuantizedClippedReLU):
     """
 
     is_stream = True
-    border = BORDER_OF_SUMS
+    grad_margin = GRAD_MARGIN_OF_SUMS
 
     def __init__(self, bits: int, *, clip_value: float | None = None) -> None:
         super().__init__(bits, clip_value=clip_value)

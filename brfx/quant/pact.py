@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from brfx.kernels.precision import in_full
+from brfx.kernels.precision import at_least_float32
 from brfx.quant.grid import MIN_STEP, Grid, clipped
 from brfx.quant.quantizer import ActivationQuantizer
 
@@ -27,20 +27,20 @@ class _PACT(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, alpha: Tensor, grid: Grid, floor: float, ceiling: float, border: float
+        ctx: Any, values: Tensor, alpha: Tensor, grid: Grid, floor: float, ceiling: float, grad_margin: float
     ) -> Tensor:
         ctx.save_for_backward(values, alpha)
-        ctx.settings = (grid, floor, ceiling, border)
+        ctx.settings = (grid, floor, ceiling, grad_margin)
         step = alpha / grid.high
-        code = grid.encode(clipped(in_full(values), floor, ceiling), step, least=floor)
+        code = grid.encode(clipped(at_least_float32(values), floor, ceiling), step, lower_bound=floor)
         return grid.decode(code, step).to(values.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved, alpha = ctx.saved_tensors
-        grid, floor, ceiling, border = ctx.settings
-        values, grad = in_full(saved), in_full(grads[0])
-        above = clipped(values, floor, ceiling) >= alpha * (1 + border / grid.high)
+        grid, floor, ceiling, grad_margin = ctx.settings
+        values, grad = at_least_float32(saved), at_least_float32(grads[0])
+        above = clipped(values, floor, ceiling) >= alpha * (1 + grad_margin / grid.high)
         closed = above | (values < 0 if floor < 0 else values <= 0) | (values >= ceiling)
         grad_values = torch.where(closed, 0.0, grad).to(saved.dtype)
         return grad_values, torch.where(above, grad, 0.0).sum(), None, None, None, None
@@ -71,7 +71,7 @@ class PACTQuantizer(ActivationQuantizer):
         self.alpha.copy_(step * self.grid.high)
 
     def quantize(self, values: Tensor) -> Tensor:
-        return _PACT.apply(values, self.alpha, self.grid, self.floor, self.ceiling, self.border)  # type: ignore[no-any-return, no-untyped-call]
+        return _PACT.apply(values, self.alpha, self.grid, self.floor, self.ceiling, self.grad_margin)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class PACTReLU(PACTQuantizer):

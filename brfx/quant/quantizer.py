@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from brfx.errors import NotCalibratedError
-from brfx.kernels.precision import in_full
+from brfx.kernels.precision import at_least_float32
 from brfx.quant.grid import Grid, clipped
 from brfx.quant.step_init import STEP_INIT_RULES, StepInitRule
 
-#: The ``border`` of a quantizer of sums of codes, in codes. Such a sum is often the outermost level itself.
+#: The ``grad_margin`` of a quantizer of sums of codes, in codes. Such a sum is often the outermost level itself.
 #: Rounding must not decide whether its gradient passes.
-BORDER_OF_SUMS = 1e-4
+GRAD_MARGIN_OF_SUMS = 1e-4
 
 
 class Quantizer(nn.Module):
@@ -43,9 +43,9 @@ class Quantizer(nn.Module):
     floor: float = -math.inf
     ceiling: float = math.inf
     #: How far beyond the outermost code a value still counts as inside for its gradient, in codes;
-    #: :data:`BORDER_OF_SUMS` where what is quantized is a sum of codes.
-    border: float = 0.0
-    #: Whether what it is given has been through :meth:`transform` already; exporters set it in copies of a model.
+    #: :data:`GRAD_MARGIN_OF_SUMS` where what is quantized is a sum of codes.
+    grad_margin: float = 0.0
+    #: Whether the input has already been transformed, so that :meth:`transform` is skipped. Exporters set it on copies.
     prepared: bool = False
     #: Whether Python code decides if it is reached at all: calibration may then leave it without a step.
     optional: bool = False
@@ -97,7 +97,7 @@ class Quantizer(nn.Module):
     def encode(self, values: Tensor, step: Tensor | None = None) -> Tensor:
         """The code of each value, as floats; at another ``step`` than the own one if it is given."""
         step = self.step.detach() if step is None else step
-        return self.grid.encode(self.prepare(in_full(values)), step, least=self.floor)
+        return self.grid.encode(self.prepare(at_least_float32(values)), step, lower_bound=self.floor)
 
     def integers(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The integer that stands for each value, uint8 where the grid is unsigned, else int8, and what it is worth:
@@ -106,7 +106,7 @@ class Quantizer(nn.Module):
         integers, scale = self.grid.integers(self.encode(values), self.step.detach())
         return integers.to(torch.int8 if self.signed else torch.uint8), scale
 
-    def learn(self, wanted: bool) -> None:
+    def set_trainable(self, wanted: bool) -> None:
         """Train what ``step`` is made of, or freeze it."""
         for name in self.own_rate:
             getattr(self, name).requires_grad_(wanted)

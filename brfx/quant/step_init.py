@@ -33,11 +33,11 @@ def mse_step_init(grid: Grid, values: Tensor, shape: tuple[int, ...]) -> Tensor:
     if grid.binary:
         return rows.abs().mean(dim=1).reshape(shape)  # the least-squares scale of a sign
     largest = rows.abs().amax(dim=1, keepdim=True) / grid.reach
-    best, least = largest, torch.full_like(largest, torch.inf)
+    best, lower_bound = largest, torch.full_like(largest, torch.inf)
     for share in torch.logspace(-6, 0, _CANDIDATES, base=2.0).tolist():
         step = largest * share
         error = (rows - grid.decode(grid.encode(rows, step), step)).square().mean(dim=1, keepdim=True)
-        best, least = torch.where(error < least, step, best), torch.minimum(error, least)
+        best, lower_bound = torch.where(error < lower_bound, step, best), torch.minimum(error, lower_bound)
     return best.reshape(shape)
 
 

@@ -17,7 +17,7 @@ from brfx.distributed import all_reduce_sum, world_size
 from brfx.errors import ConfigError
 from brfx.fast.training_graph import training_forward
 from brfx.kernels.inductor import compiled
-from brfx.kernels.precision import in_full
+from brfx.kernels.precision import at_least_float32
 from brfx.nn import (
     ActivationQuantizer,
     QuantizedLayer,
@@ -27,7 +27,7 @@ from brfx.nn import (
 )
 from brfx.quant.grid import Grid
 from brfx.regularizers import Regularizer
-from brfx.regularizers.bin_regularizer import bin_loss, bin_sums, deferred_bin_sums, joint_bin_sums, same_for_each
+from brfx.regularizers.bin_regularizer import bin_loss, bin_sums, deferred_bin_sums, joint_bin_sums, per_value_divisors
 
 
 class BinLoss(NamedTuple):
@@ -95,8 +95,8 @@ class BinPenalty(Regularizer):
         self.register_buffer("act", torch.tensor(float(act), device=device), persistent=False)
         self._train_weight, self._train_act = weight > 0, act > 0
         self.freeze_weight_steps, self.freeze_act_steps = freeze_weight_steps, freeze_act_steps
-        self._look = per_value if self.per_value else bins_that_train_steps if act_gradient_to_step else bins
-        self._observed_forward = observed_forward(qmodel, self._look)
+        self._observe_fn = per_value if self.per_value else bins_that_train_steps if act_gradient_to_step else bins
+        self._observed_forward = observed_forward(qmodel, self._observe_fn)
         self._sites = observed_sites(qmodel)
         self._layers = [
             module for module in qmodel.modules() if isinstance(module, (QuantizedLayer, QuantizedMultiheadAttention))
@@ -111,7 +111,7 @@ class BinPenalty(Regularizer):
         for quantizer in quantizers(self.model).values():
             weight = isinstance(quantizer, WeightQuantizer)
             if self.freeze_weight_steps if weight else self.freeze_act_steps:
-                quantizer.learn(False)
+                quantizer.set_trainable(False)
 
     def forward(self, *inputs: Any) -> tuple[Any, BinLoss]:
         output, seen = self._observed_forward(self.model, *inputs)
@@ -131,9 +131,9 @@ class BinPenalty(Regularizer):
         weight_loss = compiled(self.weight_loss) if kernels else self.weight_loss
         if not self._train_weight:
             weight_loss = partial(self._total, [])
-        observe_fn, deferred, first = _OF_WEIGHTS[self._look], None, tuple[Tensor, ...]()
+        observe_fn, deferred, first = _OF_WEIGHTS[self._observe_fn], None, tuple[Tensor, ...]()
         if self._train_act:
-            observe_fn, deferred = self._look, _LATE[self._look]
+            observe_fn, deferred = self._observe_fn, _DEFERRED[self._observe_fn]
             logged, act = logged_in_backward(self.model)
             first = (logged,)
         forward = training_forward(self.model, observe_fn, kernels=kernels, deferred=deferred)
@@ -155,7 +155,7 @@ class BinPenalty(Regularizer):
         for grid, pairs in by_grid.items():
             steps = [quantizer.step.detach() if self.per_value else quantizer.step for _, quantizer in pairs]
             counts, squares = joint_bin_sums([quantizer.prepare(weight) for weight, quantizer in pairs], steps, grid)
-            losses.append(bin_loss(same_for_each(counts) if self.per_value else counts, squares))
+            losses.append(bin_loss(per_value_divisors(counts) if self.per_value else counts, squares))
         return self._total(losses)
 
     def _terms(self, seen: dict[str, tuple[Tensor, ...]], weight_loss: Callable[[], Tensor]) -> BinLoss:
@@ -175,15 +175,15 @@ class BinPenalty(Regularizer):
 
 def logged_in_backward(model: nn.Module) -> tuple[Tensor, Tensor]:
     """A scalar that requires grad, and a scalar that holds what the last backward gave it."""
-    logged = in_full(next(model.parameters())).new_zeros((), requires_grad=True)
+    logged = at_least_float32(next(model.parameters())).new_zeros((), requires_grad=True)
     value = torch.zeros_like(logged, requires_grad=False)
 
-    def tell(logged: Tensor) -> None:
+    def report(logged: Tensor) -> None:
         assert logged.grad is not None
         value.copy_(logged.grad)
         logged.grad = None
 
-    logged.register_post_accumulate_grad_hook(tell)  # type: ignore[no-untyped-call]
+    logged.register_post_accumulate_grad_hook(report)  # type: ignore[no-untyped-call]
     return logged, value
 
 
@@ -215,7 +215,7 @@ def weight_bins(quantizer: Quantizer, values: Tensor) -> tuple[Tensor, Tensor] |
 def per_value(quantizer: Quantizer, values: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`bins` whose squares are divided by the same for each value, without gradient to any step."""
     counts, squares = bin_sums(quantizer.prepare(values), quantizer.step.detach(), quantizer.grid)
-    return same_for_each(counts, 1 if isinstance(quantizer, WeightQuantizer) else len(values)), squares
+    return per_value_divisors(counts, 1 if isinstance(quantizer, WeightQuantizer) else len(values)), squares
 
 
 def weight_per_value(quantizer: Quantizer, values: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -238,7 +238,7 @@ def deferred_bins_that_train_steps(
 def deferred_per_value(quantizer: ActivationQuantizer, values: Tensor, logged: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`per_value` of an activation, with squares that are summed in backward."""
     counts, squares, zero = deferred_bins(quantizer, values, logged)
-    return same_for_each(counts, len(values)), squares, zero
+    return per_value_divisors(counts, len(values)), squares, zero
 
 
 def _deferred_bins(
@@ -250,7 +250,7 @@ def _deferred_bins(
 #: What looks at weights alone, and at activations late, by what looks at both. Functions with names of their own, since
 #: chains of one text are compiled once (:mod:`brfx.fast.training_graph`).
 _OF_WEIGHTS: dict[Any, Any] = {bins: weight_bins, bins_that_train_steps: weight_bins, per_value: weight_per_value}
-_LATE: dict[Any, Any] = {
+_DEFERRED: dict[Any, Any] = {
     bins: deferred_bins,
     bins_that_train_steps: deferred_bins_that_train_steps,
     per_value: deferred_per_value,

@@ -12,7 +12,7 @@ A bin's term *is* the mean over the bin of ``(v - k*step)^2``, so that
 which is what is computed: n and S of every bin in one pass over the values, then a sum over bins.
 ``tests/regularizers/test_bin_regularizer.py`` holds the two forms equal.
 
-A second form divides each bin's S by 2 instead, whatever the bin holds (:func:`same_for_each`).
+A second form divides each bin's S by 2 instead, whatever the bin holds (:func:`per_value_divisors`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from brfx.errors import ConfigError
 from brfx.kernels.channel_sums import once, sum_by_channel
-from brfx.kernels.precision import in_full
+from brfx.kernels.precision import at_least_float32
 from brfx.quant.grid import Grid, clipped
 
 #: Up to this many bins, masked sums that compile to one vectorized pass are faster than scattering.
@@ -70,7 +70,7 @@ class _DeferredBinSums(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(values, step)
         ctx.settings, ctx.dtype = (grid, floor, ceiling), logged.dtype
-        code = grid.encode(clipped(values, floor, ceiling), step, least=floor)
+        code = grid.encode(clipped(values, floor, ceiling), step, lower_bound=floor)
         counts = _count(code, grid).to(_sums_dtype(values))
         ctx.mark_non_differentiable(counts)
         return counts, torch.zeros_like(counts), counts.new_zeros(())
@@ -106,15 +106,15 @@ def bin_sums(
     Returns:
         Counts and sums, ``(K,)`` or ``(rows, K)``, float32 (float64 for such values). The sums are differentiable.
     """
-    sums: tuple[Tensor, Tensor] = _BinSums.apply(in_full(values), step, grid, clamp, by_row)  # type: ignore[no-untyped-call]
+    sums: tuple[Tensor, Tensor] = _BinSums.apply(at_least_float32(values), step, grid, clamp, by_row)  # type: ignore[no-untyped-call]
     return sums
 
 
 def deferred_bin_sums(
     values: Tensor, step: Tensor, grid: Grid, logged: Tensor, *, floor: float = -math.inf, ceiling: float = math.inf
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`bin_sums` of ``clip(values, floor, ceiling)`` whose squares are summed in backward, where they cost next
-    to nothing: a value's share of L_BR is its distance by its gradient.
+    """:func:`bin_sums` of ``clip(values, floor, ceiling)`` whose squared distances are summed during backward, where
+    they are nearly free: a value's term of the loss is its distance times its gradient, up to a factor.
 
     Args:
         values, step, grid: as for :func:`bin_sums`; NaN may be in any bin.
@@ -123,11 +123,11 @@ def deferred_bin_sums(
         floor, ceiling: those of :func:`brfx.quant.lsq.lsq_quantize`, with whose backward compiled code shares its own.
 
     Returns:
-        Counts, and zeros that are differentiated as the squares. And a zero to be added to :func:`bin_loss` of the two:
-        the gradient that reaches it is that loss's factor.
+        Counts; zeros whose gradient is that of the sums of squares; and a zero scalar to add to :func:`bin_loss`,
+        through which backward learns the loss's factor.
     """
     deferred: tuple[Tensor, Tensor, Tensor] = _DeferredBinSums.apply(
-        in_full(values), step, logged, grid, floor, ceiling
+        at_least_float32(values), step, logged, grid, floor, ceiling
     )  # type: ignore[no-untyped-call]
     return deferred
 
@@ -137,7 +137,7 @@ def bin_loss(counts: Tensor, squares: Tensor) -> Tensor:
     return (squares / counts.clamp(min=1)).sum()
 
 
-def same_for_each(counts: Tensor, samples: int = 1) -> Tensor:
+def per_value_divisors(counts: Tensor, samples: int = 1) -> Tensor:
     """Divisors of the bins' squares in the place of their ``counts``, so that :func:`bin_loss` is
 
         sum_i (v_i - k_i * step)^2 / (2 * samples)
@@ -212,8 +212,8 @@ def _sums_dtype(values: Tensor) -> torch.dtype:
 
 
 def _count(code: Tensor, grid: Grid) -> Tensor:
-    """The number of values in each bin. Few bins are counted by bits of the index, whose sums compile to fast code: how
-    often all of a set of bits are ones, less how often one more is."""
+    """The number of values in each bin. For few bins, count how often each subset of the index's bits is set, then
+    recover the bins by inclusion and exclusion; this compiles to plain sums."""
     if len(grid.codes) > _FEW:
         index = _index(code, grid).flatten()
         none = torch.zeros(len(grid.codes), dtype=torch.int32, device=code.device)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from brfx.kernels.precision import in_full
+from brfx.kernels.precision import at_least_float32
 from brfx.nn import QuantizedLayer, QuantizedMultiheadAttention
 from brfx.regularizers import WeightTerm
 
@@ -22,7 +22,7 @@ UNIFORM = 1.8
 
 def kurtosis(values: Tensor) -> Tensor:
     """The fourth standardized moment of all ``values``, of any shape; 0 where all of them are equal."""
-    centred = in_full(values) - in_full(values).mean()
+    centred = at_least_float32(values) - at_least_float32(values).mean()
     deviation = centred.square().mean().clamp(min=torch.finfo(centred.dtype).tiny).sqrt()
     return (centred / deviation).square().square().mean()
 

@@ -57,7 +57,7 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write plain data and tensors behind their SHA-256, atomically.
 
     Raises:
-        OSError: as :func:`write_atomically`.
+        OSError: as :func:`brfx.io.atomic.write_atomically`.
     """
     content = saved(state)
     digest = hashlib.sha256(content).hexdigest().encode()

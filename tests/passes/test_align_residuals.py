@@ -8,7 +8,7 @@ from brfx.graph.trace import trace
 from brfx.graph.utils import dump
 from brfx.nn import AlignedAdd, LSQActivationQuantizer, StreamAdd
 from brfx.passes import AlignResiduals, QuantizeLayers, QuantizeReLUs, ReLUToModule, WidenStreams
-from brfx.quant.lsq import BORDER_OF_SUMS
+from brfx.quant.lsq import GRAD_MARGIN_OF_SUMS
 
 
 class Block(nn.Module):
@@ -122,7 +122,7 @@ def test_rounding_the_branch_moves_no_final_code():
     k = (qmodel.first(x) / step_in).round().detach()
     branch = qmodel.bn(qmodel.conv(k * step_in)).detach()
     expected = (branch.double() / step_out + k.double() * (m / n).double()).round().clamp(0, 3)
-    assert qmodel.last.border == BORDER_OF_SUMS and qmodel.first.border == 0
+    assert qmodel.last.grad_margin == GRAD_MARGIN_OF_SUMS and qmodel.first.grad_margin == 0
     assert n % 2 == 1 and abs(m / n - step_in / step_out) < 0.05 * step_in / step_out
     found = (qmodel(x) / step_out).round()
     assert (found != expected).double().mean() < 1e-4  # float32 on a boundary

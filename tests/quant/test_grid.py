@@ -104,17 +104,17 @@ BOUNDS = [(-math.inf, math.inf), (0.0, math.inf), (0.0, 6.0), (0.0, 0.37), (-1.0
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize(("floor", "ceiling"), BOUNDS)
 @pytest.mark.parametrize("border", [0.0, 1e-4])
-def test_backward_recomputes_the_codes_of_forward(grid: Grid, floor: float, ceiling: float, border: float) -> None:
+def test_backward_recomputes_the_codes_of_forward(grid: Grid, floor: float, ceiling: float, grad_margin: float) -> None:
     step = torch.tensor(0.37)
     edges = torch.tensor([*grid.levels, *(level + 0.5 for level in grid.levels), grid.low - 0.5]) * step
     odd = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, floor, ceiling, 1e30, -1e30])
     values = torch.cat([edges, edges.nextafter(odd[1]), edges.nextafter(odd[2]), odd, 100 * torch.randn(4096)])
-    code = grid.encode(clipped(values, floor, ceiling), step, least=floor)
-    seen = grid.recompute(values, step, floor=floor, ceiling=ceiling, border=border)
+    code = grid.encode(clipped(values, floor, ceiling), step, lower_bound=floor)
+    seen = grid.recompute(values, step, floor=floor, ceiling=ceiling, grad_margin=grad_margin)
     assert torch.equal(seen.code[~values.isnan()], code[~values.isnan()])
     assert seen.code[values.isnan()].isnan().all() and code[values.isnan()].isnan().all()
     ratio = values.clamp(floor, ceiling) / step - grid.offset
-    assert torch.equal(seen.off_grid, (ratio > grid.high + border) | (ratio < grid.low - border))
+    assert torch.equal(seen.off_grid, (ratio > grid.high + grad_margin) | (ratio < grid.low - grad_margin))
     outside = [values <= floor] * (floor > -math.inf) + [values >= ceiling] * (ceiling < math.inf)
     assert (seen.clipped is None) == (not outside)
     assert seen.clipped is None or torch.equal(seen.clipped, torch.stack(outside).any(0))

@@ -14,7 +14,7 @@ from brfx.nn import (
     lsq_quantize,
 )
 from brfx.quant.grid import Grid
-from brfx.quant.lsq import BORDER_OF_SUMS
+from brfx.quant.lsq import GRAD_MARGIN_OF_SUMS
 
 
 def reference(v: Tensor, s: Tensor, low: int, high: int, g: float) -> Tensor:
@@ -270,7 +270,7 @@ def test_when_the_sign_turns_out_negative_what_was_estimated_without_it_is_forgo
 @pytest.mark.parametrize("kind", [StreamQuantizer, QuantizedClippedReLU])
 def test_a_sum_of_codes_that_is_the_last_level_passes_its_gradient_however_it_is_rounded(kind):
     quantizer = calibrated(kind(6), torch.rand(4, 50))
-    quantizer.border = BORDER_OF_SUMS
+    quantizer.grad_margin = GRAD_MARGIN_OF_SUMS
     high, parts = quantizer.grid.high, torch.arange(64.0)
     for step in torch.rand(500, generator=torch.Generator().manual_seed(0)) + 0.01:
         quantizer.step.data.copy_(step)
@@ -281,4 +281,4 @@ def test_a_sum_of_codes_that_is_the_last_level_passes_its_gradient_however_it_is
     beyond = ((high + 0.01) * step)[None, None].requires_grad_()
     quantizer(beyond).sum().backward()
     assert beyond.grad == 0
-    assert StreamQuantizer(8).border == BORDER_OF_SUMS and QuantizedClippedReLU(2).border == 0
+    assert StreamQuantizer(8).grad_margin == GRAD_MARGIN_OF_SUMS and QuantizedClippedReLU(2).grad_margin == 0

@@ -61,7 +61,7 @@ def test_a_fixed_ceiling_is_kept_too() -> None:
 
 def test_a_sum_of_codes_that_is_alpha_counts_as_inside() -> None:
     quantizer = calibrated(PACTReLU(2), 3.0)
-    quantizer.border = 1e-4
+    quantizer.grad_margin = 1e-4
     x = torch.tensor([3.0, 3.0 + 1e-7, 3.1], dtype=torch.float64, requires_grad=True)
     quantizer(x).sum().backward()
     assert x.grad.tolist() == [1, 1, 0] and quantizer.alpha.grad == 1
