@@ -103,7 +103,7 @@ BOUNDS = [(-math.inf, math.inf), (0.0, math.inf), (0.0, 6.0), (0.0, 0.37), (-1.0
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize(("floor", "ceiling"), BOUNDS)
-@pytest.mark.parametrize("border", [0.0, 1e-4])
+@pytest.mark.parametrize("grad_margin", [0.0, 1e-4])
 def test_backward_recomputes_the_codes_of_forward(grid: Grid, floor: float, ceiling: float, grad_margin: float) -> None:
     step = torch.tensor(0.37)
     edges = torch.tensor([*grid.levels, *(level + 0.5 for level in grid.levels), grid.low - 0.5]) * step
