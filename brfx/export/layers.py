@@ -163,7 +163,7 @@ def codes_of_weight(layer: QuantizedLayer) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def store_transformed_weights(gm: GraphModule) -> None:
-    """Where the weight of a function is a transformed parameter (DoReFa's tanh), store the transformed values as a
+    """Where the weight of a function is a transformed parameter (by a tanh, say), store the transformed values as a
     constant, since another runtime's tanh could round to another code.
 
     y = F.linear(x, quantizer(weight))  ->  y = F.linear(x, quantizer(prepared))
