@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from brfx.export.verify import Verification
     from brfx.jobs.job import JobResult
     from brfx.jobs.runs import Run
-    from brfx.train import EpochMetrics, Evaluation
+    from brfx.train import EpochMetrics, Evaluation, Means, Score
     from brfx.train import Progress as Where
 
 console = Console(highlight=False, soft_wrap=True)
@@ -73,7 +73,7 @@ def progress(title: str) -> Iterator[Any]:
             self.before = done if self.before is None else self.before  # of a resumed run
             rate = (done - self.before) / (time.perf_counter() - self.started)
             numbers = (
-                f"loss={where.means.loss:.4f} acc={where.means.accuracy:.2%}{_terms(where.means.terms)} "
+                f"loss={where.means.loss:.4f}{_accuracy(' acc=', where.means)}{_terms(where.means.terms)} "
                 f"lr={where.lr:.5f} {rate:.1f} it/s"
             )
             description = f"{title} epoch {where.epoch}/{where.epochs}{_stage(where.stage)}"
@@ -91,9 +91,18 @@ def progress(title: str) -> Iterator[Any]:
 def epoch_line(metrics: EpochMetrics, epochs: int) -> str:
     return (
         f"Epoch {metrics.epoch}/{epochs}{_stage(metrics.stage)} (LR={metrics.lr:.6f}): Loss={metrics.train.loss:.4f}, "
-        f"Train Acc={metrics.train.accuracy:.2%}, Val Acc={_or('.2%', metrics.val_accuracy, '-')}"
+        f"{_accuracy('Train Acc=', metrics.train, ', ')}"
+        f"Val {_short(metrics.metric)}={_or('.2%', metrics.val_metric, '-')}"
         f"{_terms(metrics.train.terms, ', ')}, {metrics.seconds:.1f} s ({metrics.images_per_second:.0f} images/s)"
     )
+
+
+def _accuracy(name: str, means: Means, after: str = "") -> str:
+    return "" if means.accuracy is None else f"{name}{means.accuracy:.2%}{after}"
+
+
+def _short(metric: str) -> str:
+    return "Acc" if metric == "accuracy" else metric
 
 
 def _stage(stage: str | None) -> str:
@@ -109,7 +118,7 @@ def job_result(result: JobResult, kind: str) -> None:
     if result.fit is not None:
         how = {"whole": "compiled", "kernels": "compiled kernels", "none": "eager"}[result.fit.compiled]
         kept, epochs = result.fit, len(result.fit.history)
-        on_validation = "no validation" if kept.val_accuracy is None else f"{kept.val_accuracy:.2%} on validation"
+        on_validation = "no validation" if kept.val_metric is None else f"{kept.val_metric:.2%} on validation"
         console.print(
             f"Shipped: epoch {kept.epoch} of {epochs}{_stage(kept.stage)}, {on_validation} ({how} training)",
             markup=False,
@@ -217,8 +226,12 @@ def _plain(text: str) -> Text:
     return Text("".join(letter if letter.isprintable() else "?" for letter in text))
 
 
-def evaluation(result: Evaluation) -> str:
-    return f"{100 * result.accuracy:.2f} % ({result.correct} of {result.count})"
+def evaluation(result: Evaluation | Score) -> str:
+    from brfx.train import Evaluation
+
+    if isinstance(result, Evaluation):
+        return f"{100 * result.accuracy:.2f} % ({result.correct} of {result.count})"
+    return f"{100 * result.value:.2f} % {result.metric} ({result.count} images)"
 
 
 def size(count: int) -> str:

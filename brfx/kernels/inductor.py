@@ -34,8 +34,8 @@ def compiled(
     """
     inner = torch.compile(function, dynamic=dynamic, fullgraph=fullgraph, options=_OPTIONS | options)
 
-    def run(*args: Any) -> Any:
+    def run(*args: Any, **keywords: Any) -> Any:
         with torch._dynamo.config.patch(recompile_limit=256):
-            return inner(*args)
+            return inner(*args, **keywords)
 
     return run

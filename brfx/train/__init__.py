@@ -2,10 +2,11 @@
 
 from brfx.config import TrainConfig
 from brfx.train.batch_norm import reestimate_batch_norm
-from brfx.train.evaluate import Evaluation, evaluate
+from brfx.train.evaluate import Evaluation, Score, evaluate
 from brfx.train.loop import Penalty, fit, seed_everything
 from brfx.train.optim import parameter_groups
 from brfx.train.report import Callback, EpochMetrics, FitResult, Means, Progress
+from brfx.train.tasks import Task, classification
 from brfx.train.tensorboard import TensorBoard
 
 __all__ = [
@@ -16,8 +17,11 @@ __all__ = [
     "Means",
     "Penalty",
     "Progress",
+    "Score",
+    "Task",
     "TensorBoard",
     "TrainConfig",
+    "classification",
     "evaluate",
     "fit",
     "parameter_groups",

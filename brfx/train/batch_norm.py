@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from brfx.errors import TrainingError
 from brfx.modes import eval_mode
+from brfx.train.tasks import call
 
 
 @torch.no_grad()
-def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> None:
     """Set the running mean and variance of every batch norm to the plain average over ``batches``.
 
     Quantization shifts what reaches a batch norm, so that the FP32 network's statistics are wrong for it
@@ -21,7 +23,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
     Args:
         model: on the batches' device; it comes back in the mode it had.
-        batches: model inputs ``(batch, ...)``.
+        batches: model inputs ``(batch, ...)``; a tuple is spread, a mapping given by name.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -32,7 +34,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
                 norm.momentum = None  # torch's word for a cumulative average
                 norm.train()
             for batch in batches:
-                model(batch)
+                call(model, batch)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum

@@ -8,31 +8,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
+from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path
 from torch.utils.hooks import RemovableHandle
 
 from brfx.distributed import world_size
 from brfx.modes import eval_mode
+from brfx.train.tasks import call
 
 
-def culprit(model: nn.Module, images: Tensor, loss: Tensor) -> str:
-    """What is not finite first: an image, a weight, a layer's output, the loss, or a layer's gradient.
+def culprit(model: nn.Module, inputs: Any, loss: Tensor, targets: Any = None) -> str:
+    """What is not finite first: an input, a target, a weight, a layer's output, the loss, or a layer's gradient.
 
     Buffers are not looked at: running statistics have taken in by now whatever a layer before them put out.
 
     Args:
         model: with its gradients as backward left them.
-        images: the batch, ``(batch, ...)``; forward may run on it once more, which moves batch norms' running
-            statistics, in eval mode where several ranks train: there not all of them come here.
+        inputs: of the batch, images ``(batch, ...)`` or what the task has; forward may run on them once more, which
+            moves batch norms' running statistics, in eval mode where several ranks train: there not all of them come
+            here.
         loss: of the batch.
+        targets: of the batch.
     """
-    bad = (~torch.isfinite(images.flatten(1)).all(1)).nonzero().flatten().tolist()
+    bad = _first_bad_value("image" if isinstance(inputs, Tensor) else "input", inputs) or _first_bad_value(
+        "target", targets
+    )
     if bad:
-        return f"image {bad[0]} of the batch holds NaN or infinity"
+        return f"{bad} of the batch holds NaN or infinity"
     for name, value in model.named_parameters():
         if value.requires_grad and not bool(torch.isfinite(value).all()):
             return f"{name} holds NaN or infinity"
     if not bool(torch.isfinite(loss)):
-        layer = _first_layer(model, images)
+        layer = _first_layer(model, inputs)
         return f"the output of {layer} is not finite" if layer else f"the loss is {float(loss.detach())}"
     names = [
         name
@@ -47,14 +53,28 @@ def culprit(model: nn.Module, images: Tensor, loss: Tensor) -> str:
     return "the gradient's norm overflows"
 
 
+def _first_bad_value(what: str, values: Any) -> str | None:
+    """Where in ``values`` there is the first tensor that is not finite: ``"image 3"``, ``"input ['x'] 0"``."""
+    for path, value in tree_leaves_with_path(values):
+        if not isinstance(value, Tensor) or _finite(value):
+            continue
+        rows = ~torch.isfinite(value.reshape(len(value) if value.dim() else 1, -1)).all(1)
+        return f"{what} {keystr(path)} {int(rows.nonzero()[0])}".replace("  ", " ")
+    return None
+
+
+def _finite(value: Any) -> bool:
+    return not isinstance(value, Tensor) or bool(torch.isfinite(value).all())
+
+
 @torch.no_grad()
-def _first_layer(model: nn.Module, images: Tensor) -> str | None:
+def _first_layer(model: nn.Module, inputs: Any) -> str | None:
     found: list[str] = []
     handles: list[RemovableHandle] = []
 
     def watch(name: str) -> Any:
         def sync(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not found and isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+            if not found and not all(map(_finite, tree_leaves(output))):
                 found.append(name)
 
         return sync
@@ -64,7 +84,7 @@ def _first_layer(model: nn.Module, images: Tensor) -> str | None:
             handles.append(module.register_forward_hook(watch(name)))
     try:
         with nullcontext() if world_size() == 1 else eval_mode(model):
-            model(images)
+            call(model, inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -40,13 +41,14 @@ from brfx.train.checkpoint import (
     written_into,
 )
 from brfx.train.ema import WeightAverage
-from brfx.train.evaluate import Evaluation, evaluate
+from brfx.train.evaluate import Evaluation, Score, evaluate
 from brfx.train.finite import culprit
 from brfx.train.memory import memory_kept
 from brfx.train.random_state import random_state, set_random_state
-from brfx.train.report import Callback, EpochMetrics, FitResult, Means, Progress, Sums
-from brfx.train.step import LossStep, build_step, build_teacher, how_to_compile, objective
+from brfx.train.report import Callback, EpochMetrics, FitResult, Progress, Sums
+from brfx.train.step import LossStep, Shapes, build_step, build_teacher, how_to_compile, objective, shapes_of
 from brfx.train.stopping import StopRequest, stop_requests
+from brfx.train.tasks import Task, classification, moved, own, positional
 from brfx.train.update import Update
 
 log = logging.getLogger(__name__)
@@ -93,9 +95,13 @@ class Statistics(Protocol):
 def fit(
     model: nn.Module,
     train_data: Batches,
-    val_data: Iterable[tuple[Tensor, Tensor]] | None,
+    val_data: Iterable[Any] | None,
     config: TrainConfig,
     *,
+    loss: Callable[..., Tensor] | None = None,
+    metric: Any = None,
+    split: Callable[[Any], tuple[Any, Any]] | None = None,
+    task: Task | None = None,
     penalty: Penalty | None = None,
     teacher: nn.Module | None = None,
     statistics: Statistics | None = None,
@@ -103,7 +109,8 @@ def fit(
     resume: bool = False,
     callbacks: Iterable[Callback] = (),
 ) -> FitResult:
-    """Train a classifier; afterwards ``model`` holds the weights of the epoch that ``config.keep`` names.
+    """Train a classifier, or for another task; afterwards ``model`` holds the weights of the epoch that ``config.keep``
+    names.
 
     With a ``run_dir`` a run that is cut off anywhere goes on with ``resume=True``, and on the same machine ends with
     the weights, bit for bit, that it would have had (docs/reliability.md). Ctrl-C and SIGTERM leave a checkpoint.
@@ -111,11 +118,19 @@ def fit(
     Until it returns, the process keeps freed memory instead of giving it back (:mod:`brfx.train.memory`).
 
     Args:
-        model: logits ``(batch, classes)`` from images; trained in place and moved to ``config.device``.
-        train_data: batches ``(images, labels)``.
+        model: logits ``(batch, classes)`` from images, or what the task takes; trained in place and moved to
+            ``config.device``.
+        train_data: batches ``(images, labels)``; of another task ``(inputs, targets)``, each a tensor or a tuple, list
+            or dict of such at any depth. A model is given a tuple of inputs by position, a dict by name.
         val_data: batches that each epoch is measured on, and chosen on with ``keep="best"``; ``None``: no validation.
             Give images cut from the training set, not the test set.
         config: the settings.
+        loss: ``loss(output, targets)``, one number, a mean over the batch; default cross-entropy.
+        metric: how ``val_data`` is measured, more is better: ``metric(model, val_data) -> float``, or an object with
+            ``update(output, targets)``, ``compute()`` and ``reset()``, such as one of torchmetrics. Its name is that of
+            the figure in ``metrics.jsonl``. Default top-1 accuracy, unless ``loss`` or ``split`` is given.
+        split: a batch to ``(inputs, targets)``, where it is no such pair.
+        task: all of this in one, see :class:`brfx.train.Task`; default :func:`brfx.train.classification`.
         penalty: a module around ``model`` whose total joins the loss after ``config.warmup_epochs``.
         teacher: the FP32 model to distill from, with ``config.distill`` above 0; it is run in eval mode, once a batch,
             compiled where the step is.
@@ -130,7 +145,8 @@ def fit(
     Raises:
         ConfigError: the warm-up leaves the penalty no epoch; distillation without a teacher or the reverse;
             ``keep="best"`` without validation; or the settings or the teacher are not those that the checkpoint was
-            written under; or ``run_dir`` holds the checkpoints of another run.
+            written under; or ``run_dir`` holds the checkpoints of another run; a ``task`` and parts of one; validation
+            without a metric; a loss or a metric is not one number; or inputs are not those that the model takes.
         CheckpointError: every checkpoint is damaged, or the newest is of another model.
         DataError: ``train_data`` is empty.
         TrainingError: a loss or gradient is not finite; names epoch, batch and layer. A batch is too small for a batch
@@ -138,6 +154,7 @@ def fit(
         Interrupted: Ctrl-C or SIGTERM; there is a checkpoint if there is a ``run_dir``.
         NotCalibratedError: ``model`` holds a quantizer without a step.
     """
+    task = _chosen_task(task, loss, metric, split, validates=val_data is not None)
     warmup = config.warmup_epochs if penalty is not None else 0
     assert warmup is not None
     if penalty is not None and warmup >= config.epochs:
@@ -152,7 +169,7 @@ def fit(
     if not len(train_data):
         raise DataError("there is no training batch: are there fewer images than --batch-size?")
     seed_everything(config.seed)
-    run = _Run(model, train_data, config, penalty, teacher, statistics, run_dir, tuple(callbacks))
+    run = _Run(model, train_data, task, config, penalty, teacher, statistics, run_dir, tuple(callbacks))
     if resume:
         run.resume()
     elif run_dir is not None and has_checkpoints(run_dir):
@@ -166,6 +183,18 @@ def fit(
             run.end_epoch(stage, val_data)
             run.stop_if_asked(stop)
     return run.result()
+
+
+def _chosen_task(task: Task | None, loss: Any, metric: Any, split: Any, *, validates: bool) -> Task:
+    parts = {"loss": loss, "metric": metric, "split": split}
+    given = [name for name, part in parts.items() if part is not None]
+    if task is not None and given:
+        raise ConfigError(f"task= has its own {given[0]}: give task= or {given[0]}=")
+    if not given:
+        return task or classification()
+    if validates and metric is None:
+        raise ConfigError(f"{given[0]}= is your own, so say how val_data is measured: metric=, or val_data=None")
+    return own(loss, metric, split)
 
 
 @contextmanager
@@ -187,6 +216,7 @@ class _Run:
         self,
         model: nn.Module,
         data: Batches,
+        task: Task,
         config: TrainConfig,
         penalty: Penalty | None,
         teacher: nn.Module | None,
@@ -194,11 +224,14 @@ class _Run:
         run_dir: Path | None,
         callbacks: tuple[Callback, ...],
     ) -> None:
-        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        spatial = {parameter.dim() for parameter in model.parameters()}  # 5: of volumes, which have no such layout
+        channels_last = config.channels_last and 5 not in spatial
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
         for module in (model, teacher):
             if module is not None:
                 module.to(config.device, memory_format=self.layout)  # type: ignore[call-overload]
         self.model, self.data, self.config, self.penalty, self.run_dir = model, data, config, penalty, run_dir
+        self.task, self.objective = task, objective(config, task)
         self.callbacks, self.statistics = callbacks, statistics
         self.teacher = None if teacher is None else teacher.eval()
         self.checkpoints = None if run_dir is None else Checkpoints(run_dir / FOLDER, config.keep_checkpoints)
@@ -210,17 +243,17 @@ class _Run:
         self.compiled = how_to_compile(config.compile, total, config.device)
         self.average = WeightAverage(model, config.ema) if config.ema else None
         self.epoch, self.batch = 1, 0  # the epoch from 1, and how many of its batches are done
-        self.shape: torch.Size | None = None  # of the first batch, for which the step is compiled
+        self.shapes: Shapes | None = None  # of the first batch, for which the step is compiled
         self.epoch_random = self.random = random_state()  # when the epoch began, and now
         self.sums, self.seconds = Sums(), 0.0
         self.history: list[EpochMetrics] = []
-        self.best = -1.0  # accuracy of best.pth
+        self.best = -math.inf  # the metric of best.pth
         self.kept, self.kept_weights = 0, dict[str, Tensor]()  # the epoch that would be the result now
         self.skipped = 0
         self.stage = ""
         self.step: LossStep | None = None
         self.teacher_sha256 = None if teacher is None else state_sha256(teacher)
-        self.soft: Callable[[Tensor], Tensor] | None = None  # the teacher's logits
+        self.soft: Callable[[Any], Any] | None = None  # the teacher's output
 
     # From and to a checkpoint.
 
@@ -238,10 +271,11 @@ class _Run:
             "average": self.average and {"values": self.average.average, "updates": self.average.updates},
             "random": all_gather_object((self.epoch_random, random_state())),
             "compiled": self.compiled,
-            "shape": None if self.shape is None else list(self.shape),
+            "metric": self.task.metric,
+            "shapes": self.shapes and [list(map(list, shapes)) for shapes in self.shapes],
             "sums": vars(self.sums),
             "seconds": self.seconds,
-            "history": [asdict(metrics) for metrics in self.history],
+            "history": [metrics.as_dict() for metrics in self.history],
             "best": self.best,
             "kept": self.kept,
             "kept_weights": self.kept_weights,
@@ -273,8 +307,9 @@ class _Run:
     def _check(self, state: dict[str, Any]) -> None:
         """What may change between the parts of a run: where it runs, and how often it is saved."""
         free = {"device", "checkpoint_minutes", "keep_checkpoints"}
-        now = asdict(self.config) | {"batches": self.batches, "world_size": world_size()}
+        now = asdict(self.config) | {"batches": self.batches, "world_size": world_size(), "metric": self.task.metric}
         then = state["config"] | {"batches": state["batches"], "world_size": len(state["random"])}
+        then["metric"] = state["metric"]
         for name in now:
             if name not in then:
                 raise ConfigError(f"{self.run_dir}: begun by an older brfx, which had no {name!r}: begin a new run")
@@ -303,12 +338,11 @@ class _Run:
         self.epoch_random, self.random = state["random"][rank()]
         set_random_state(self.random)
         self.compiled = state["compiled"]
-        self.shape = None if state["shape"] is None else torch.Size(state["shape"])
+        shapes = state["shapes"]
+        self.shapes = shapes and tuple(tuple(map(torch.Size, found)) for found in shapes)
         self.sums = Sums(**state["sums"]).to(device)
         self.seconds = float(state["seconds"])
-        self.history = [
-            EpochMetrics(**(metrics | {"train": Means(**metrics["train"])})) for metrics in state["history"]
-        ]
+        self.history = [EpochMetrics.from_dict(metrics) for metrics in state["history"]]
         self.best = float(state["best"])
         self.kept = int(state["kept"])
         self.kept_weights = {k: v.to(device) for k, v in state["kept_weights"].items()}
@@ -331,11 +365,11 @@ class _Run:
         self.model.train()
         saved = started = monotonic()
         before = self.seconds
-        for images, labels in self._remaining():
+        for inputs, targets in self._remaining():
             at_end = self.batch + 1 == self.batches
             tells = at_end or (self.batch + 1) % LOG_EVERY == 0
             syncs = tells or self.always_syncs
-            self._train_batch(images, labels, syncs)
+            self._train_batch(inputs, targets, syncs)
             self.batch += 1
             self.seconds = before + monotonic() - started
             if tells:
@@ -356,25 +390,24 @@ class _Run:
         active = self.penalty if stage == "penalty" else None
         if active is not None:
             active.begin()
-        config = self.config
-        self.step = build_step(
-            self.model, active, self.compiled, config.precision, loss=objective(config), shape=self.shape
-        )
+        own: dict[str, Any] = {"loss": self.objective, "correct": self.task.correct, "shapes": self.shapes}
+        self.step = build_step(self.model, active, self.compiled, self.config.precision, **own)
         if self.teacher is not None and self.soft is None:
-            self.soft = build_teacher(self.teacher, self.compiled, self.shape)
+            self.soft = build_teacher(self.teacher, self.compiled, self.shapes)
         self.stage = stage
 
-    def _remaining(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _remaining(self) -> Iterator[tuple[Any, Any]]:
         """The epoch's batches from ``self.batch`` on, on the device."""
         if hasattr(self.data, "set_epoch"):
             self.data.set_epoch(self.epoch)
         if not self.batch:
             self.epoch_random = random_state()
-        for images, labels in self._resumed() if self.batch else self.data:
-            images = images.to(self.config.device, non_blocking=True, memory_format=self.layout)
-            yield images, labels.to(self.config.device, non_blocking=True)
+        for batch in self._resumed() if self.batch else self.data:
+            inputs, targets = self.task.split(batch)
+            inputs = positional(self.model, moved(inputs, self.config.device, self.layout))
+            yield inputs, moved(targets, self.config.device)
 
-    def _resumed(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _resumed(self) -> Iterator[Any]:
         """The rest of an epoch that was cut off; what random numbers finding its place takes, the run did not take."""
         if hasattr(self.data, "starting_at"):
             batches = self.data.starting_at(self.batch)
@@ -387,22 +420,22 @@ class _Run:
         set_random_state(self.random)
         yield from chain(found, batches)
 
-    def _train_batch(self, images: Tensor, labels: Tensor, syncs: bool) -> None:
+    def _train_batch(self, inputs: Any, targets: Any, syncs: bool) -> None:
         """Train on one batch; with ``syncs``, wait for the device and see whether all went well since the last look."""
-        self.shape = self.shape or images.shape
+        self.shapes = self.shapes or shapes_of(inputs, targets)
         skips = self.config.on_nonfinite == "skip"
         buffers = [buffer.clone() for buffer in self.model.buffers()] if skips else []
         self.lr = self.update.lr
-        loss, numbers = self._forward(images, labels)
+        loss, numbers = self._forward(inputs, targets)
         failed = self.update(loss, sync=syncs)
         if not failed:
-            self.sums.add(numbers, len(labels))
+            self.sums.add(numbers, self.task.size(inputs))
             if self.average is not None:
                 self.average.update(self.model)
             return
         if failed > 1:
-            images, loss = self._again(failed)
-        where = f"{self._where(1)}: {culprit(self.model, images, loss)}"
+            inputs, targets, loss = self._again(failed)
+        where = f"{self._where(1)}: {culprit(self.model, inputs, loss, targets)}"
         if not skips:
             raise TrainingError(f"{where}; try a lower --lr or --clip-grad, or --on-nonfinite skip")
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
@@ -411,24 +444,24 @@ class _Run:
         self.skipped += 1
         log.warning("%s; the batch was skipped", where)
 
-    def _forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _forward(self, inputs: Any, targets: Any) -> tuple[Tensor, dict[str, Tensor]]:
         assert self.step is not None
-        soft = None if self.soft is None else self.soft(images)
+        soft = None if self.soft is None else self.soft(inputs)
         with small_batches_named(self._where(1)):
-            return self.step(images, labels, soft)
+            return self.step(inputs, targets, soft)
 
-    def _again(self, failed: int) -> tuple[Tensor, Tensor]:
-        """Images and loss of the first of the last ``failed`` batches, whose gradients the parameters then hold.
+    def _again(self, failed: int) -> tuple[Any, Any, Tensor]:
+        """The first of the last ``failed`` batches and its loss, whose gradients the parameters then hold.
 
         It is drawn and run once more: nothing that decides its gradients has changed since.
         """
         self.batch -= failed - 1
         set_random_state(self.epoch_random)
-        images, labels = next(self._remaining())
+        inputs, targets = next(self._remaining())
         self.update.clear()
-        loss, _ = self._forward(images, labels)
+        loss, _ = self._forward(inputs, targets)
         self.update(loss)
-        return images, loss
+        return inputs, targets, loss
 
     def _where(self, more: int = 0) -> str:
         return f"epoch {self.epoch}, batch {self.batch + more}"
@@ -446,20 +479,20 @@ class _Run:
         for callback in self.callbacks:
             callback.on_batch(progress)
 
-    def end_epoch(self, stage: str, val_data: Iterable[tuple[Tensor, Tensor]] | None) -> None:
+    def end_epoch(self, stage: str, val_data: Iterable[Any] | None) -> None:
         """Validate, write, and be at the start of the next epoch."""
         broadcast_buffers(self.model)
         with self.average.applied(self.model) if self.average is not None else nullcontext():
             if self.config.reestimate_bn:
                 self._reestimate()
-            metrics = self._metrics(stage, None if val_data is None else evaluate(self.model, val_data))
+            metrics = self._metrics(stage, None if val_data is None else evaluate(self.model, val_data, self.task))
             weights = {k: v.clone() for k, v in self.model.state_dict().items()}
         self.history.append(metrics)
         improved = self._keep(metrics, weights)
         self.epoch, self.batch = self.epoch + 1, 0
         self.sums, self.seconds = Sums(), 0.0
         if self.run_dir is not None and rank() == 0:
-            content = {"state_dict": weights, "metrics": asdict(metrics)}
+            content = {"state_dict": weights, "metrics": metrics.as_dict()}
             with written_into(self.run_dir):
                 write_metrics(self.run_dir, self.history)
                 for name in ("last.pth", "best.pth") if improved else ("last.pth",):
@@ -473,11 +506,11 @@ class _Run:
 
         An epoch of the warm-up has another objective, so it does not compete.
         """
-        accuracy = metrics.val_accuracy
-        best = metrics.stage != "warm-up" and accuracy is not None and accuracy >= self.best
+        value = metrics.val_metric
+        best = metrics.stage != "warm-up" and value is not None and value >= self.best
         if best:
-            assert accuracy is not None
-            self.best = accuracy
+            assert value is not None
+            self.best = value
         if best or self.config.keep == "last":
             self.kept, self.kept_weights = metrics.epoch, weights
         return best
@@ -486,31 +519,33 @@ class _Run:
         """Batch norms' statistics from the first batches of the epoch; nothing random moves on."""
         before = random_state()
         batches = islice(iter(self.data), self.config.reestimate_bn)
-        reestimate_batch_norm(self.model, (images.to(self.config.device) for images, _ in batches))
+        inputs = (moved(self.task.split(batch)[0], self.config.device) for batch in batches)
+        reestimate_batch_norm(self.model, inputs)
         broadcast_buffers(self.model)
         set_random_state(before)
 
-    def _metrics(self, stage: str, result: Evaluation | None) -> EpochMetrics:
+    def _metrics(self, stage: str, result: Evaluation | Score | None) -> EpochMetrics:
         return EpochMetrics(
             epoch=self.epoch,
             stage=stage,
             lr=self.lr,
             train=self.sums.means(),
             val_loss=None if result is None else result.loss,
-            val_accuracy=None if result is None else result.accuracy,
+            val_metric=None if result is None else result.value,
             seconds=self.seconds,
             images_per_second=world_size() * self.sums.images / self.seconds if self.seconds else 0.0,
             weights={} if self.statistics is None else self.statistics(self.epoch, self.batches),
+            metric=self.task.metric,
         )
 
     def result(self) -> FitResult:
-        history = tuple(self.history)
+        history, metric = tuple(self.history), self.task.metric
         if not history:
-            return FitResult(history, 0, "", None, self.compiled, self.skipped, self.teacher_sha256)
+            return FitResult(history, 0, "", None, self.compiled, self.skipped, self.teacher_sha256, metric)
         self.model.load_state_dict(versioned(self.kept_weights, self.model))
         kept = history[self.kept - 1]
-        chosen = kept.epoch, kept.stage, kept.val_accuracy
-        return FitResult(history, *chosen, self.compiled, self.skipped, self.teacher_sha256)
+        chosen = kept.epoch, kept.stage, kept.val_metric
+        return FitResult(history, *chosen, self.compiled, self.skipped, self.teacher_sha256, metric)
 
 
 def seed_everything(seed: int) -> None:
@@ -522,5 +557,5 @@ def seed_everything(seed: int) -> None:
 
 def write_metrics(run_dir: Path, history: Iterable[EpochMetrics]) -> None:
     """``metrics.jsonl``, whole and at once, so that no line is ever cut or doubled."""
-    lines = [json.dumps(asdict(metrics)) + "\n" for metrics in history]
+    lines = [json.dumps(metrics.as_dict()) + "\n" for metrics in history]
     write_text_atomically(run_dir / "metrics.jsonl", "".join(lines))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Means:
-    """Training figures averaged since the epoch began. ``accuracy`` is 0 to 1, ``terms`` are the penalty's parts."""
+    """Training figures averaged since the epoch began. ``accuracy`` is 0 to 1, ``None`` where the task counts none;
+    ``terms`` are the penalty's parts."""
 
     loss: float
-    accuracy: float
+    accuracy: float | None
     terms: dict[str, float] = field(default_factory=dict)
 
 
@@ -38,10 +40,30 @@ class EpochMetrics:
     lr: float  #: of the last batch
     train: Means
     val_loss: float | None  #: ``None`` where there is no validation
-    val_accuracy: float | None  #: the same
+    val_metric: float | None  #: the same; what ``metric`` measured, written as ``val_accuracy``, ``val_mIoU`` ...
     seconds: float  #: of the training part
     images_per_second: float
     weights: dict[str, dict[str, float | None]] = field(default_factory=dict)  #: what ``statistics`` told of each
+    metric: str = "accuracy"  #: the task's
+
+    @property
+    def val_accuracy(self) -> float | None:
+        """Of a classifier, 0 to 1; ``None`` where there is no validation, or the metric is another one."""
+        return self.val_metric if self.metric == "accuracy" else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The line: plain data, with the metric under its name."""
+        found = asdict(self)
+        del found["metric"]
+        return {f"val_{self.metric}" if name == "val_metric" else name: value for name, value in found.items()}
+
+    @classmethod
+    def from_dict(cls, line: dict[str, Any]) -> EpochMetrics:
+        """What :meth:`as_dict` gave."""
+        (name,) = (name for name in line if name.startswith("val_") and name != "val_loss")
+        rest = {key: value for key, value in line.items() if key not in (name, "train")}
+        metric = name.removeprefix("val_")
+        return cls(**rest, train=Means(**line["train"]), val_metric=line[name], metric=metric)
 
 
 @dataclass(frozen=True)
@@ -51,10 +73,16 @@ class FitResult:
     history: tuple[EpochMetrics, ...]
     epoch: int  #: whose weights are kept; 0 where no epoch was trained
     stage: str  #: of that epoch, as in :class:`EpochMetrics`
-    val_accuracy: float | None  #: of that epoch; ``None`` where there is no validation
+    val_metric: float | None  #: of that epoch; ``None`` where there is no validation
     compiled: str  #: ``"whole"`` step, its ``"kernels"``, or ``"none"``
     skipped: int = 0  #: batches left out because a loss or gradient was not finite
     teacher_sha256: str | None = None  #: of the weights of what was distilled from
+    metric: str = "accuracy"  #: what ``val_metric`` is of
+
+    @property
+    def val_accuracy(self) -> float | None:
+        """As in :class:`EpochMetrics`."""
+        return self.val_metric if self.metric == "accuracy" else None
 
 
 class Callback:
@@ -84,5 +112,6 @@ class Sums:
     def means(self) -> Means:
         """Of the batches so far; 0 where there was none."""
         numbers = {name: float(value) / self.batches for name, value in self.numbers.items()}
-        accuracy = numbers.pop("correct", 0.0) * self.batches / max(1, self.images)
+        correct = numbers.pop("correct", None if self.batches else 0.0)
+        accuracy = None if correct is None else correct * self.batches / max(1, self.images)
         return Means(numbers.pop("task", 0.0), accuracy, numbers)

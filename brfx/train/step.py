@@ -6,30 +6,35 @@ import importlib.util
 import logging
 import shutil
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch._functorch.config
 from torch import Tensor, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import CheckpointPolicy
 
 from brfx.config import TrainConfig
 from brfx.distributed import world_size
+from brfx.errors import ConfigError
 from brfx.kernels.inductor import compiled
 from brfx.regularizers import HasTrainingForm, Regularizer
+from brfx.train.tasks import Task, call, classification, count_correct, takes_smoothing
 
 log = logging.getLogger(__name__)
 
-#: ``(images, labels, soft=None) -> (loss, {"task": .., "correct": .., and one entry per term of the penalty})``;
-#: ``soft`` are a teacher's logits.
+#: ``(inputs, targets, soft=None) -> (loss, {"task": .., "correct": .., and one entry per term of the penalty})``;
+#: ``soft`` is a teacher's output. ``"correct"`` is there where the task counts it.
 LossStep = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
-#: ``(logits, labels, soft) -> loss``, a mean over the batch.
-Objective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+#: ``(output, targets, soft) -> loss``, a mean over the batch.
+Objective = Callable[[Any, Any, Any], Tensor]
+
+#: Of all tensors in a batch's inputs, and of those in its targets.
+Shapes = tuple[tuple[torch.Size, ...], ...]
 
 #: Batches that a run must have before ``compile="auto"`` compiles the whole step, or its kernels. From an empty cache
 #: the compilations take the time of some 140 to 280 (kernels) and 150 to 550 (whole) compiled batches of ResNet-20
@@ -39,21 +44,34 @@ WORTH_COMPILING, WORTH_KERNELS = 1000, 500
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def objective(config: TrainConfig) -> Objective:
-    """Cross-entropy with label smoothing, mixed with distillation where there are a teacher's logits.
+def objective(config: TrainConfig, task: Task | None = None) -> Objective:
+    """The task's loss, mixed with distillation where there is a teacher's output; by default of a classifier.
 
-    ``(1 - distill) * CE(logits, labels) + distill * T^2 * KL(softmax(soft / T) || softmax(logits / T))``, the
-    temperature T (Hinton et al., "Distilling the Knowledge in a Neural Network", 2015).
+    ``(1 - distill) * loss(output, targets) + distill * T^2 * distance(output, soft, T)``, the temperature T; of a
+    classifier that is cross-entropy with label smoothing, and ``KL(softmax(soft / T) || softmax(output / T))``.
+
+    Raises:
+        ConfigError: the task has no distance that could be distilled, or its loss takes no label smoothing.
     """
-    smoothing, mix, temperature = config.label_smoothing, config.distill, config.temperature
+    task = task or classification()
+    mix, temperature, distance = config.distill, config.temperature, task.distance
+    if mix and distance is None:
+        raise ConfigError(f"distill={mix}: this task cannot be distilled, it has no distance between two outputs")
+    compute = task.loss
+    if takes_smoothing(compute):
+        compute = partial(compute, label_smoothing=config.label_smoothing)
+    elif config.label_smoothing:
+        raise ConfigError(f"label_smoothing={config.label_smoothing}: the task's loss takes none, so leave it at 0")
 
-    def loss(logits: Tensor, labels: Tensor, soft: Tensor | None) -> Tensor:
-        task = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    def loss(output: Any, targets: Any, soft: Any) -> Tensor:
+        cost = compute(output, targets)
+        if not isinstance(cost, Tensor) or cost.dim():
+            shape = f" of shape {tuple(cost.shape)}" if isinstance(cost, Tensor) else ""
+            raise ConfigError(f"the loss is a {type(cost).__name__}{shape}: it takes one number, a mean over the batch")
         if soft is None:
-            return task
-        student, teacher = F.log_softmax(logits / temperature, 1), F.log_softmax(soft / temperature, 1)
-        divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-        return (1 - mix) * task + mix * temperature**2 * divergence
+            return cost
+        assert distance is not None
+        return (1 - mix) * cost + mix * temperature**2 * distance(output, soft, temperature)
 
     return loss
 
@@ -65,6 +83,7 @@ def loss_step(
     kernels: bool | None = None,
     precision: str = "fp32",
     loss: Objective | None = None,
+    correct: Callable[[Any, Any], Tensor] | None = count_correct,
 ) -> LossStep:
     """The function that is differentiated: ``loss``, plus ``terms.total`` if there is a penalty.
 
@@ -75,27 +94,37 @@ def loss_step(
             are.
         precision: ``"bf16"`` and ``"fp16"`` run the model under autocast; the loss is in FP32.
         loss: default cross-entropy.
+        correct: as in :class:`brfx.train.Task`.
     """
     module: Any = model if penalty is None else penalty
-    run: Callable[[Tensor], Any] = module
+    forward: Callable[..., Any] = module
     if kernels is not None and isinstance(module, HasTrainingForm):
-        run = module.training_form(kernels)
+        forward = module.training_form(kernels)
     device = next(model.parameters()).device.type
     loss = loss or objective(TrainConfig())
 
-    def step(images: Tensor, labels: Tensor, soft: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def step(inputs: Any, targets: Any, soft: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.autocast(device, PRECISIONS[precision], enabled=precision != "fp32"):
-            logits, terms = (run(images), None) if penalty is None else run(images)
-        task = loss(logits if precision == "fp32" else logits.float(), labels, soft)
-        numbers = {"task": task.detach(), "correct": (logits.argmax(1) == labels).sum()}
+            output, terms = (call(forward, inputs), None) if penalty is None else call(forward, inputs)
+        cost = loss(output if precision == "fp32" else in_fp32(output), targets, soft)
+        numbers = {"task": cost.detach()}
+        if correct is not None:
+            numbers["correct"] = correct(output, targets)
         if terms is None:
-            return task, numbers
+            return cost, numbers
         fields = [name for name in terms._fields if name != "total"]
         for name in penalty.logged_terms if isinstance(penalty, Regularizer) else fields:
             numbers[name] = getattr(terms, name).detach()
-        return task + terms.total, numbers
+        return cost + terms.total, numbers
 
     return step
+
+
+def in_fp32(output: Any) -> Any:
+    """``output`` with every floating-point tensor in it in FP32."""
+    return tree_map(
+        lambda value: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value, output
+    )
 
 
 def how_to_compile(choice: str, batches: int, device: str) -> str:
@@ -127,39 +156,53 @@ def build_step(
     precision: str = "fp32",
     *,
     loss: Objective | None = None,
-    shape: torch.Size | None = None,
+    correct: Callable[[Any, Any], Tensor] | None = count_correct,
+    shapes: Shapes | None = None,
 ) -> LossStep:
     """:func:`loss_step` in the form that :func:`how_to_compile` chose, inside DDP where several processes train.
 
-    What is compiled is so for images of ``shape``, by default that of the first batch. Batches of another shape, such
+    What is compiled is so for batches of ``shapes``, by default those of the first batch. Batches of other shapes, such
     as a smaller last one, go through the same function uncompiled, so that none causes a compilation.
     """
-    common: dict[str, Any] = {"precision": precision, "loss": loss}
+    common: dict[str, Any] = {"precision": precision, "loss": loss, "correct": correct}
     if how == "none":
         return in_ranks(model, penalty, loss_step(model, penalty, **common))
     eager = loss_step(model, penalty, kernels=False, **common)
     fast = compile_whole(eager) if how == "whole" else loss_step(model, penalty, kernels=True, **common)
-    return in_ranks(model, penalty, _for_one_shape(fast, eager, shape))
+    return in_ranks(model, penalty, _for_one_shape(fast, eager, shapes))
 
 
-def build_teacher(teacher: nn.Module, how: str, shape: torch.Size | None = None) -> Callable[[Tensor], Tensor]:
-    """``images -> logits`` of ``teacher``, as it is and without gradients; compiled where the step is.
+def build_teacher(teacher: nn.Module, how: str, shapes: Shapes | None = None) -> Callable[[Any], Any]:
+    """``inputs -> output`` of ``teacher``, as it is and without gradients; compiled where the step is.
 
     It is compiled on its own, so that Python code in a teacher that does not compile as one graph still runs. Batches
-    of another shape run uncompiled, as in :func:`build_step`.
+    of other shapes run uncompiled, as in :func:`build_step`.
     """
-    run = teacher if how == "none" else _for_one_shape(compiled(teacher), teacher, shape)
-    return torch.no_grad()(run)
+    eager = partial(call, teacher)
+    if how == "none":
+        return torch.no_grad()(eager)
+    return torch.no_grad()(_for_one_shape(partial(call, compiled(teacher)), eager, shapes and shapes[:1]))
 
 
-def _for_one_shape(fast: Callable[..., Any], eager: Callable[..., Any], shape: torch.Size | None) -> Callable[..., Any]:
-    """``fast`` for images of ``shape``, by default that of the first batch, ``eager`` for all others."""
-    shapes = [] if shape is None else [shape]
+def shapes_of(*values: Any) -> Shapes:
+    """Of the tensors in each of ``values``."""
+    return tuple(
+        (value.shape,)
+        if isinstance(value, Tensor)
+        else tuple(leaf.shape for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+        for value in values
+    )
 
-    def run(images: Tensor, *rest: Tensor | None) -> Any:
-        if not shapes:
-            shapes.append(images.shape)
-        return (fast if images.shape == shapes[0] else eager)(images, *rest)
+
+def _for_one_shape(fast: Callable[..., Any], eager: Callable[..., Any], shapes: Shapes | None) -> Callable[..., Any]:
+    """``fast`` for a batch of ``shapes``, by default those of the first one, ``eager`` for all others."""
+    kept = [] if shapes is None else [shapes]
+
+    def run(*batch: Any) -> Any:
+        found = shapes_of(*batch[:2])
+        if not kept:
+            kept.append(found)
+        return (fast if found == kept[0] else eager)(*batch)
 
     return run
 
@@ -184,8 +227,8 @@ class _Stepping(nn.Module):
         super().__init__()
         self.trained, self.step = trained, step
 
-    def forward(self, images: Tensor, labels: Tensor, soft: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.step(images, labels, soft)
+    def forward(self, inputs: Any, targets: Any, soft: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.step(inputs, targets, soft)
 
 
 def compile_whole(step: LossStep) -> LossStep:
@@ -196,9 +239,9 @@ def compile_whole(step: LossStep) -> LossStep:
     """
     whole = compiled(step, fullgraph=True, joint_custom_pre_pass=_KeepBytes())
 
-    def run(images: Tensor, labels: Tensor, soft: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(inputs: Any, targets: Any, soft: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
         with torch._functorch.config.patch(_RECOMPUTE):
-            loss, numbers = whole(images, labels, soft)
+            loss, numbers = whole(inputs, targets, soft)
             return loss, numbers
 
     return run

@@ -13,7 +13,7 @@ class TensorBoard(Callback):
     """Writes event files into ``folder``, for ``tensorboard --logdir folder``; the first figure makes the folder.
 
     Every few batches, over the batches since the run began: ``train/loss``, ``train/accuracy``, ``penalty/NAME`` for
-    each term, ``lr``. Over the epochs, where there is validation: ``val/loss``, ``val/accuracy``.
+    each term, ``lr``. Over the epochs, where there is validation: ``val/loss``, ``val/accuracy`` or the task's metric.
     A run that goes on in the same folder replaces what was logged after the batch it goes on from.
 
     Raises:
@@ -33,14 +33,15 @@ class TensorBoard(Callback):
         batch, means = before + progress.batch, progress.means
         writer = self._open(before + 1)
         writer.add_scalar("train/loss", means.loss, batch)
-        writer.add_scalar("train/accuracy", means.accuracy, batch)
+        if means.accuracy is not None:
+            writer.add_scalar("train/accuracy", means.accuracy, batch)
         for name, value in means.terms.items():
             writer.add_scalar(f"penalty/{name}", value, batch)
         writer.add_scalar("lr", progress.lr, batch)
 
     def on_epoch(self, metrics: EpochMetrics) -> None:
         writer = self._open()
-        for name, value in (("loss", metrics.val_loss), ("accuracy", metrics.val_accuracy)):
+        for name, value in (("loss", metrics.val_loss), (metrics.metric, metrics.val_metric)):
             if value is not None:
                 writer.add_scalar(f"val/{name}", value, metrics.epoch)
         writer.flush()

@@ -1,0 +1,252 @@
+"""What a model is trained to do: how a batch is read, what an output costs, and how a model is measured."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
+
+from brfx.errors import ConfigError, DataError, TrainingError
+from brfx.modes import eval_mode
+from brfx.train.evaluate import Evaluation, Score, evaluate_classifier
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """All that :func:`brfx.fit` has to know of a task. :func:`classification` and :func:`own` make one.
+
+    A model is called with a batch's inputs: with a tuple as ``model(*inputs)``, with a mapping as ``model(**inputs)``,
+    with anything else, such as a tensor or a list, as ``model(inputs)``.
+
+    Attributes:
+        loss: ``loss(output, targets)``, a mean over the batch, on the model's device; the output is in FP32. One that
+            also takes ``label_smoothing=`` is given ``TrainConfig.label_smoothing``.
+        evaluate: ``evaluate(model, batches)``, an :class:`Evaluation` or :class:`Score`; more is better.
+        metric: the name of what that measures.
+        split: a batch into inputs and targets.
+        size: how many samples inputs are.
+        correct: ``correct(output, targets)``, how many samples are right, for the log; of parts of a sample the share.
+            ``None``: no such figure is logged.
+        distance: ``distance(output, soft, T)``, how far an output is from a teacher's at the temperature T, a mean over
+            the batch; the loss has it T^2 times, as gradients at that temperature are so much smaller. ``None``:
+            nothing can be distilled.
+    """
+
+    loss: Callable[..., Tensor]
+    evaluate: Callable[[nn.Module, Iterable[Any]], Evaluation | Score]
+    metric: str
+    split: Callable[[Any], tuple[Any, Any]]
+    size: Callable[[Any], int]
+    correct: Callable[[Any, Any], Tensor] | None = None
+    distance: Callable[[Any, Any, float], Tensor] | None = None
+
+
+def call(model: Callable[..., Any], inputs: Any) -> Any:
+    """``model`` of a batch's inputs, see :class:`Task`."""
+    if isinstance(inputs, tuple):
+        return model(*inputs)
+    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+
+def positional(model: nn.Module, inputs: Any) -> Any:
+    """A mapping of inputs by name as the tuple that ``model`` takes, where it takes them by position.
+
+        {"mask": m, "x": x}    ->    (x, m)    for forward(self, x, mask=None)
+
+    Raises:
+        ConfigError: the model takes no inputs of these names.
+    """
+    if not isinstance(inputs, Mapping):
+        return inputs
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(**inputs)
+    except TypeError as error:
+        raise ConfigError(
+            f"the batches' inputs are {', '.join(map(repr, inputs))}, the model's forward takes "
+            f"{', '.join(signature.parameters)} ({error}): give split= that names them so"
+        ) from error
+    bound.apply_defaults()
+    return inputs if bound.kwargs else bound.args
+
+
+def moved(values: Any, device: torch.device | str, layout: torch.memory_format | None = None) -> Any:
+    """``values`` with every tensor in them, at any depth, on ``device``; images and other 4-d ones in ``layout``."""
+
+    def to(value: Any) -> Any:
+        if isinstance(value, Tensor) and layout is not None and value.dim() == 4:
+            return value.to(device, non_blocking=True, memory_format=layout)
+        if isinstance(value, Tensor):
+            return value.to(device, non_blocking=True)
+        return value.to(device) if hasattr(value, "to") else value
+
+    return to(values) if isinstance(values, Tensor) else tree_map(to, values)
+
+
+def pair(batch: Any) -> tuple[Any, Any]:
+    """A batch ``(inputs, targets)``.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        what = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
+        raise ConfigError(
+            f"a batch is a {what}, no pair (inputs, targets): say how it is split with split=, "
+            "such as split=lambda batch: (batch['image'], batch['mask'])"
+        )
+    return batch[0], batch[1]
+
+
+def count_samples(inputs: Any) -> int:
+    """How many samples inputs are: a list's length, or that of the first tensor.
+
+    Raises:
+        ConfigError: there is no tensor in them.
+    """
+    if isinstance(inputs, Tensor | list):
+        return len(inputs)
+    found = next((value for value in tree_leaves(inputs) if isinstance(value, Tensor) and value.dim()), None)
+    if found is None:
+        raise ConfigError(f"there is no tensor in a batch's inputs, a {type(inputs).__name__}: give split=")
+    return len(found)
+
+
+def classification() -> Task:
+    """Logits ``(batch, classes)`` and labels ``(batch,)``: cross-entropy, and top-1 accuracy.
+
+    What is distilled is :func:`divergence` (Hinton et al., "Distilling the Knowledge in a Neural Network", 2015).
+    """
+    return Task(
+        loss=F.cross_entropy,
+        evaluate=evaluate_classifier,
+        metric="accuracy",
+        split=pair,
+        size=count_samples,
+        correct=count_correct,
+        distance=divergence,
+    )
+
+
+def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of how many samples the largest of ``logits`` (N, classes) is the label's."""
+    return (logits.argmax(1) == labels).sum()
+
+
+def divergence(logits: Tensor, soft: Tensor, temperature: float) -> Tensor:
+    """``KL(softmax(soft / T) || softmax(logits / T))`` of logits ``(batch, classes, ...)``, a mean over the batch and
+    what the further dimensions count, such as pixels."""
+    student, teacher = F.log_softmax(logits / temperature, 1), F.log_softmax(soft / temperature, 1)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) / math.prod(logits.shape[2:])
+
+
+def own(
+    loss: Callable[..., Tensor] | None = None,
+    metric: Any = None,
+    split: Callable[[Any], tuple[Any, Any]] | None = None,
+) -> Task:
+    """A task of the user's own, from what :func:`brfx.fit` is given for it.
+
+    Args:
+        loss: as in :class:`Task`; default that of :func:`classification`.
+        metric: ``metric(model, batches) -> float`` for a model in eval mode, without gradients; or an object with
+            ``update(output, targets)``, ``compute()`` and ``reset()``, such as one of torchmetrics, of which a copy is
+            used; more is better. ``None``: there is none, and so no validation.
+        split: as in :class:`Task`; default :func:`pair`.
+    """
+    split = split or pair
+    cost = loss or F.cross_entropy
+    name = name_of(metric)
+
+    def evaluate(model: nn.Module, data: Iterable[Any]) -> Score:
+        if all(hasattr(metric, method) for method in ("update", "compute", "reset")):
+            return evaluate_with(metric, model, data, split, cost, name)
+        with eval_mode(model), torch.no_grad():
+            value = metric(model, data)
+        return Score(number(value, name), name)
+
+    return Task(loss=cost, evaluate=evaluate, metric=name, split=split, size=count_samples)
+
+
+def takes_smoothing(loss: Callable[..., Any]) -> bool:
+    """Whether a loss can be given ``label_smoothing=``."""
+    try:
+        parameters = inspect.signature(loss).parameters.values()
+    except (TypeError, ValueError):  # of something built in
+        return False
+    return any(parameter.name == "label_smoothing" for parameter in parameters)
+
+
+def evaluate_with(
+    metric: Any,
+    model: nn.Module,
+    data: Iterable[Any],
+    split: Callable[[Any], tuple[Any, Any]],
+    loss: Callable[..., Tensor] | None,
+    name: str,
+    answer: Callable[[Any, Any], tuple[Any, Any]] = lambda output, targets: (output, targets),
+) -> Score:
+    """What a metric of torchmetrics' kind computes of ``model``, and the mean ``loss`` unless there is none.
+
+    Every rank sees all of ``data``, so that the ranks' states are not added up.
+
+    Args:
+        answer: ``(output, targets)`` to what the metric is updated with.
+    """
+    metric, device = deepcopy(metric), next(model.parameters()).device
+    if hasattr(metric, "sync_on_compute"):
+        metric.sync_on_compute = False
+    if hasattr(metric, "to"):
+        metric = metric.to(device)
+    metric.reset()
+    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
+    with eval_mode(model), torch.no_grad():
+        for inputs, targets in on_device(data, split, device):
+            output, size = call(model, inputs), count_samples(inputs)
+            metric.update(*answer(output, targets))
+            if loss is not None:
+                total, count = total + loss(output, targets) * size, count + size
+            else:
+                count += size
+        if not count:
+            raise DataError("there is nothing to evaluate on: the data gave no batch")
+        value = metric.compute()
+    return Score(number(value, name), name, count, None if loss is None else float(total) / count)
+
+
+def on_device(
+    data: Iterable[Any], split: Callable[[Any], tuple[Any, Any]], device: torch.device
+) -> Iterator[tuple[Any, Any]]:
+    for batch in data:
+        inputs, targets = split(batch)
+        yield moved(inputs, device), moved(targets, device)
+
+
+def number(value: Any, name: str) -> float:
+    """What a metric gave, as a number.
+
+    Raises:
+        ConfigError: it is none.
+        TrainingError: it is NaN or infinity, which no epoch can be compared by.
+    """
+    try:
+        found = float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{name} gave a {type(value).__name__}: a metric takes one number, more is better") from error
+    if not math.isfinite(found):
+        raise TrainingError(f"{name} is {found}, by which no epoch can be compared: see that the data has its classes")
+    return found
+
+
+def name_of(metric: Any) -> str:
+    """What a metric is called in logs and files: its function's or its class's name."""
+    name = getattr(metric, "__name__", "metric" if metric is None else type(metric).__name__)
+    return name if name.isidentifier() and name not in ("loss", "partial") else "metric"
