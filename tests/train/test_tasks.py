@@ -1,0 +1,246 @@
+"""Any task: nested batches, one's own loss and metric, and a classifier that trains as it always did."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import brfx
+from brfx.data import BatchLoader
+from brfx.train import Callback, Task, classification, fit
+from brfx.train.tasks import count_samples, divergence, moved, pair, positional
+
+from .helpers import small_net
+
+
+class TwoInputs(nn.Module):
+    """A map and a mask in, a map and a number out."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.second = nn.Conv2d(8, 2, 3, padding=1)
+
+    def forward(self, image, mask, scale=1.0):
+        x = self.second(self.first(image) * mask) * scale
+        return {"map": x, "mean": x.mean((1, 2, 3))}
+
+
+def two_inputs():
+    torch.manual_seed(0)
+    return TwoInputs()
+
+
+def samples(count=4, batch=8):
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(count):
+        image = torch.randn(batch, 3, 8, 8, generator=generator)
+        mask = (torch.rand(batch, 1, 8, 8, generator=generator) > 0.3).float()
+        found.append({"mask": mask, "image": image, "goal": [image[:, :2] * mask, image.mean((1, 2, 3))], "id": "a"})
+    return found
+
+
+def split(batch):
+    return {"mask": batch["mask"], "image": batch["image"]}, batch["goal"]
+
+
+def squares(output, targets):
+    return F.mse_loss(output["map"], targets[0]) + F.mse_loss(output["mean"], targets[1])
+
+
+def closeness(model, data):
+    assert not model.training and not torch.is_grad_enabled()
+    values = [squares(model(**inputs), targets) for inputs, targets in map(split, data)]
+    return -float(torch.stack(values).mean())
+
+
+def rewritten():
+    model = two_inputs()
+    batch = samples(1)[0]
+    qmodel = brfx.prepare_qat(model, brfx.QATConfig(bits=4), (batch["image"], batch["mask"]))
+    brfx.calibrate(qmodel, samples(2), forward=lambda gm, batch: gm(batch["image"], batch["mask"]))
+    return qmodel
+
+
+own = {"loss": squares, "metric": closeness, "split": split}
+
+
+@pytest.mark.parametrize("compile", ["off", "kernels", "on"])
+def test_a_batch_of_any_structure_trains_with_a_penalty_and_the_metric_chooses(tmp_path, compile):
+    torch._dynamo.reset()
+    qmodel = rewritten()
+    config = brfx.TrainConfig(epochs=4, warmup_epochs=1, compile=compile, keep="best", reestimate_bn=2, ema=0.5)
+    data = [*samples(), *samples(1, batch=3)]  # the last one is smaller
+    result = fit(qmodel, data, samples(2), config, **own, penalty=brfx.BinPenalty(qmodel, 0.01, 0.01), run_dir=tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    values = [line["val_closeness"] for line in lines]
+    assert result.metric == "closeness" and result.val_metric == max(values[1:]) < 0 and result.val_accuracy is None
+    assert values[-1] > values[0] and not any(name.startswith("val_acc") for name in lines[0])
+    assert [line["train"]["accuracy"] for line in lines] == [None] * 4 and set(lines[3]["train"]["terms"]) == {
+        "weight", "act",
+    }  # fmt: skip
+    assert closeness_of(qmodel) == pytest.approx(result.val_metric, rel=1e-5)
+    best = torch.load(tmp_path / "best.pth", weights_only=True)
+    assert best["metrics"]["val_closeness"] == result.val_metric
+
+
+def closeness_of(model):
+    with torch.no_grad():
+        return closeness(model.eval(), samples(2))
+
+
+class Cut(Callback):
+    def on_epoch(self, metrics):
+        if metrics.epoch == 2:
+            raise KeyboardInterrupt
+
+
+def test_a_run_of_ones_own_task_goes_on_bit_for_bit(tmp_path):
+    config = brfx.TrainConfig(epochs=3, warmup_epochs=1, compile="off")
+    whole, cut = rewritten(), rewritten()
+    fit(whole, samples(), samples(2), config, **own, penalty=brfx.BinPenalty(whole))
+    with pytest.raises(KeyboardInterrupt):
+        settings = {"penalty": brfx.BinPenalty(cut), "run_dir": tmp_path, "callbacks": [Cut()]}
+        fit(cut, samples(), samples(2), config, **own, **settings)
+    again = rewritten()
+    settings = {"penalty": brfx.BinPenalty(again), "run_dir": tmp_path, "resume": True}
+    with pytest.raises(brfx.BrfxError, match="begun with metric='closeness', now it is 'accuracy'"):
+        fit(again, samples(), samples(2), config, **settings)
+    result = fit(again, samples(), samples(2), config, **own, **settings)
+    assert [metrics.metric for metrics in result.history] == ["closeness"] * 3
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+def test_what_is_not_finite_is_named_at_any_depth():
+    for place, message in (
+        (lambda batch: batch["image"], r"epoch 1, batch 3: input \[0\] 5 of the batch"),
+        (lambda batch: batch["goal"][1].view(-1, 1), r"epoch 1, batch 3: target \[1\] 5 of the batch"),
+    ):
+        data = samples()
+        place(data[2])[5, 0] = torch.nan
+        with pytest.raises(brfx.BrfxError, match=message):
+            fit(two_inputs(), data, None, brfx.TrainConfig(epochs=1, compile="off"), loss=squares, split=split)
+    model = two_inputs()
+    model.second.register_forward_hook(lambda module, inputs, output: output / 0)
+    with pytest.raises(brfx.BrfxError, match="the output of second is not finite"):
+        fit(model, samples(), None, brfx.TrainConfig(epochs=1, compile="off"), loss=squares, split=split)
+
+
+class Right:
+    """A metric of torchmetrics' kind."""
+
+    def __init__(self):
+        self.right = self.count = 7  # of another use, which reset ends
+
+    def reset(self):
+        self.right = self.count = 0
+
+    def update(self, logits, labels):
+        self.right, self.count = self.right + int((logits.argmax(1) == labels).sum()), self.count + len(labels)
+
+    def compute(self):
+        return torch.tensor(self.right / self.count)
+
+
+def loaders(digits):
+    train = BatchLoader(digits.train, digits.preprocessing, 64, augment=True, flip=False, drop_last=True)
+    return train, BatchLoader(digits.val, digits.preprocessing, 256)
+
+
+def test_a_classifier_by_parts_is_the_built_in_one_bit_for_bit(digits):
+    config = brfx.TrainConfig(epochs=2, compile="off", label_smoothing=0.1)
+    default, by_parts = small_net(), small_net()
+    metric = Right()
+    first = fit(default, *loaders(digits), config)
+    second = fit(by_parts, *loaders(digits), config, loss=F.cross_entropy, metric=metric)
+    assert all(torch.equal(value, by_parts.state_dict()[name]) for name, value in default.state_dict().items())
+    for built_in, mine in zip(first.history, second.history, strict=True):
+        assert mine.metric == "Right" and mine.val_metric == pytest.approx(built_in.val_accuracy)
+        assert mine.train.loss == built_in.train.loss and mine.train.accuracy is None
+    assert metric.count == 7  # the user's own object is as it was
+
+
+def test_a_classifier_trains_as_before_tasks_came(digits):
+    """The losses that brfx had on these digits when it could train nothing else."""
+    qmodel = brfx.prepare_qat(small_net(), brfx.QATConfig(bits=2), torch.zeros(2, 3, 16, 16))
+    train, val = loaders(digits)
+    brfx.calibrate(qmodel, [next(iter(train))], batch_statistics=True)
+    config = brfx.TrainConfig(epochs=2, warmup_epochs=1, compile="off", label_smoothing=0.1)
+    result = fit(qmodel, train, val, config, penalty=brfx.BinPenalty(qmodel, 0.1, 0.01))
+    assert [metrics.train.loss for metrics in result.history] == pytest.approx(LOSSES, rel=1e-3)
+    assert list(result.history[0].as_dict()) == [
+        "epoch", "stage", "lr", "train", "val_loss", "val_accuracy", "seconds", "images_per_second", "weights",
+    ]  # fmt: skip
+    assert list(result.history[0].as_dict()["train"]) == ["loss", "accuracy", "terms"]
+
+
+LOSSES = [2.2582420349121093, 2.18756103515625]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss": squares, "task": classification()}, "task= has its own loss: give task= or loss="),
+        ({"loss": squares, "split": split}, r"loss= is your own, so say how val_data is measured: metric="),
+        ({"loss": squares, "metric": closeness}, r"a batch is a dict of 4, no pair .*say how it is split with split="),
+        (own | {"split": lambda b: ({"x": b["image"]}, 0)}, r"inputs are 'x', the model's forward takes image, mask"),
+        (own | {"loss": lambda out, goal: out["mean"]}, r"the loss is a Tensor of shape \(8,\): it takes one number"),
+        (own | {"loss": lambda out, goal: 1.0}, r"the loss is a float: it takes one number"),
+        (own | {"metric": lambda *_: torch.zeros(2)}, "metric gave a Tensor: a metric takes one number"),
+        (own | {"metric": lambda *_: torch.nan}, "metric is nan, by which no epoch can be compared"),
+    ],
+)
+def test_mistakes_are_said_in_one_line(settings, message):
+    with pytest.raises(brfx.BrfxError, match=message) as caught:
+        fit(two_inputs(), samples(1), samples(1), brfx.TrainConfig(epochs=1, compile="off"), **settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("setting", ["label_smoothing", "distill"])
+def test_what_the_task_cannot_do_is_refused(setting):
+    config, teacher = brfx.TrainConfig(epochs=1, **{setting: 0.5}), two_inputs() if setting == "distill" else None
+    with pytest.raises(brfx.BrfxError, match=f"^{setting}=0.5: "):
+        fit(two_inputs(), samples(1), None, config, loss=squares, split=split, teacher=teacher)
+
+
+def test_a_task_of_ones_own_distills_its_outputs():
+    """One step of SGD on the mixture of both losses, by hand and by fit."""
+    task = Task(
+        loss=squares, evaluate=None, metric="m", split=split, size=count_samples,
+        distance=lambda output, soft, temperature: F.mse_loss(output["map"], soft["map"]) / temperature,
+    )  # fmt: skip
+    config = brfx.TrainConfig(
+        epochs=1, lr_warmup=0, momentum=0, weight_decay=0, compile="off", distill=0.25, temperature=2.0
+    )
+    teacher, trained, plain = two_inputs().eval(), two_inputs(), two_inputs().train()
+    teacher.second.weight.data.mul_(2)
+    batch = samples(1)[0]
+    fit(trained, [batch], None, config, task=task, teacher=teacher)
+    inputs, targets = split(batch)
+    output, soft = plain(**inputs), teacher(**inputs)
+    loss = 0.75 * squares(output, targets) + 0.25 * 4 * F.mse_loss(output["map"], soft["map"].detach()) / 2
+    loss.backward()
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(trained.get_parameter(name), parameter - config.lr * parameter.grad, msg=name)
+
+
+def test_inputs_by_name_go_where_the_model_takes_them():
+    batch = samples(1)[0]
+    inputs, _ = split(batch)
+    image, mask, scale = positional(two_inputs(), inputs)
+    assert image is batch["image"] and mask is batch["mask"] and scale == 1.0
+    assert positional(nn.Identity(), image) is image
+
+
+def test_parts_of_a_batch():
+    nested = {"x": [torch.zeros(2, 3, 4, 4), (torch.ones(2), "name", None)]}
+    there = moved(nested, "cpu", torch.channels_last)
+    assert there["x"][0].is_contiguous(memory_format=torch.channels_last) and there["x"][1][1:] == ("name", None)
+    assert [count_samples(value) for value in (torch.zeros(5, 2), [1, 2, 3], nested)] == [5, 3, 2]
+    assert pair([1, 2]) == (1, 2)
+    logits, soft = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    flat = [value.movedim(1, -1).reshape(-1, 3) for value in (logits, soft)]
+    torch.testing.assert_close(divergence(logits, soft, 2.0), divergence(*flat, 2.0))
