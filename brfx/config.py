@@ -245,6 +245,7 @@ COMPILE = ("auto", "on", "kernels", "off")
 PRECISION = ("fp32", "bf16", "fp16")
 ON_NONFINITE = ("stop", "skip")
 KEEP = ("last", "best")
+TASKS = ("classification", "segmentation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,6 +359,7 @@ class JobConfig:
     Attributes:
         command: ``"train"``, ``"quantize"`` or ``"evaluate"``.
         model: a name that ``brfx models`` lists, or ``path/to/file.py:factory``.
+        task: ``"classification"`` or ``"segmentation"``; default the model's own, of a file's classification.
         ckpt: the FP32 checkpoint, or for ``evaluate`` also a run's ``model.pt``.
         num_classes: default the number of the data's classes.
         cifar_stem: 3x3 stem without pooling, for small images.
@@ -393,6 +395,7 @@ class JobConfig:
 
     command: str
     model: str = ""
+    task: str | None = None
     ckpt: Path | None = None
     num_classes: int | None = None
     cifar_stem: bool = False
@@ -434,6 +437,8 @@ class JobConfig:
         for name in ("batch_size", "calibration_batches", "image_size"):
             if getattr(self, name) is not None and not getattr(self, name) >= 1:
                 raise ConfigError(f"{name}={_shown(getattr(self, name))}: takes 1 or more")
+        if self.task not in (None, *TASKS):
+            raise ConfigError(f"task={_shown(self.task)}: takes {' or '.join(TASKS)}, or None for the model's own")
         self._check_quantization()
         for name in ("lambda_br", "lambda_br_act", "lambda_kurtosis", "workers"):
             if not getattr(self, name) >= 0:

@@ -77,12 +77,13 @@ def train(**given: Any) -> None:
 @model_options
 @data_options
 def evaluate(**given: Any) -> None:
-    """Test accuracy of an FP32 checkpoint (with --model) or of a run's model.pt."""
+    """Test accuracy, or another task's metric, of an FP32 checkpoint (with --model) or of a run's model.pt."""
     job = build_job("evaluate", given)
     from brfx.jobs import job as jobs
 
     kind, result = jobs.evaluate_file(job)
-    render.console.print(f"{kind} top-1 accuracy: {render.evaluation(result)}")
+    what = "top-1 accuracy" if result.metric == "accuracy" else "test"
+    render.console.print(f"{kind} {what}: {render.evaluation(result)}")
 
 
 @cli.command()

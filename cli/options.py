@@ -20,6 +20,7 @@ from brfx.config import (
     PLACEMENTS,
     PRECISION,
     STARTS,
+    TASKS,
     TEACHER_SHARE,
     WEIGHT_GRIDS,
     JobConfig,
@@ -90,6 +91,7 @@ def combine(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 model_options = combine(
     _job("--model", "model", help="A name that `brfx models` lists, or path/to/file.py:factory."),
+    _job("--task", "task", type=click.Choice(TASKS), help="What is trained.  [default: the model's own]"),
     click.option(
         "--ckpt", "--pretrained-baseline", "ckpt", type=click.Path(path_type=Path), help="Checkpoint to start from."
     ),

@@ -205,7 +205,7 @@ def runs(found: list[Run]) -> None:
             _or("d", run.seed),
             _plain(_or("d", run.epoch) + _stage(run.stage)),
             _or(".2%", run.val_accuracy, "-" if run.epochs_done else ""),
-            _or(".2%", run.test_accuracy),
+            _plain(_or(".2%", run.test_accuracy) + ("" if run.metric == "accuracy" else f" {run.metric}")),
             _or(".0f", run.seconds) + (" s" if run.seconds is not None else ""),
             run.state,
             f"{run.changed:%Y-%m-%d %H:%M}",

@@ -4,6 +4,7 @@ from brfx.data.datasets import Dataset, Split, load_dataset
 from brfx.data.image_files import ImageFiles
 from brfx.data.loader import BatchLoader
 from brfx.data.preprocessing import DEFAULTS, Preprocessing, with_overrides
+from brfx.data.segmentation import load_segmentation
 
 __all__ = [
     "DEFAULTS",
@@ -13,5 +14,6 @@ __all__ = [
     "Preprocessing",
     "Split",
     "load_dataset",
+    "load_segmentation",
     "with_overrides",
 ]

@@ -26,7 +26,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Split:
-    """Images, uint8 ``(N, 3, S, S)`` or decoded on demand, and labels, int64 ``(N,)``."""
+    """Images, uint8 ``(N, 3, S, S)`` or decoded on demand, and labels, int64 ``(N,)``.
+
+    Of segmentation ``labels`` are masks, uint8 ``(N, S, S)``.
+    """
 
     images: Tensor | ImageFiles
     labels: Tensor
@@ -69,6 +72,11 @@ class Dataset:
     @cached_property
     def _training(self) -> tuple[Split, Split]:
         split = self._read("train")
+        if split.labels.dim() > 1:  # a mask has many classes
+            if self._val_fraction and len(split) < 2:
+                raise DataError(f"{self.name}: too few training images (1) to leave one for validation: add some")
+            keep, held = _cut(torch.zeros(len(split), dtype=torch.long), self._val_fraction, self._seed)
+            return split.take(keep), split.take(held)
         counts = torch.bincount(split.labels, minlength=len(self.classes))
         for name, count in zip(self.classes, counts.tolist(), strict=True):
             if self._val_fraction and count < 2:

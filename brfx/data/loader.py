@@ -15,10 +15,11 @@ from brfx.errors import ConfigError
 
 
 class BatchLoader:
-    """Batches ``(images, labels)`` of a split, normalized, on ``device``.
+    """Batches ``(images, labels)`` of a split, normalized, on ``device``; labels may be masks ``(batch, S, S)``.
 
     With ``augment``, each image is shifted by up to an eighth of its side and, if ``flip``, mirrored with probability
-    one half, for the whole batch at once. Order and augmentation are functions of (seed, epoch, sample) alone.
+    one half, for the whole batch at once. Order and augmentation are functions of (seed, epoch, sample) alone. A mask
+    goes with its image, and what comes in at its edges is of no class (255).
 
     Args:
         split: the images.
@@ -87,10 +88,12 @@ class BatchLoader:
         labels = self._copy(self.split.labels[order])
         parts = [self._part(number) for number in range(batch, len(self))]
         for part, images in zip(parts, self._images([order[part] for part in parts]), strict=True):
-            images = self._copy(images)
+            images, targets = self._copy(images), labels[part]
             if self.augment:
                 images = _shift_and_mirror(images, shifts[part], mirrored[part], reach)
-            yield self.preprocessing.normalize(images), labels[part]
+            if self.augment and targets.dim() > 1:
+                targets = _shift_and_mirror(targets[:, None], shifts[part], mirrored[part], reach, fill=255)[:, 0]
+            yield self.preprocessing.normalize(images), targets.long()
 
     def _part(self, batch: int) -> slice:
         """This rank's part of a batch, in the epoch's order."""
@@ -112,9 +115,9 @@ class BatchLoader:
         return values.to(self.device, non_blocking=True)
 
 
-def _shift_and_mirror(images: Tensor, shifts: Tensor, mirrored: Tensor, reach: int) -> Tensor:
-    """Crop each image at its own offset out of the batch padded with zeros, and mirror the marked ones."""
+def _shift_and_mirror(images: Tensor, shifts: Tensor, mirrored: Tensor, reach: int, fill: int = 0) -> Tensor:
+    """Crop each image at its own offset out of the batch padded with ``fill``, and mirror the marked ones."""
     count, _, height, width = images.shape
-    windows = F.pad(images, (reach, reach, reach, reach)).unfold(2, height, 1).unfold(3, width, 1)
+    windows = F.pad(images, (reach, reach, reach, reach), value=fill).unfold(2, height, 1).unfold(3, width, 1)
     cropped = windows[torch.arange(count, device=images.device), :, shifts[:, 0], shifts[:, 1]]
     return torch.where(mirrored.view(-1, 1, 1, 1), cropped.flip(-1), cropped)

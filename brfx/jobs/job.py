@@ -19,22 +19,22 @@ from brfx.analysis.audit import Audit, audit
 from brfx.analysis.weight_statistics import WeightStatistics
 from brfx.calibration import calibrate
 from brfx.config import JobConfig
-from brfx.data import DEFAULTS, BatchLoader, Dataset, Preprocessing, load_dataset, with_overrides
+from brfx.data import DEFAULTS, BatchLoader, Dataset, Preprocessing, with_overrides
 from brfx.distributed import broadcast_object, broadcast_state, process_group, rank, world_size
 from brfx.errors import BrfxError, ConfigError, DataError, TrainingError, first_line
 from brfx.export import OnnxReport, export_onnx, snap_biases
 from brfx.io.atomic import write_text_atomically
 from brfx.io.model_file import is_brfx_file, load, load_float, read_state_dict, save
+from brfx.jobs.tasks import task_of
 from brfx.metadata import metadata_of
 from brfx.models import CIFAR_RESNETS, build_model, example_inputs, require_model
-from brfx.modes import eval_mode
 from brfx.prepare import prepare_qat
 from brfx.quant.factory import about_activations, about_weights
 from brfx.quant.grid import Grid
 from brfx.regularizers import Regularizer, Regularizers
 from brfx.regularizers.bin_penalty import BinPenalty
 from brfx.regularizers.kurtosis import KurtosisTerm
-from brfx.train import Callback, Evaluation, FitResult, TensorBoard, evaluate, fit, reestimate_batch_norm
+from brfx.train import Callback, Evaluation, FitResult, Score, Task, TensorBoard, evaluate, fit, reestimate_batch_norm
 from brfx.train.batch_norm import small_batches_named
 from brfx.train.checkpoint import FOLDER, Checkpoints, has_checkpoints, written_into
 from brfx.train.loop import seed_everything
@@ -48,8 +48,8 @@ class JobResult:
 
     run_dir: Path
     fit: FitResult | None
-    test: Evaluation
-    test_float: Evaluation | None = None
+    test: Evaluation | Score
+    test_float: Evaluation | Score | None = None
     onnx: OnnxReport | None = None
     onnx_problem: str | None = None
 
@@ -76,8 +76,10 @@ def train_float(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: b
         train_data, val_data = _loaders(job, dataset)
         callbacks = _with_tensorboard(job, run_dir, callbacks)
         _open_run(job, run_dir, resume)
-        result = fit(model, train_data, val_data, job.train, run_dir=run_dir, resume=resume, callbacks=callbacks)
-        return _close_run(JobResult(run_dir, result, evaluate(model, _test_loader(job, dataset))))
+        task = _task(job, dataset)
+        where: dict[str, Any] = {"run_dir": run_dir, "resume": resume}
+        result = fit(model, train_data, val_data, job.train, task=task, callbacks=callbacks, **where)
+        return _close_run(JobResult(run_dir, result, evaluate(model, _test_loader(job, dataset), task)))
 
 
 def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool = False) -> JobResult:
@@ -109,7 +111,7 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
         metadata = metadata_of(qmodel)
         metadata.preprocessing, metadata.classes = dataset.preprocessing, dataset.classes
         train_data, val_data = _loaders(job, dataset)
-        callbacks = _with_tensorboard(job, run_dir, callbacks)
+        callbacks, task = _with_tensorboard(job, run_dir, callbacks), _task(job, dataset)
         _open_run(job, run_dir, resume)
         model.to(device)
         qmodel.to(device)
@@ -124,6 +126,7 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
                 train_data,
                 val_data,
                 job.train,
+                task=task,
                 penalty=_penalty(job, qmodel),
                 statistics=WeightStatistics(qmodel, after=job.train.warmup_epochs or 0),
                 teacher=teacher,
@@ -141,7 +144,7 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
         if rank() == 0:
             onnx_report, problem = _write_onnx(qmodel, run_dir, _example(dataset, 8).to(device))
         test_data = _test_loader(job, dataset)
-        test, test_float = evaluate(qmodel, test_data), evaluate(model, test_data)
+        test, test_float = evaluate(qmodel, test_data, task), evaluate(model, test_data, task)
         return _close_run(JobResult(run_dir, result, test, test_float, onnx_report, problem))
 
 
@@ -157,8 +160,9 @@ def _calibrate(
     At 8 bits the FP32 network's statistics fit better than new ones of a few images do. Below, new ones are needed, and
     the more images they are of, the closer the outputs come to the FP32 network's (docs/results.md).
     """
+    task = _task(job, dataset)
     if val_data is not None:
-        log.info("FP32 on validation: %.2f %%", 100 * evaluate(model, val_data).accuracy)
+        log.info("FP32 on validation: %.2f %%", 100 * evaluate(model, val_data, task).value)
     if rank() == 0:
         whole, _ = _loaders(job, dataset, shared=False)
         coarse = min(job.qat.weight_bits or 0, job.qat.act_bits or 0) < 8
@@ -173,7 +177,7 @@ def _calibrate(
             if coarse:
                 reestimate_batch_norm(qmodel, batches(norm_batches))
     broadcast_state(qmodel)
-    came_to = "" if val_data is None else f": {100 * evaluate(qmodel, val_data).accuracy:.2f} % on validation"
+    came_to = "" if val_data is None else f": {100 * evaluate(qmodel, val_data, task).value:.2f} % on validation"
     log.info("Calibrated on %d batches%s", job.calibration_batches, came_to)
 
 
@@ -209,8 +213,9 @@ def dry_run(job: JobConfig) -> Audit:
     return audit(qmodel, _example(dataset, 1))
 
 
-def evaluate_file(job: JobConfig) -> tuple[str, Evaluation]:
-    """Test accuracy of an FP32 checkpoint or a run's ``model.pt``, behind what it is: ``"FP32"``, ``"W2A2"`` ..."""
+def evaluate_file(job: JobConfig) -> tuple[str, Evaluation | Score]:
+    """How good an FP32 checkpoint or a run's ``model.pt`` is on the test images, behind what it is: ``"FP32"``,
+    ``"W2A2"`` ..."""
     ckpt = job.ckpt
     if ckpt is None:
         raise ConfigError("say what to evaluate: --ckpt FILE")
@@ -219,7 +224,8 @@ def evaluate_file(job: JobConfig) -> tuple[str, Evaluation]:
         qmodel = load(ckpt, _own_model(job))
         metadata = metadata_of(qmodel)
         name = metadata.source.name if metadata.source else job.model
-        job = replace(job, model=name)
+        classes = None if metadata.classes is None else len(metadata.classes)
+        job = replace(job, model=name, num_classes=classes)
         dataset = read_data(job, metadata.preprocessing)
         if metadata.classes is not None and metadata.classes != dataset.classes:
             raise DataError(
@@ -227,12 +233,12 @@ def evaluate_file(job: JobConfig) -> tuple[str, Evaluation]:
                 f"the data has {len(dataset.classes)} ({', '.join(dataset.classes[:3])} ...): give it its own data"
             )
         kind = f"W{metadata.config.weight_bits}A{metadata.config.act_bits}"
-        return kind, evaluate(qmodel.to(job.train.device), _test_loader(job, dataset))
+        return kind, evaluate(qmodel.to(job.train.device), _test_loader(job, dataset), _task(job, dataset))
     require_model(job.model)
     read_state_dict(ckpt)
     dataset = read_data(job)
     model = _float_model(job, dataset, ckpt)
-    return "FP32", evaluate(model.to(job.train.device), _test_loader(job, dataset))
+    return "FP32", evaluate(model.to(job.train.device), _test_loader(job, dataset), _task(job, dataset))
 
 
 def inspect(job: JobConfig) -> Audit:
@@ -256,16 +262,11 @@ def read_data(job: JobConfig, preprocessing: Preprocessing | None = None) -> Dat
     """The data set of a job; where none is named, the model's own."""
     source = job.data or _own_dataset(job.model)
     default = preprocessing or DEFAULTS.get(source) or Preprocessing(_own_image_size(job.model))
-    return load_dataset(
-        source,
-        data_dir=job.data_dir,
-        preprocessing=with_overrides(default, job.image_size, job.mean, job.std),
-        download=job.download,
-        val_fraction=job.val_fraction,
-        seed=job.train.seed,
-        workers=job.workers,
-        skip_bad_images=job.skip_bad_images,
-    )
+    return task_of(job).read(job, source, with_overrides(default, job.image_size, job.mean, job.std))
+
+
+def _task(job: JobConfig, dataset: Dataset) -> Task:
+    return task_of(job).of(len(dataset.classes))
 
 
 def banner(job: JobConfig) -> list[str]:
@@ -348,11 +349,11 @@ def _classes(job: JobConfig, dataset: Dataset) -> int:
 
 
 def _float_model(job: JobConfig, dataset: Dataset, ckpt: Path | None) -> nn.Module:
-    """The FP32 classifier of a job, for the data's classes, with the checkpoint's weights if there is one."""
+    """The FP32 model of a job, for the data's classes, with the checkpoint's weights if there is one."""
     model = build_model(job.model, _classes(job, dataset), cifar_stem=job.cifar_stem)
     if ckpt is not None:
         load_float(model, ckpt)
-    _require_classifier(model, job.model, dataset)
+    task_of(job).require(model, job.model, dataset)
     return model
 
 
@@ -369,26 +370,8 @@ def _teacher(job: JobConfig, dataset: Dataset, model: nn.Module) -> nn.Module | 
     require_model(name)
     teacher = build_model(name, len(dataset.classes), cifar_stem=job.cifar_stem and name not in CIFAR_RESNETS)
     load_float(teacher, Path(file), named_by="--teacher")
-    _require_classifier(teacher, name, dataset)
+    task_of(job).require(teacher, name, dataset)
     return teacher
-
-
-@torch.no_grad()
-def _require_classifier(model: nn.Module, name: str, dataset: Dataset) -> None:
-    size = dataset.preprocessing.image_size
-    try:
-        with eval_mode(model):
-            output: Any = model(torch.zeros(2, 3, size, size))
-    except Exception as error:
-        first = (str(error).splitlines() or [repr(error)])[0]
-        raise ConfigError(f"{name} does not run on images of 3x{size}x{size} ({first}); see --image-size") from error
-    if not isinstance(output, torch.Tensor) or output.dim() != 2:
-        raise ConfigError(
-            f"{name} is no classifier (its output is a {type(output).__name__}): the command line trains "
-            "classifiers; use brfx.prepare_qat with a loop of your own (examples/own_loop.py)"
-        )
-    if output.shape[1] != len(dataset.classes):
-        raise DataError(f"{name} has {output.shape[1]} classes, {dataset.name} has {len(dataset.classes)}")
 
 
 def _example(dataset: Dataset, count: int) -> Tensor:
@@ -480,11 +463,11 @@ def _close_run(result: JobResult) -> JobResult:
     run_dir = result.run_dir
     files = [path for path in sorted(run_dir.iterdir()) if path.is_file()]
     content = {
-        "test": asdict(result.test),
-        "test_float": result.test_float and asdict(result.test_float),
+        "test": result.test.as_dict(),
+        "test_float": result.test_float and result.test_float.as_dict(),
         "epoch": result.fit and result.fit.epoch,
         "stage": result.fit and result.fit.stage,
-        "val_accuracy": result.fit and result.fit.val_accuracy,
+        f"val_{result.test.metric}": result.fit and result.fit.val_metric,
         "compiled": result.fit and result.fit.compiled,
         "skipped_batches": result.fit and result.fit.skipped,
         "teacher_sha256": result.fit and result.fit.teacher_sha256,

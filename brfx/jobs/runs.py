@@ -34,6 +34,7 @@ class Run:
             ``"plain"``); of a run that is complete.
         val_accuracy: of that epoch, 0 to 1; of an unfinished run, of the last epoch so far.
         test_accuracy: of the trained network, 0 to 1.
+        metric: what these two are of, ``"accuracy"`` or another task's, such as ``"mIoU"``.
         seconds: spent in training batches.
     """
 
@@ -56,6 +57,7 @@ class Run:
     stage: str | None = None
     val_accuracy: float | None = None
     test_accuracy: float | None = None
+    metric: str = "accuracy"
     seconds: float | None = None
 
     @property
@@ -142,31 +144,41 @@ def _progress(path: Path) -> dict[str, Any] | None:
         epochs.append(_epoch(last, "the last line"))
     return {
         "epochs_done": max((epoch for epoch, _, _ in epochs), default=0),
-        "val_accuracy": epochs[-1][1] if epochs else None,
+        **(epochs[-1][1] if epochs else {"val_accuracy": None}),
         "seconds": sum(seconds for _, _, seconds in epochs),
     }
 
 
-def _epoch(line: bytes, where: str) -> tuple[int, float | None, float]:
-    """Epoch, accuracy on validation (``None``: there is none) and seconds of a line of ``metrics.jsonl``."""
+def _epoch(line: bytes, where: str) -> tuple[int, dict[str, Any], float]:
+    """Epoch, figures on validation and seconds of a line of ``metrics.jsonl``."""
     try:
         content = _parse(line)
-        return _whole(content, "epoch"), _share_or_none(content, "val_accuracy"), _number(content, "seconds")
+        return _whole(content, "epoch"), _validation(content), _number(content, "seconds")
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def _validation(content: Any) -> dict[str, Any]:
+    """The task's metric on validation (``None``: there is none), and its name."""
+    names = [name for name in content if name.startswith("val_") and name != "val_loss"]
+    name = names[0] if len(names) == 1 else "val_accuracy"
+    return {"val_accuracy": _share_or_none(content, name), "metric": name.removeprefix("val_")}
 
 
 def _result(path: Path) -> dict[str, Any] | None:
     """What ``result.json`` says."""
     content = _parse(path.read_bytes())
     test = _table(content, "test")
-    correct, count = _whole(test, "correct"), _whole(test, "count")
+    count = _whole(test, "count")
     if not count:
         raise ConfigError("count is 0, it takes a number of images")
-    found: dict[str, Any] = {"test_accuracy": _share(correct / count)}
+    found: dict[str, Any]
+    if "metric" in test:
+        found = {"test_accuracy": _share(_number(test, "value")), "metric": _word(test, "metric")}
+    else:
+        found = {"test_accuracy": _share(_whole(test, "correct") / count)}
     if _get(content, "epoch") is not None:  # it is where no epoch was trained
-        found |= {"epoch": _whole(content, "epoch"), "val_accuracy": _share_or_none(content, "val_accuracy")}
-        found["stage"] = _word(content, "stage")
+        found |= {"epoch": _whole(content, "epoch"), **_validation(content), "stage": _word(content, "stage")}
     return found
 
 

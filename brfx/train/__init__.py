@@ -6,7 +6,7 @@ from brfx.train.evaluate import Evaluation, Score, evaluate
 from brfx.train.loop import Penalty, fit, seed_everything
 from brfx.train.optim import parameter_groups
 from brfx.train.report import Callback, EpochMetrics, FitResult, Means, Progress
-from brfx.train.tasks import Task, classification
+from brfx.train.tasks import Task, classification, segmentation
 from brfx.train.tensorboard import TensorBoard
 
 __all__ = [
@@ -27,4 +27,5 @@ __all__ = [
     "parameter_groups",
     "reestimate_batch_norm",
     "seed_everything",
+    "segmentation",
 ]

@@ -21,7 +21,8 @@ from brfx.train.evaluate import Evaluation, Score, evaluate_classifier
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """All that :func:`brfx.fit` has to know of a task. :func:`classification` and :func:`own` make one.
+    """All that :func:`brfx.fit` has to know of a task. :func:`classification`, :func:`segmentation` and
+    :func:`own` make one.
 
     A model is called with a batch's inputs: with a tuple as ``model(*inputs)``, with a mapping as ``model(**inputs)``,
     with anything else, such as a tensor or a list, as ``model(inputs)``.
@@ -146,6 +147,55 @@ def divergence(logits: Tensor, soft: Tensor, temperature: float) -> Tensor:
     what the further dimensions count, such as pixels."""
     student, teacher = F.log_softmax(logits / temperature, 1), F.log_softmax(soft / temperature, 1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) / math.prod(logits.shape[2:])
+
+
+def segmentation(num_classes: int, ignore_index: int = 255, aux_weight: float = 0.5) -> Task:
+    """Logits ``(batch, classes, H, W)``, alone or as ``"out"`` of a dict, and masks ``(batch, H, W)`` of class indices.
+
+    The loss is cross-entropy over the pixels of a batch, plus ``aux_weight`` times that of ``"aux"`` where a model has
+    such a head; the metric is mIoU over the classes that the masks or the model's answers have. Pixels of
+    ``ignore_index`` count in neither. What is distilled is :func:`divergence` of the pixels of ``"out"``.
+
+    Raises:
+        ConfigError: torchmetrics is not installed.
+    """
+    try:
+        from torchmetrics.classification import MulticlassJaccardIndex
+    except ImportError as error:
+        raise ConfigError("mIoU is measured by torchmetrics, which is not here: pip install 'brfx[tasks]'") from error
+    mean_iou = MulticlassJaccardIndex(num_classes, average="macro", ignore_index=ignore_index, validate_args=False)
+
+    def loss(output: Any, masks: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        def of(logits: Tensor) -> Tensor:
+            settings: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+            total = F.cross_entropy(logits, masks, reduction="sum", **settings)
+            return total / (masks != ignore_index).sum().clamp(min=1)  # a mean of none would be NaN
+
+        aux = output.get("aux") if isinstance(output, Mapping) else None
+        return of(pixel_logits(output)) if aux is None else of(pixel_logits(output)) + aux_weight * of(aux)
+
+    def correct(output: Any, masks: Tensor) -> Tensor:
+        counted = masks != ignore_index
+        right = (pixel_logits(output).argmax(1) == masks) & counted
+        return (right.sum((1, 2)) / counted.sum((1, 2)).clamp(min=1)).sum()
+
+    def answer(output: Any, masks: Tensor) -> tuple[Tensor, Tensor]:
+        return pixel_logits(output).argmax(1), masks
+
+    return Task(
+        loss=loss,
+        evaluate=lambda model, data: evaluate_with(mean_iou, model, data, pair, loss, "mIoU", answer),
+        metric="mIoU",
+        split=pair,
+        size=count_samples,
+        correct=correct,
+        distance=lambda output, soft, temperature: divergence(pixel_logits(output), pixel_logits(soft), temperature),
+    )
+
+
+def pixel_logits(output: Any) -> Tensor:
+    """A segmenter's answer: the output itself, or what a dict has as ``"out"``."""
+    return output["out"] if isinstance(output, Mapping) else output  # type: ignore[no-any-return]
 
 
 def own(

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import brfx
 from brfx.data import BatchLoader
-from brfx.train import Callback, Task, classification, fit
+from brfx.train import Callback, Task, classification, fit, segmentation
 from brfx.train.tasks import count_samples, divergence, moved, pair, positional
 
 from .helpers import small_net
@@ -244,3 +244,66 @@ def test_parts_of_a_batch():
     logits, soft = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     flat = [value.movedim(1, -1).reshape(-1, 3) for value in (logits, soft)]
     torch.testing.assert_close(divergence(logits, soft, 2.0), divergence(*flat, 2.0))
+
+
+@pytest.fixture
+def masks():
+    pytest.importorskip("torchmetrics", reason="mIoU is measured by torchmetrics")
+    masks = torch.randint(0, 3, (4, 6, 6), generator=torch.Generator().manual_seed(0))
+    masks[:, :2] = 255
+    return masks
+
+
+def test_a_segmenters_loss_leaves_out_what_is_of_no_class_and_counts_the_auxiliary_head(masks):
+    task, (out, aux) = segmentation(4), torch.randn(2, 4, 4, 6, 6)
+    flat = masks != 255
+
+    def expected(logits):
+        return F.cross_entropy(logits.movedim(1, -1)[flat], masks[flat], label_smoothing=0.1)
+
+    torch.testing.assert_close(task.loss(out, masks, label_smoothing=0.1), expected(out))
+    both = task.loss({"out": out, "aux": aux}, masks, label_smoothing=0.1)
+    torch.testing.assert_close(both, expected(out) + 0.5 * expected(aux))
+    assert float(task.loss(out, torch.full_like(masks, 255))) == 0
+    right = (out.argmax(1) == masks).float()
+    torch.testing.assert_close(task.correct({"out": out}, masks), right[:, 2:].mean((1, 2)).sum())
+    torch.testing.assert_close(task.distance({"out": out}, {"out": aux}, 2.0), divergence(out, aux, 2.0))
+
+
+def test_miou_is_the_mean_over_the_classes_that_are_there(masks):
+    answers = torch.randint(0, 3, (4, 6, 6), generator=torch.Generator().manual_seed(1))  # class 3 is nowhere
+    model = nn.Conv2d(4, 4, 1, bias=False)
+    model.weight.data.copy_(torch.eye(4)[..., None, None])
+    data = [(F.one_hot(a[None], 4).movedim(-1, 1).float(), m[None]) for a, m in zip(answers, masks, strict=True)]
+    score = brfx.evaluate(model.train(), data, segmentation(4))
+    there = masks != 255
+    ious = [((answers == k) & (masks == k)).sum() / (((answers == k) | (masks == k)) & there).sum() for k in range(3)]
+    assert (score.metric, score.count) == ("mIoU", 4) and model.training
+    assert score.value == pytest.approx(float(torch.stack(ious).mean()), abs=1e-6)
+
+
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_a_segmenter_trains_with_a_penalty_and_distillation(masks, compile):
+    torch._dynamo.reset()
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+            self.head, self.aux = nn.Conv2d(8, 3, 1), nn.Conv2d(8, 3, 1)
+
+        def forward(self, x):
+            x = self.body(x)
+            return {"out": self.head(x), "aux": self.aux(x)}
+
+    torch.manual_seed(0)
+    net = Net()
+    images = F.one_hot(masks.clamp(max=2), 3).movedim(-1, 1).float()
+    qmodel = brfx.prepare_qat(net, brfx.QATConfig(bits=4), images)
+    brfx.calibrate(qmodel, [images])
+    config = brfx.TrainConfig(epochs=30, warmup_epochs=20, lr=0.1, compile=compile, distill=0.1, precision="bf16")
+    data = [(images, masks)]
+    settings = {"task": segmentation(3), "teacher": net, "penalty": brfx.BinPenalty(qmodel, 0.001, 0.001)}
+    result = fit(qmodel, data, data, config, **settings)
+    assert result.metric == "mIoU" and result.val_metric > 0.9 > result.history[0].val_metric
+    assert result.history[-1].train.accuracy > 0.9 and result.history[-1].val_loss < result.history[0].val_loss
