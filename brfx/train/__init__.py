@@ -6,7 +6,7 @@ from brfx.train.evaluate import Evaluation, Score, evaluate
 from brfx.train.loop import Penalty, fit, seed_everything
 from brfx.train.optim import parameter_groups
 from brfx.train.report import Callback, EpochMetrics, FitResult, Means, Progress
-from brfx.train.tasks import Task, classification, segmentation
+from brfx.train.tasks import Task, classification, detection, segmentation
 from brfx.train.tensorboard import TensorBoard
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "TensorBoard",
     "TrainConfig",
     "classification",
+    "detection",
     "evaluate",
     "fit",
     "parameter_groups",

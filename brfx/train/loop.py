@@ -240,7 +240,7 @@ class _Run:
         self.update = Update(model, config, total)
         self.always_syncs = always_syncs(config)
         self.lr = 0.0  # of the last batch
-        self.compiled = how_to_compile(config.compile, total, config.device)
+        self.compiled = how_to_compile(config.compile, total, config.device) if task.compiles else "none"
         self.average = WeightAverage(model, config.ema) if config.ema else None
         self.epoch, self.batch = 1, 0  # the epoch from 1, and how many of its batches are done
         self.shapes: Shapes | None = None  # of the first batch, for which the step is compiled

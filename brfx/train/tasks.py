@@ -21,8 +21,8 @@ from brfx.train.evaluate import Evaluation, Score, evaluate_classifier
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """All that :func:`brfx.fit` has to know of a task. :func:`classification`, :func:`segmentation` and
-    :func:`own` make one.
+    """All that :func:`brfx.fit` has to know of a task. :func:`classification`, :func:`segmentation`,
+    :func:`detection` and :func:`own` make one.
 
     A model is called with a batch's inputs: with a tuple as ``model(*inputs)``, with a mapping as ``model(**inputs)``,
     with anything else, such as a tensor or a list, as ``model(inputs)``.
@@ -39,6 +39,7 @@ class Task:
         distance: ``distance(output, soft, T)``, how far an output is from a teacher's at the temperature T, a mean over
             the batch; the loss has it T^2 times, as gradients at that temperature are so much smaller. ``None``:
             nothing can be distilled.
+        compiles: whether a batch of it can be one graph; where not, nothing is compiled.
     """
 
     loss: Callable[..., Tensor]
@@ -48,6 +49,7 @@ class Task:
     size: Callable[[Any], int]
     correct: Callable[[Any, Any], Tensor] | None = None
     distance: Callable[[Any, Any, float], Tensor] | None = None
+    compiles: bool = True
 
 
 def call(model: Callable[..., Any], inputs: Any) -> Any:
@@ -196,6 +198,66 @@ def segmentation(num_classes: int, ignore_index: int = 255, aux_weight: float = 
 def pixel_logits(output: Any) -> Tensor:
     """A segmenter's answer: the output itself, or what a dict has as ``"out"``."""
     return output["out"] if isinstance(output, Mapping) else output  # type: ignore[no-any-return]
+
+
+def detection() -> Task:
+    """Detectors as torchvision's are: called with lists of images ``(3, H, W)`` and of targets, ``boxes`` (xyxy) and
+    ``labels`` of each, they give a dict of losses in training; without targets, in eval mode, ``boxes``, ``scores`` and
+    ``labels``.
+
+    A batch is ``(images, targets)``. The loss is the sum of theirs, the metric mAP50: average precision at an overlap
+    of one half, a mean over the classes of the targets. Nothing can be distilled, and nothing is compiled.
+
+    Raises:
+        ConfigError: torchmetrics or pycocotools is not installed.
+    """
+    try:
+        from torchmetrics.detection import MeanAveragePrecision
+
+        precision = MeanAveragePrecision(iou_thresholds=[0.5])
+    except ImportError as error:
+        what = "mAP50 is measured by torchmetrics with pycocotools, which are not both here"
+        raise ConfigError(f"{what}: pip install 'brfx[tasks]'") from error
+    precision.warn_on_many_detections = False  # it counts the 100 of an image that score highest, as COCO does
+
+    def with_targets(batch: Any) -> tuple[Any, Any]:
+        images, targets = pair(batch)
+        return (images, targets), targets
+
+    def evaluate(model: nn.Module, data: Iterable[Any]) -> Score:
+        metric, device = deepcopy(precision), next(model.parameters()).device
+        metric.sync_on_compute = False  # every rank sees all images
+        count = 0
+        with eval_mode(model), torch.no_grad():
+            for images, targets in on_device(data, pair, device):
+                metric.update(model(images), targets)
+                count += len(images)
+        if not count:
+            raise DataError("there is nothing to evaluate on: the data gave no batch")
+        found = float(metric.compute()["map_50"])
+        if found < 0:
+            raise DataError("mAP50 needs a box: there is none in all the images that are evaluated on")
+        return Score(found, "mAP50", count)
+
+    return Task(
+        loss=lambda losses, targets: sum_of(losses),
+        evaluate=evaluate,
+        metric="mAP50",
+        split=with_targets,
+        size=lambda inputs: len(inputs[0]),
+        compiles=False,
+    )
+
+
+def sum_of(losses: Any) -> Tensor:
+    """Of a detector's losses.
+
+    Raises:
+        ConfigError: it gave something else.
+    """
+    if not isinstance(losses, Mapping):
+        raise ConfigError(f"a detector gives a dict of losses in training, this model a {type(losses).__name__}")
+    return torch.stack(list(losses.values())).sum()
 
 
 def own(

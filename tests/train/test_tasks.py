@@ -6,10 +6,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.ops import MultiScaleRoIAlign
 
 import brfx
 from brfx.data import BatchLoader
-from brfx.train import Callback, Task, classification, fit, segmentation
+from brfx.train import Callback, Task, classification, detection, fit, segmentation
 from brfx.train.tasks import count_samples, divergence, moved, pair, positional
 
 from .helpers import small_net
@@ -307,3 +311,92 @@ def test_a_segmenter_trains_with_a_penalty_and_distillation(masks, compile):
     result = fit(qmodel, data, data, config, **settings)
     assert result.metric == "mIoU" and result.val_metric > 0.9 > result.history[0].val_metric
     assert result.history[-1].train.accuracy > 0.9 and result.history[-1].val_loss < result.history[0].val_loss
+
+
+@pytest.fixture
+def boxes():
+    """Two batches of images with a white square each, in its box."""
+    pytest.importorskip("torchmetrics", reason="mAP50 is measured by torchmetrics")
+    pytest.importorskip("pycocotools", reason="mAP50 is measured with pycocotools")
+    generator, batches = torch.Generator().manual_seed(0), []
+    for _ in range(2):
+        images, targets = [], []
+        for height, width in ((48, 64), (64, 56)):
+            x, y = (int(torch.randint(4, 20, (), generator=generator)) for _ in range(2))
+            image = torch.rand(3, height, width, generator=generator) / 4
+            image[:, y : y + 24, x : x + 24] = 1
+            images.append(image)
+            targets.append({"boxes": torch.tensor([[x, y, x + 24.0, y + 24.0]]), "labels": torch.tensor([1])})
+        batches.append((images, targets))
+    return batches
+
+
+class Told(nn.Module):
+    """A detector that says in eval mode what it was told, of the ``good`` ones exactly."""
+
+    def __init__(self, told, good):
+        super().__init__()
+        self.told, self.good, self.weight = iter(told), iter(good), nn.Parameter(torch.zeros(()))
+
+    def forward(self, images, targets=None):
+        found = []
+        for _ in images:
+            box = next(self.told)["boxes"]
+            box = box if next(self.good) else box + 20
+            found.append({"boxes": box, "labels": torch.tensor([1]), "scores": torch.tensor([0.9])})
+        return found
+
+
+def test_map50_is_the_precision_of_what_overlaps_by_half(boxes):
+    targets = [target for _, batch in boxes for target in batch]
+    score = brfx.evaluate(Told(targets, [True] * 4), boxes, detection())
+    assert (score.value, score.metric, score.count) == (pytest.approx(1.0), "mAP50", 4)
+    assert brfx.evaluate(Told(targets, [False] * 4), boxes, detection()).value == 0
+    none = [([torch.zeros(3, 8, 8)], [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}])]
+    with pytest.raises(brfx.BrfxError, match="mAP50 needs a box"):
+        brfx.evaluate(Told(targets, [True]), none, detection())
+
+
+def small_detector():
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU())
+    body.out_channels = 8
+    anchors = AnchorGenerator(((24,),), ((1.0,),))
+    pool, head = MultiScaleRoIAlign(["0"], 3, 2), TwoMLPHead(8 * 3 * 3, 16)
+    return FasterRCNN(
+        body, rpn_anchor_generator=anchors, box_roi_pool=pool, box_head=head,
+        box_predictor=FastRCNNPredictor(16, 2), min_size=64, max_size=64,
+    )  # fmt: skip
+
+
+def test_torchvisions_detector_trains_with_a_penalty_and_goes_on_bit_for_bit(boxes, tmp_path):
+    model = small_detector()
+
+    def quantized():
+        qmodel = brfx.prepare_qat(model, brfx.QATConfig(bits=4))
+        brfx.calibrate(qmodel, [(boxes[0][0],)], batch_statistics=True)
+        return qmodel
+
+    config = brfx.TrainConfig(epochs=3, warmup_epochs=1, lr=0.001, compile="on", keep="best")
+    whole, cut, again = quantized(), quantized(), quantized()
+    result = fit(whole, boxes, boxes, config, task=detection(), penalty=brfx.BinPenalty(whole, 0.1, 0.001))
+    assert (result.metric, result.compiled) == ("mAP50", "none") and 0 <= result.val_metric <= 1
+    assert result.history[1].train.terms["weight"] > 0 and result.history[1].val_loss is None
+    settings = {"task": detection(), "run_dir": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        fit(cut, boxes, boxes, config, penalty=brfx.BinPenalty(cut, 0.1, 0.001), callbacks=[Cut()], **settings)
+    fit(again, boxes, boxes, config, penalty=brfx.BinPenalty(again, 0.1, 0.001), resume=True, **settings)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+def test_a_model_that_gives_no_losses_is_no_detector(boxes):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(()))
+
+        def forward(self, images, targets=None):
+            return [self.weight]
+
+    with pytest.raises(brfx.BrfxError, match="gives a dict of losses in training, this model a list"):
+        fit(Net(), boxes, None, brfx.TrainConfig(epochs=1), task=detection())
