@@ -31,8 +31,9 @@ def test_the_recipes():
 
 #: What a recipe leaves to the machine, to the data, or to another setting.
 LEFT = {
-    "job": {"command", "model", "task", "ckpt", "num_classes", "cifar_stem", "data", "data_dir", "download", "image_size",
-            "mean", "std", "workers", "skip_bad_images", "qat", "train", "teacher", "output_dir", "tensorboard"},
+    "job": {"command", "model", "task", "ckpt", "num_classes", "cifar_stem", "data", "data_dir", "download",
+            "image_size", "mean", "std", "workers", "skip_bad_images", "qat", "train", "teacher", "output_dir",
+            "tensorboard"},
     "qat": {"weight_bits", "act_bits", "clip_value", "overrides", "skip"},
     "train": {"step_lr", "device", "compile", "precision", "channels_last", "clip_grad", "on_nonfinite",
               "checkpoint_minutes", "keep_checkpoints"},

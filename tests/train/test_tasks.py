@@ -76,13 +76,14 @@ own = {"loss": squares, "metric": closeness, "split": split}
 def test_a_batch_of_any_structure_trains_with_a_penalty_and_the_metric_chooses(tmp_path, compile):
     torch._dynamo.reset()
     qmodel = rewritten()
-    config = brfx.TrainConfig(epochs=4, warmup_epochs=1, compile=compile, keep="best", reestimate_bn=2, ema=0.5)
+    settings = {"keep": "best", "reestimate_bn": 2, "ema": 0.5, "step_lr": 0.001}
+    config = brfx.TrainConfig(epochs=4, warmup_epochs=1, compile=compile, **settings)
     data = [*samples(), *samples(1, batch=3)]  # the last one is smaller
     result = fit(qmodel, data, samples(2), config, **own, penalty=brfx.BinPenalty(qmodel, 0.01, 0.01), run_dir=tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     values = [line["val_closeness"] for line in lines]
     assert result.metric == "closeness" and result.val_metric == max(values[1:]) < 0 and result.val_accuracy is None
-    assert values[-1] > values[0] and not any(name.startswith("val_acc") for name in lines[0])
+    assert values[-1] > -0.7 > values[0] and not any(name.startswith("val_acc") for name in lines[0])
     assert [line["train"]["accuracy"] for line in lines] == [None] * 4 and set(lines[3]["train"]["terms"]) == {
         "weight", "act",
     }  # fmt: skip
@@ -103,7 +104,7 @@ class Cut(Callback):
 
 
 def test_a_run_of_ones_own_task_goes_on_bit_for_bit(tmp_path):
-    config = brfx.TrainConfig(epochs=3, warmup_epochs=1, compile="off")
+    config = brfx.TrainConfig(epochs=3, warmup_epochs=1, compile="off", step_lr=0.001)
     whole, cut = rewritten(), rewritten()
     fit(whole, samples(), samples(2), config, **own, penalty=brfx.BinPenalty(whole))
     with pytest.raises(KeyboardInterrupt):
@@ -286,10 +287,7 @@ def test_miou_is_the_mean_over_the_classes_that_are_there(masks):
     assert score.value == pytest.approx(float(torch.stack(ious).mean()), abs=1e-6)
 
 
-@pytest.mark.parametrize("compile", ["off", "on"])
-def test_a_segmenter_trains_with_a_penalty_and_distillation(masks, compile):
-    torch._dynamo.reset()
-
+def test_a_segmenter_trains_with_a_penalty_and_distillation(masks):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -305,7 +303,7 @@ def test_a_segmenter_trains_with_a_penalty_and_distillation(masks, compile):
     images = F.one_hot(masks.clamp(max=2), 3).movedim(-1, 1).float()
     qmodel = brfx.prepare_qat(net, brfx.QATConfig(bits=4), images)
     brfx.calibrate(qmodel, [images])
-    config = brfx.TrainConfig(epochs=30, warmup_epochs=20, lr=0.1, compile=compile, distill=0.1, precision="bf16")
+    config = brfx.TrainConfig(epochs=30, warmup_epochs=20, lr=0.1, compile="off", distill=0.1, precision="bf16")
     data = [(images, masks)]
     settings = {"task": segmentation(3), "teacher": net, "penalty": brfx.BinPenalty(qmodel, 0.001, 0.001)}
     result = fit(qmodel, data, data, config, **settings)
