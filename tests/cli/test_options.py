@@ -36,7 +36,7 @@ def job_of(monkeypatch, capsys):
 
 def test_defaults_are_those_of_the_fields(job_of):
     job = job_of("quantize")
-    assert asdict(job) == asdict(type(job)(command="quantize"))
+    assert asdict(job) == asdict(type(job)(command="quantize", qat=QATConfig(weight_grid="symmetric")))
     job = job_of("quantize", "--qat-epochs", 10, "--lr", 0.5)
     assert job.train == TrainConfig(epochs=10, lr=0.5) and (job.train.warmup_epochs, job.train.step_lr) == (3, 0.5)
     assert job_of("train").train.keep == "best" and job.train.keep == "last"
