@@ -177,12 +177,12 @@ def test_a_dry_run_shows_what_would_be_quantized_and_writes_nothing(float_run, t
     assert_one_line(brfx(*arguments, "--skip", "conv9", cwd=tmp_path), "matches no layer")
 
 
-def test_a_segmentation_model_is_inspected_and_refused_by_quantize(tmp_path, digits):
+def test_a_segmentation_model_is_inspected_and_wants_masks(tmp_path, digits):
     ckpt = tmp_path / "seg.pth"
     torch.save(build_model("lraspp_mobilenet_v3_large", 10).state_dict(), ckpt)
     arguments = ("--model", "lraspp_mobilenet_v3_large")
     done = brfx("quantize", *arguments, "--ckpt", ckpt, "--data", "digits", "--image-size", 32, cwd=tmp_path)
-    assert_one_line(done, "no classifier")
+    assert_one_line(done, "digits: expected digits/train/images with digits/train/masks")
     assert "QuantizedConv2d" in brfx("inspect", *arguments).stdout
 
 
