@@ -17,7 +17,7 @@ import torch  # noqa: E402
 import brfx  # noqa: E402
 from benchmarks.model_inputs import build_without_weights, example_inputs, settle  # noqa: E402
 from brfx.data import BatchLoader, Preprocessing, load_dataset  # noqa: E402
-from brfx.io.model_file import load_float  # noqa: E402
+from brfx.io.float_checkpoint import load_float  # noqa: E402
 
 
 def decibels(signal: torch.Tensor, other: torch.Tensor) -> float:

@@ -15,7 +15,7 @@ import torch
 import brfx
 from brfx.calibration import quantizers
 from brfx.data import BatchLoader, Dataset, Preprocessing, load_dataset
-from brfx.io.model_file import load_float, read_state_dict
+from brfx.io.float_checkpoint import load_float, read_state_dict
 from brfx.nn import LSQWeightQuantizer
 from brfx.train import fit, reestimate_batch_norm
 

@@ -361,6 +361,8 @@ class JobConfig:
         model: a name that ``brfx models`` lists, or ``path/to/file.py:factory``.
         task: ``"classification"`` or ``"segmentation"``; default the model's own, of a file's classification.
         ckpt: the FP32 checkpoint, or for ``evaluate`` also a run's ``model.pt``.
+        ckpt_key: which state dict of the checkpoint, where it has several.
+        strict: refuse a checkpoint of another number of classes, whose head training else makes anew.
         num_classes: default the number of the data's classes.
         cifar_stem: 3x3 stem without pooling, for small images.
         data: ``digits``, ``cifar10``, ``cifar100`` or a folder; default the model's own data set.
@@ -397,6 +399,8 @@ class JobConfig:
     model: str = ""
     task: str | None = None
     ckpt: Path | None = None
+    ckpt_key: str | None = None
+    strict: bool = False
     num_classes: int | None = None
     cifar_stem: bool = False
     data: str | None = None

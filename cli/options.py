@@ -95,6 +95,8 @@ model_options = combine(
     click.option(
         "--ckpt", "--pretrained-baseline", "ckpt", type=click.Path(path_type=Path), help="Checkpoint to start from."
     ),
+    _job("--ckpt-key", "ckpt_key", help="Which of its state dicts, such as model_ema.  [default: state_dict, ...]"),
+    _job("--strict", "strict", is_flag=True, help="Refuse a checkpoint of other classes; else its head is made anew."),
     _job("--num-classes", "num_classes", type=int, help="Default: as many as the data has."),
     _job("--cifar-stem", "cifar_stem", is_flag=True, help="3x3 stem without pooling, for small images."),
 )

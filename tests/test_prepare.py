@@ -241,7 +241,7 @@ def test_prepared_once_right_in_both_modes(name, training):
 def test_eight_bits_keep_the_signal_of_a_trained_network(real_checkpoint, cifar10_batches):
     from itertools import islice
 
-    from brfx.io.model_file import load_float
+    from brfx.io.float_checkpoint import load_float
 
     model = build_model("resnet20", 10)
     load_float(model, real_checkpoint)

@@ -1,8 +1,7 @@
-"""Weights from and to files: FP32 checkpoints as they come, and brfx's own ``model.pt``."""
+"""brfx's own ``model.pt``, written and read."""
 
 from __future__ import annotations
 
-import pickle
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -10,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from brfx.calibration import require_calibrated
@@ -21,105 +19,13 @@ from brfx.graph.call_arguments import Calls
 from brfx.graph.trace import Tracing, is_plain
 from brfx.io.atomic import write_atomically
 from brfx.io.state_dict import versioned
+from brfx.io.torch_file import read_file
 from brfx.metadata import ModelMetadata, metadata_of
 from brfx.models import ModelSource, build_model
 from brfx.nn import Quantizer
 from brfx.prepare import rewrite, unwrapped
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "checkpoint")
-_PREFIXES = ("module.", "_orig_mod.")
 _FORMAT = 1
-
-
-def read_file(path: Path) -> Any:
-    """The content of a checkpoint; tensors and plain containers only, so that no file can run code.
-
-    Args:
-        path: .safetensors, or whatever ``torch.save`` wrote (zip or legacy), under any name.
-
-    Raises:
-        CheckpointError: absent, empty, truncated, or holding pickled code, which is refused.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: {'is a folder, not a checkpoint' if path.is_dir() else 'no such file'}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "weights_only" in str(error).lower():
-            raise CheckpointError(
-                f"{path}: refused, it holds Python objects besides tensors, and reading these could run code; "
-                "save model.state_dict() instead of the model"
-            ) from error
-        raise CheckpointError(f"{path}: not a checkpoint, or a damaged one ({_first_line(error)})") from error
-    except Exception as error:  # torch, zipfile and safetensors each have their own for damaged files
-        raise CheckpointError(
-            f"{path}: truncated, damaged or not a checkpoint ({_first_line(error)}); copy it again from its source"
-        ) from error
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The state dict in a checkpoint, out of its wrappings (``state_dict``, ``model``, ...) and without the prefixes
-    ``module.`` and ``_orig_mod.`` that DataParallel, DDP and ``torch.compile`` leave.
-
-    Raises:
-        CheckpointError: as :func:`read_file`, or there is no state dict in the file.
-    """
-    content = read_file(path)
-    while isinstance(content, Mapping) and not _is_state_dict(content):
-        inner = [content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
-        if not inner:
-            break
-        content = inner[0]
-    if not isinstance(content, Mapping) or not _is_state_dict(content):
-        keys = f"its keys are {', '.join(map(str, list(content)[:6]))}" if isinstance(content, Mapping) else ""
-        raise CheckpointError(
-            f"{path}: no state dict in it (a {type(content).__name__}; {keys}); looked under {', '.join(_WRAPPERS)}"
-        )
-    return {_strip(str(key)): value for key, value in content.items()}
-
-
-def load_float(model: nn.Module, path: Path, *, named_by: str = "--model") -> None:
-    """Load an FP32 checkpoint into the model it was trained as.
-
-    Args:
-        model: what :func:`brfx.build_model` made.
-        path: the file.
-        named_by: the flag that said which model, for the error.
-
-    Raises:
-        CheckpointError: as :func:`read_state_dict`; or the first keys and shapes that do not fit, and what to do.
-    """
-    state = read_state_dict(path)
-    own = model.state_dict()
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
-    surplus = [key for key in state if key not in own]
-    shapes = [key for key in own if key in state and state[key].shape != own[key].shape]
-    if not (missing or surplus or shapes):
-        state = versioned(state, model)
-        model.load_state_dict(state, strict=False)  # an absent num_batches_tracked is all that may lack
-        return
-    if any(".weight_quantizer." in key for key in surplus):
-        raise CheckpointError(
-            f"{path}: is of a quantized model, an FP32 one is wanted; use the run's model.pt as --ckpt"
-        )
-    parts = []
-    if shapes:
-        key = shapes[0]
-        parts.append(f"{key} is {tuple(state[key].shape)} in the file and {tuple(own[key].shape)} in the model")
-        if len(shapes) > 1:
-            parts[-1] += f" ({len(shapes) - 1} more shapes differ)"
-    for what, keys in (("lacks", missing), ("has beyond the model's", surplus)):
-        if keys:
-            parts.append(f"it {what} {', '.join(keys[:3])}" + (f" and {len(keys) - 3} more" if len(keys) > 3 else ""))
-    last = [key for key in shapes if own[key].shape[1:] == state[key].shape[1:]]
-    advice = f"is it another architecture than {named_by} says?"
-    if named_by == "--model" and shapes and len(last) == len(shapes) <= 2 and not missing and not surplus:
-        advice = f"pass --num-classes {state[last[0]].shape[0]}"
-    raise CheckpointError(f"{path} does not fit {type(model).__name__}: {'; '.join(parts)}; {advice}")
 
 
 def float_state_dict(qmodel: nn.Module) -> dict[str, Tensor]:
@@ -252,16 +158,6 @@ def _leaf(name: str, model: nn.Module, path: Path) -> type[nn.Module]:
 
 def _name(kind: type) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
-
-
-def _is_state_dict(content: Mapping[Any, Any]) -> bool:
-    return bool(content) and all(isinstance(value, Tensor) for value in content.values())
-
-
-def _strip(key: str) -> str:
-    while key.startswith(_PREFIXES):
-        key = key.removeprefix(_PREFIXES[0]).removeprefix(_PREFIXES[1])
-    return key
 
 
 def _first_line(error: BaseException) -> str:

@@ -24,7 +24,8 @@ from brfx.distributed import broadcast_object, broadcast_state, process_group, r
 from brfx.errors import BrfxError, ConfigError, DataError, TrainingError, first_line
 from brfx.export import OnnxReport, export_onnx, snap_biases
 from brfx.io.atomic import write_text_atomically
-from brfx.io.model_file import is_brfx_file, load, load_float, read_state_dict, save
+from brfx.io.float_checkpoint import load_float, read_state_dict
+from brfx.io.model_file import is_brfx_file, load, save
 from brfx.jobs.tasks import task_of
 from brfx.metadata import metadata_of
 from brfx.models import CIFAR_RESNETS, build_model, example_inputs, require_model
@@ -72,7 +73,7 @@ def train_float(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: b
         require_model(job.model)
         dataset = read_data(job)
         seed_everything(job.train.seed)
-        model = _float_model(job, dataset, job.ckpt)
+        model, _ = _float_model(job, dataset, job.ckpt, new_head=not job.strict)
         train_data, val_data = _loaders(job, dataset)
         callbacks = _with_tensorboard(job, run_dir, callbacks)
         _open_run(job, run_dir, resume)
@@ -103,9 +104,11 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
         _require_device(device)
         run_dir = _run_dir(job, resume)
         require_model(job.model)
-        read_state_dict(ckpt)
+        read_state_dict(ckpt, job.ckpt_key)
         dataset = read_data(job)
-        model = _float_model(job, dataset, ckpt)
+        seed_everything(job.train.seed)
+        model, head = _float_model(job, dataset, ckpt, new_head=not job.strict)
+        _require_trained_teacher(job, head)
         teacher = _teacher(job, dataset, model)
         qmodel = prepare_qat(model, job.qat, _example(dataset, 2))
         metadata = metadata_of(qmodel)
@@ -116,7 +119,7 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
         model.to(device)
         qmodel.to(device)
         if not (resume and has_checkpoints(run_dir)):
-            _calibrate(job, model, qmodel, dataset, val_data)
+            _calibrate(job, None if head else model, qmodel, dataset, val_data)
         for line in banner(job):
             log.info(line)
         result = None
@@ -144,7 +147,8 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
         if rank() == 0:
             onnx_report, problem = _write_onnx(qmodel, run_dir, _example(dataset, 8).to(device))
         test_data = _test_loader(job, dataset)
-        test, test_float = evaluate(qmodel, test_data, task), evaluate(model, test_data, task)
+        test = evaluate(qmodel, test_data, task)
+        test_float = None if head else evaluate(model, test_data, task)
         return _close_run(JobResult(run_dir, result, test, test_float, onnx_report, problem))
 
 
@@ -153,15 +157,16 @@ NORM_IMAGES = 4096
 
 
 def _calibrate(
-    job: JobConfig, model: nn.Module, qmodel: nn.Module, dataset: Dataset, val_data: BatchLoader | None
+    job: JobConfig, model: nn.Module | None, qmodel: nn.Module, dataset: Dataset, val_data: BatchLoader | None
 ) -> None:
-    """Start the steps and the batch norms' statistics of ``qmodel`` from whole batches, on rank 0 for all.
+    """Start the steps and the batch norms' statistics of ``qmodel`` from whole batches, on rank 0 for all. ``model`` is
+    the FP32 network, where it is trained for these classes.
 
     At 8 bits the FP32 network's statistics fit better than new ones of a few images do. Below, new ones are needed, and
     the more images they are of, the closer the outputs come to the FP32 network's (docs/results.md).
     """
     task = _task(job, dataset)
-    if val_data is not None:
+    if val_data is not None and model is not None:
         log.info("FP32 on validation: %.2f %%", 100 * evaluate(model, val_data, task).value)
     if rank() == 0:
         whole, _ = _loaders(job, dataset, shared=False)
@@ -209,7 +214,8 @@ def dry_run(job: JobConfig) -> Audit:
     if job.ckpt is None:
         raise ConfigError("quantize starts from an FP32 checkpoint: --ckpt FILE (`brfx train` makes one)")
     dataset = read_data(job)
-    qmodel = prepare_qat(_float_model(job, dataset, job.ckpt), job.qat, _example(dataset, 2))
+    model, _ = _float_model(job, dataset, job.ckpt, new_head=not job.strict)
+    qmodel = prepare_qat(model, job.qat, _example(dataset, 2))
     return audit(qmodel, _example(dataset, 1))
 
 
@@ -235,9 +241,9 @@ def evaluate_file(job: JobConfig) -> tuple[str, Evaluation | Score]:
         kind = f"W{metadata.config.weight_bits}A{metadata.config.act_bits}"
         return kind, evaluate(qmodel.to(job.train.device), _test_loader(job, dataset), _task(job, dataset))
     require_model(job.model)
-    read_state_dict(ckpt)
+    read_state_dict(ckpt, job.ckpt_key)
     dataset = read_data(job)
-    model = _float_model(job, dataset, ckpt)
+    model, _ = _float_model(job, dataset, ckpt)
     return "FP32", evaluate(model.to(job.train.device), _test_loader(job, dataset), _task(job, dataset))
 
 
@@ -252,7 +258,7 @@ def inspect(job: JobConfig) -> Audit:
             raise ConfigError("say what to inspect: --model NAME, or --ckpt with a run's model.pt")
         model = build_model(job.model, job.num_classes, cifar_stem=job.cifar_stem)
         if job.ckpt is not None:
-            load_float(model, job.ckpt)
+            load_float(model, job.ckpt, key=job.ckpt_key)
         size = job.image_size or _own_image_size(job.model)
         qmodel = prepare_qat(model, job.qat, example_inputs(job.model, size, 2))
     return audit(qmodel, *example_inputs(job.model, size))
@@ -348,13 +354,26 @@ def _classes(job: JobConfig, dataset: Dataset) -> int:
     return len(dataset.classes)
 
 
-def _float_model(job: JobConfig, dataset: Dataset, ckpt: Path | None) -> nn.Module:
-    """The FP32 model of a job, for the data's classes, with the checkpoint's weights if there is one."""
+def _float_model(
+    job: JobConfig, dataset: Dataset, ckpt: Path | None, *, new_head: bool = False
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The FP32 model of a job, for the data's classes, with the checkpoint's weights if there is one; and the
+    parameters that the checkpoint has for other classes, where ``new_head`` lets these stay as initialized."""
     model = build_model(job.model, _classes(job, dataset), cifar_stem=job.cifar_stem)
+    head: tuple[str, ...] = ()
     if ckpt is not None:
-        load_float(model, ckpt)
+        head = load_float(model, ckpt, key=job.ckpt_key, new_head=new_head)
     task_of(job).require(model, job.model, dataset)
-    return model
+    return model, head
+
+
+def _require_trained_teacher(job: JobConfig, head: tuple[str, ...]) -> None:
+    """A head made anew has learned nothing, so no network with it is distilled from."""
+    if head and job.train.distill and job.teacher is None:
+        raise ConfigError(
+            f"--distill {job.train.distill:g}: {job.ckpt} is of other classes, so there is no FP32 network to distill "
+            f"from: `brfx train --model {job.model} --ckpt {job.ckpt}` first, or give --teacher NAME=FILE"
+        )
 
 
 def _teacher(job: JobConfig, dataset: Dataset, model: nn.Module) -> nn.Module | None:

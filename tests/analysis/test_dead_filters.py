@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import brfx
 from brfx.analysis.dead_filters import described
-from brfx.io.model_file import load_float
+from brfx.io.float_checkpoint import load_float
 from brfx.quant.step_init import lsq_step_init
 
 #: Of the real checkpoint, by its batch norms alone.

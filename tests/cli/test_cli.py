@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from brfx.io.model_file import load_float
+from brfx.io.float_checkpoint import load_float
 from brfx.models import build_model
 from brfx.train import evaluate
 from brfx.train.checkpoint import state_sha256

@@ -137,7 +137,7 @@ def test_few_codes_of_the_real_network_flip_before_its_biases_are_snapped(
     real_checkpoint, cifar10_test, stream_bits, share
 ):
     from brfx.data import Preprocessing
-    from brfx.io.model_file import load_float
+    from brfx.io.float_checkpoint import load_float
 
     model = build_model("resnet20", 10)
     load_float(model, real_checkpoint)
@@ -149,7 +149,7 @@ def test_few_codes_of_the_real_network_flip_before_its_biases_are_snapped(
 
 def test_with_biases_snapped_no_code_of_the_real_network_flips(real_checkpoint, cifar10_test):
     from brfx.data import Preprocessing
-    from brfx.io.model_file import load_float
+    from brfx.io.float_checkpoint import load_float
 
     model = build_model("resnet20", 10)
     load_float(model, real_checkpoint)

@@ -2,7 +2,7 @@ import torch
 from torch import nn
 
 import brfx
-from brfx.io.model_file import load_float
+from brfx.io.float_checkpoint import load_float
 from brfx.io.state_dict import versioned
 from brfx.models import build_model
 

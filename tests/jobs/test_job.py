@@ -8,8 +8,9 @@ from torch import nn
 
 import brfx
 from brfx.config import JobConfig, QATConfig, TrainConfig
-from brfx.errors import ConfigError
-from brfx.jobs.job import NORM_IMAGES, banner, quantize
+from brfx.errors import CheckpointError, ConfigError
+from brfx.io.float_checkpoint import read_state_dict
+from brfx.jobs.job import NORM_IMAGES, banner, evaluate_file, quantize, train_float
 
 NET = """
 from torch import nn
@@ -138,3 +139,38 @@ def test_batch_norms_keep_the_float_networks_statistics_at_8_bits_alone(job, mon
     quantize(replace(job(f"w{bits}", qat=QATConfig(bits=bits), lambda_br=0.0, lambda_br_act=0.0), train=train))
     assert seen["batch_statistics"] == (bits == 4)
     assert seen.get("images", 0) == (0 if bits == 8 else min(NORM_IMAGES, 1294 // 16 * 16))
+
+
+def test_a_checkpoint_of_other_classes_is_fine_tuned_and_quantized_and_never_measured(job, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "brfx")
+    ours = job("fp32")
+    trained = torch.load(ours.ckpt)
+    other = brfx.build_model(ours.model, 7)
+    trained |= {key: value for key, value in other.state_dict().items() if key.startswith("5.")}
+    torch.save(trained, tmp_path / "seven.pth")
+    common = {"ckpt": tmp_path / "seven.pth"}
+    fine_tuning = {"command": "train", "train": replace(ours.train, epochs=1, lr=1e-9, weight_decay=0.0)}
+    run = train_float(replace(ours, **common, **fine_tuning))
+    line = f"{tmp_path / 'seven.pth'}: 5 made anew, from 7 to 10 classes"
+    assert line in caplog.messages
+    tuned = read_state_dict(run.run_dir / "last.pth")
+    torch.testing.assert_close(tuned["0.weight"], trained["0.weight"])
+    assert tuned["5.weight"].shape == (10, 8)
+
+    common["train"] = replace(ours.train, epochs=0, warmup_epochs=0)
+    caplog.clear()
+    run = quantize(replace(job("w2"), **common))
+    assert line in caplog.messages and "FP32 on validation" not in caplog.text
+    assert run.test_float is None
+    again = quantize(replace(job("again"), **common))
+    states = [torch.load(path.run_dir / "model.pt")["state_dict"] for path in (run, again)]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())  # the head follows the seed
+
+    for call in (quantize, evaluate_file):
+        with pytest.raises(CheckpointError, match=r"its 5 has 7 classes, 10 are wanted: `brfx train .*best.pth"):
+            call(replace(job("strict"), strict=True, **common))
+    with pytest.raises(CheckpointError, match="its 5 has 7 classes"):
+        evaluate_file(replace(ours, **common))
+    with pytest.raises(ConfigError, match=r"--distill 0.5: .*no FP32 network to distill from: `brfx train"):
+        quantize(replace(job("distilled"), **common | {"train": replace(ours.train, distill=0.5)}))
+    assert not job("strict").output_dir.exists() and not job("distilled").output_dir.exists()

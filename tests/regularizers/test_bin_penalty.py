@@ -345,7 +345,7 @@ def test_bfloat16_trains_with_codes_in_full_precision(tiny, images, how):
 
 def test_on_the_real_checkpoint_lambda_1_lowers_both_by_thirty_per_cent_in_100_steps(real_checkpoint, cifar10_test):
     from brfx.data import BatchLoader, Preprocessing
-    from brfx.io.model_file import load_float
+    from brfx.io.float_checkpoint import load_float
 
     model = build_model("resnet20", 10)
     load_float(model, real_checkpoint)
