@@ -360,7 +360,8 @@ class JobConfig:
         command: ``"train"``, ``"quantize"`` or ``"evaluate"``.
         model: a name that ``brfx models`` lists, or ``path/to/file.py:factory``.
         task: ``"classification"`` or ``"segmentation"``; default the model's own, of a file's classification.
-        ckpt: the FP32 checkpoint, or for ``evaluate`` also a run's ``model.pt``.
+        ckpt: the FP32 checkpoint, or for ``evaluate`` also a run's ``model.pt``; ``Path("torchvision")``: the model's
+            published weights, where torchvision's own download puts them.
         ckpt_key: which state dict of the checkpoint, where it has several.
         strict: refuse a checkpoint of another number of classes, whose head training else makes anew.
         num_classes: default the number of the data's classes.

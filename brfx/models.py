@@ -11,6 +11,7 @@ from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import torch
 import torchvision.models
@@ -130,6 +131,46 @@ def build_model(name: str, num_classes: int | None = None, *, cifar_stem: bool =
     assert isinstance(model, nn.Module)
     model.brfx_source = ModelSource(name, num_classes, cifar_stem)  # type: ignore[assignment]
     return model
+
+
+@dataclass(frozen=True)
+class PublishedWeights:
+    """torchvision's default weights of a model.
+
+    Attributes:
+        url: where they are published.
+        path: where torchvision's own download puts them, whether they are there or not.
+        mean, std: that torchvision normalizes images by for them; ``None`` where the model does it itself.
+    """
+
+    url: str
+    path: Path
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+
+    def normalization(self, model: nn.Module) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+        """Mean and std of the images that ``model``, from :func:`build_model`, must see with these weights.
+
+        torchvision turns ``transform_input`` on along with its weights, where a model has it: the model then goes on
+        from ImageNet's mean and std to 0.5 itself. Without it the images must be of 0.5.
+        """
+        if getattr(model, "transform_input", True):
+            return self.mean, self.std
+        return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+def published_weights(name: str) -> PublishedWeights | None:
+    """What torchvision publishes for a model of this name; ``None`` if it has no such model or no weights of it.
+    Nothing is downloaded."""
+    if name not in torchvision.models.list_models():
+        return None
+    weights = getattr(torchvision.models.get_model_weights(name), "DEFAULT", None)
+    if weights is None:
+        return None
+    seen = weights.transforms()
+    mean, std = (tuple(value) if (value := getattr(seen, key, None)) else None for key in ("mean", "std"))
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(weights.url).path).name
+    return PublishedWeights(weights.url, path, mean, std)
 
 
 def require_model(name: str) -> None:

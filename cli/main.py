@@ -47,10 +47,10 @@ def quantize(dry_run: bool, **given: Any) -> None:
     job = build_job("quantize", given)
     from brfx.jobs import job as jobs
 
+    render.show_log()
     if dry_run:
         render.audit(jobs.dry_run(job))
         return
-    render.show_log()
     with render.progress("QAT") as callback:
         result = jobs.quantize(job, [callback], resume=resume)
     render.job_result(result, f"W{job.qat.weight_bits}A{job.qat.act_bits}")
@@ -81,6 +81,7 @@ def evaluate(**given: Any) -> None:
     job = build_job("evaluate", given)
     from brfx.jobs import job as jobs
 
+    render.show_log()
     kind, result = jobs.evaluate_file(job)
     what = "top-1 accuracy" if result.metric == "accuracy" else "test"
     render.console.print(f"{kind} {what}: {render.evaluation(result)}")
@@ -163,7 +164,9 @@ def inspect(**given: Any) -> None:
     """Show each layer of a rewritten model, or of a run's model.pt: bits, signs, steps, MACs."""
     from brfx.jobs import job as jobs
 
-    render.audit(jobs.inspect(build_job("inspect", given)))
+    job = build_job("inspect", given)
+    render.show_log()
+    render.audit(jobs.inspect(job))
 
 
 @cli.command()

@@ -93,7 +93,11 @@ model_options = combine(
     _job("--model", "model", help="A name that `brfx models` lists, or path/to/file.py:factory."),
     _job("--task", "task", type=click.Choice(TASKS), help="What is trained.  [default: the model's own]"),
     click.option(
-        "--ckpt", "--pretrained-baseline", "ckpt", type=click.Path(path_type=Path), help="Checkpoint to start from."
+        "--ckpt",
+        "--pretrained-baseline",
+        "ckpt",
+        type=click.Path(path_type=Path),
+        help="Checkpoint to start from; the word torchvision: its weights of the model, where its download puts them.",
     ),
     _job("--ckpt-key", "ckpt_key", help="Which of its state dicts, such as model_ema.  [default: state_dict, ...]"),
     _job("--strict", "strict", is_flag=True, help="Refuse a checkpoint of other classes; else its head is made anew."),

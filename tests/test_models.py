@@ -3,7 +3,7 @@ import torch
 import torchvision
 
 from brfx.errors import BrfxError
-from brfx.models import build_model, model_names
+from brfx.models import build_model, model_names, published_weights
 
 
 def test_names_are_torchvisions_float_models_and_the_cifar_resnets():
@@ -50,3 +50,16 @@ def test_a_file_of_the_users_own(tmp_path):
     ]:
         with pytest.raises(BrfxError, match=message):
             build_model(name)
+
+
+def test_published_weights_are_named_and_not_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    found = published_weights("resnet18")
+    assert found.url == "https://download.pytorch.org/models/resnet18-f37072fd.pth"
+    assert found.path == tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    model = build_model("resnet18")
+    assert found.normalization(model) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert published_weights("googlenet").normalization(build_model("googlenet")) == ((0.5,) * 3, (0.5,) * 3)
+    assert published_weights("ssdlite320_mobilenet_v3_large").mean is None  # the detectors normalize images themselves
+    assert published_weights("resnet20") is None and published_weights("mine.py:make") is None
+    assert not list(tmp_path.iterdir())

@@ -28,7 +28,7 @@ from brfx.io.float_checkpoint import load_float, read_state_dict
 from brfx.io.model_file import is_brfx_file, load, save
 from brfx.jobs.tasks import task_of
 from brfx.metadata import metadata_of
-from brfx.models import CIFAR_RESNETS, build_model, example_inputs, require_model
+from brfx.models import CIFAR_RESNETS, build_model, example_inputs, published_weights, require_model
 from brfx.prepare import prepare_qat
 from brfx.quant.factory import about_activations, about_weights
 from brfx.quant.grid import Grid
@@ -66,11 +66,14 @@ def train_float(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: b
     Raises:
         BrfxError: a setting, the data or the output folder is not right; nothing has been written then.
     """
+    job = _with_checkpoint(job)
     with process_group(job.train.device) as device:
         job = replace(job, train=replace(job.train, device=device))
         _require_device(device)
         run_dir = _run_dir(job, resume)
         require_model(job.model)
+        if job.ckpt is None and (published := _where_published(job.model)):
+            log.info("Training from random weights%s", published)
         dataset = read_data(job)
         seed_everything(job.train.seed)
         model, _ = _float_model(job, dataset, job.ckpt, new_head=not job.strict)
@@ -95,9 +98,8 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
     Raises:
         BrfxError: a setting, the checkpoint, the data or the output folder is not right; nothing has been written then.
     """
-    if job.ckpt is None:
-        raise ConfigError("quantize starts from an FP32 checkpoint: --ckpt FILE (`brfx train` makes one)")
-    ckpt = job.ckpt
+    job = _with_checkpoint(job)
+    ckpt = _required_checkpoint(job)
     with process_group(job.train.device) as device:
         job = replace(job, train=replace(job.train, device=device))
         _require_penalty_epochs(job)
@@ -211,10 +213,10 @@ def _with_tensorboard(job: JobConfig, run_dir: Path, callbacks: Iterable[Callbac
 
 def dry_run(job: JobConfig) -> Audit:
     """What ``quantize`` would train, layer by layer; nothing is written."""
-    if job.ckpt is None:
-        raise ConfigError("quantize starts from an FP32 checkpoint: --ckpt FILE (`brfx train` makes one)")
+    job = _with_checkpoint(job)
+    ckpt = _required_checkpoint(job)
     dataset = read_data(job)
-    model, _ = _float_model(job, dataset, job.ckpt, new_head=not job.strict)
+    model, _ = _float_model(job, dataset, ckpt, new_head=not job.strict)
     qmodel = prepare_qat(model, job.qat, _example(dataset, 2))
     return audit(qmodel, _example(dataset, 1))
 
@@ -222,6 +224,7 @@ def dry_run(job: JobConfig) -> Audit:
 def evaluate_file(job: JobConfig) -> tuple[str, Evaluation | Score]:
     """How good an FP32 checkpoint or a run's ``model.pt`` is on the test images, behind what it is: ``"FP32"``,
     ``"W2A2"`` ..."""
+    job = _with_checkpoint(job)
     ckpt = job.ckpt
     if ckpt is None:
         raise ConfigError("say what to evaluate: --ckpt FILE")
@@ -249,6 +252,7 @@ def evaluate_file(job: JobConfig) -> tuple[str, Evaluation | Score]:
 
 def inspect(job: JobConfig) -> Audit:
     """What runs quantized, and what not, of a run's ``model.pt``, or of ``--model`` as ``job.qat`` would rewrite it."""
+    job = _with_checkpoint(job)
     if job.ckpt is not None and is_brfx_file(job.ckpt):
         qmodel = load(job.ckpt, _own_model(job))
         preprocessing = metadata_of(qmodel).preprocessing
@@ -363,8 +367,63 @@ def _float_model(
     head: tuple[str, ...] = ()
     if ckpt is not None:
         head = load_float(model, ckpt, key=job.ckpt_key, new_head=new_head)
+        _compare_normalization(job.model, model, ckpt, dataset.preprocessing)
     task_of(job).require(model, job.model, dataset)
     return model, head
+
+
+def _required_checkpoint(job: JobConfig) -> Path:
+    if job.ckpt is None:
+        where = _where_published(job.model)
+        raise ConfigError(f"quantize starts from an FP32 checkpoint: --ckpt FILE (`brfx train` makes one{where})")
+    return job.ckpt
+
+
+def _with_checkpoint(job: JobConfig) -> JobConfig:
+    """``job`` with the path of torchvision's weights where its ``ckpt`` is the word ``torchvision``."""
+    return job if job.ckpt is None else replace(job, ckpt=_found_checkpoint(job.model, job.ckpt))
+
+
+def _found_checkpoint(model: str, ckpt: Path) -> Path:
+    """``ckpt``, or, where that is the word ``torchvision``, the file of torchvision's weights of ``model``.
+
+    Raises:
+        ConfigError: torchvision has none, or they are not on disk; nothing is downloaded.
+    """
+    if ckpt != Path("torchvision"):
+        return ckpt
+    require_model(model)
+    published = published_weights(model)
+    if published is None:
+        raise ConfigError(f"torchvision has no weights of {model}: give a FILE")
+    if not published.path.is_file():
+        raise ConfigError(
+            f"torchvision's weights of {model} are not at {published.path}: get them from {published.url}"
+        )
+    return published.path
+
+
+def _where_published(model: str) -> str:
+    """Where torchvision's weights of ``model`` are, as the end of a sentence; empty if there are none."""
+    published = published_weights(model)
+    if published is None:
+        return ""
+    if published.path.is_file():
+        return "; torchvision's are on disk: --ckpt torchvision"
+    return f"; torchvision's are at {published.url}"
+
+
+def _compare_normalization(name: str, model: nn.Module, ckpt: Path, preprocessing: Preprocessing) -> None:
+    """Warn where a file of torchvision's weights gets images of another mean or std than they were trained on."""
+    published = published_weights(name)
+    if published is None or ckpt.name != published.path.name:
+        return
+    for flag, wanted, given in zip(
+        ("mean", "std"), published.normalization(model), (preprocessing.mean, preprocessing.std), strict=True
+    ):
+        if wanted is not None and wanted != tuple(given):
+            values = ",".join(f"{value:g}" for value in wanted)
+            log.warning("%s was trained on images of another %s: --%s %s", ckpt, flag, flag, values)
 
 
 def _require_trained_teacher(job: JobConfig, head: tuple[str, ...]) -> None:
@@ -388,7 +447,7 @@ def _teacher(job: JobConfig, dataset: Dataset, model: nn.Module) -> nn.Module | 
     name, _, file = job.teacher.partition("=")
     require_model(name)
     teacher = build_model(name, len(dataset.classes), cifar_stem=job.cifar_stem and name not in CIFAR_RESNETS)
-    load_float(teacher, Path(file), named_by="--teacher")
+    load_float(teacher, _found_checkpoint(name, Path(file)), named_by="--teacher")
     task_of(job).require(teacher, name, dataset)
     return teacher
 

@@ -1,6 +1,7 @@
 import json
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +9,9 @@ from torch import nn
 
 import brfx
 from brfx.config import JobConfig, QATConfig, TrainConfig
-from brfx.errors import CheckpointError, ConfigError
+from brfx.errors import CheckpointError, ConfigError, DataError
 from brfx.io.float_checkpoint import read_state_dict
-from brfx.jobs.job import NORM_IMAGES, banner, evaluate_file, quantize, train_float
+from brfx.jobs.job import NORM_IMAGES, banner, dry_run, evaluate_file, quantize, train_float
 
 NET = """
 from torch import nn
@@ -174,3 +175,37 @@ def test_a_checkpoint_of_other_classes_is_fine_tuned_and_quantized_and_never_mea
     with pytest.raises(ConfigError, match=r"--distill 0.5: .*no FP32 network to distill from: `brfx train"):
         quantize(replace(job("distilled"), **common | {"train": replace(ours.train, distill=0.5)}))
     assert not job("strict").output_dir.exists() and not job("distilled").output_dir.exists()
+
+
+def test_published_weights_are_used_where_they_are_and_else_their_address_is_told(job, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    caplog.set_level(logging.INFO, "brfx")
+    ours = replace(job("run"), model="squeezenet1_1", image_size=32, ckpt=None)
+    url = "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth"
+    with pytest.raises(ConfigError, match=f"`brfx train` makes one; torchvision's are at {url}"):
+        quantize(ours)
+    named = replace(ours, ckpt=Path("torchvision"))
+    with pytest.raises(ConfigError, match=f"squeezenet1_1 are not at .*1-b8a52dc0.pth: get them from {url}"):
+        dry_run(named)
+    with pytest.raises(ConfigError, match="torchvision has no weights of resnet20"):
+        dry_run(replace(named, model="resnet20"))
+
+    file = tmp_path / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
+    file.parent.mkdir(parents=True)
+    torch.save(brfx.build_model("squeezenet1_1", 1000).state_dict(), file)
+    with pytest.raises(ConfigError, match="`brfx train` makes one; torchvision's are on disk: --ckpt torchvision"):
+        dry_run(ours)
+    assert dry_run(named).layers
+    assert caplog.messages[0] == f"{file}: classifier.1 made anew, from 1000 to 10 classes"
+    assert caplog.messages[1:3] == [
+        f"{file} was trained on images of another mean: --mean 0.485,0.456,0.406",
+        f"{file} was trained on images of another std: --std 0.229,0.224,0.225",
+    ]
+    with pytest.raises(CheckpointError, match=r"its classifier.1 has 1000 classes, 10 are wanted"):
+        evaluate_file(named)
+    caplog.clear()
+    dry_run(replace(named, ckpt=file, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)))
+    assert not any("was trained on images" in message for message in caplog.messages)
+    with pytest.raises(DataError, match="nowhere"):
+        train_float(replace(ours, command="train", data="nowhere"))
+    assert caplog.messages[-1] == "Training from random weights; torchvision's are on disk: --ckpt torchvision"
