@@ -25,9 +25,11 @@ def _is(kind: type) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
-def _are(one: Callable[[Any], bool], count: int | None = None) -> Callable[[Any], bool]:
-    """Whether a value is a list or a tuple of what ``one`` accepts."""
-    return lambda value: isinstance(value, list | tuple) and count in (None, len(value)) and all(map(one, value))
+def _are(one: Callable[[Any], bool], *counts: int) -> Callable[[Any], bool]:
+    """Whether a value is a list or a tuple of what ``one`` accepts, of one of these lengths."""
+    return lambda value: (
+        isinstance(value, list | tuple) and (not counts or len(value) in counts) and all(map(one, value))
+    )
 
 
 def _is_override(value: Any) -> bool:
@@ -43,7 +45,7 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "float": (_is(Real), "a number"),
     "str": (_is(str), "a string"),
     "Path": (_is(Path), "a pathlib.Path"),
-    "tuple[float, float, float]": (_are(_is(Real), 3), "three numbers"),
+    "tuple[float, ...]": (_are(_is(Real), 1, 3), "one number or three"),
     "tuple[str, ...]": (_are(_is(str)), "a list of strings"),
     "tuple[Override, ...]": (_are(_is_override), "a list of (pattern, settings or None)"),
     "QATConfig": (lambda value: isinstance(value, QATConfig), "a QATConfig"),
@@ -369,7 +371,8 @@ class JobConfig:
         data: ``digits``, ``cifar10``, ``cifar100`` or a folder; default the model's own data set.
         data_dir: where named data sets lie.
         download: let torchvision download a named data set.
-        image_size, mean, std: instead of the data set's defaults.
+        image_size, mean, std: instead of the data set's defaults; a mean and a std of one number make images grey, for
+            a model of one channel.
         val_fraction: share of the training images that are held out to measure each epoch on; 0: all are trained on,
             and there is no validation.
         batch_size: images a batch.
@@ -408,8 +411,8 @@ class JobConfig:
     data_dir: Path = DATA_DIR
     download: bool = False
     image_size: int | None = None
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     val_fraction: float = 0.1
     batch_size: int = 64
     workers: int = 2
@@ -451,7 +454,7 @@ class JobConfig:
         if not 0 <= self.val_fraction < 1:
             raise ConfigError(f"val_fraction={_shown(self.val_fraction)}: takes 0 or a share below 1")
         if self.std is not None and not all(value > 0 for value in self.std):
-            raise ConfigError(f"std={_shown(self.std)}: takes three numbers above 0")
+            raise ConfigError(f"std={_shown(self.std)}: takes numbers above 0")
         self._check_together()
 
     def _check_together(self) -> None:

@@ -53,19 +53,19 @@ class OptionalFloat(click.ParamType):  # type: ignore[type-arg]
         return float(click.FLOAT.convert(value, param, ctx))
 
 
-class Triple(click.ParamType):  # type: ignore[type-arg]
-    """Three numbers with commas, one a colour channel."""
+class PerChannel(click.ParamType):  # type: ignore[type-arg]
+    """Three numbers with commas, one a colour channel, or one for grey images."""
 
     name = "R,G,B"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[float, float, float]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
         try:
-            red, green, blue = (float(part) for part in value.split(","))
+            numbers = tuple(float(part) for part in value.split(","))
         except ValueError:
-            self.fail(f"{value!r}: three numbers with commas, such as 0.485,0.456,0.406", param, ctx)
-        return red, green, blue
+            numbers = ()
+        if len(numbers) not in (1, 3):
+            self.fail(f"{value!r}: three numbers with commas, such as 0.485,0.456,0.406, or one for grey", param, ctx)
+        return numbers
 
 
 def _job(flag: str, name: str, **settings: Any) -> Callable[[F], F]:
@@ -121,8 +121,18 @@ data_options = combine(
         type=int,
         help="Pixels a side.  [default: 16 digits, 32 CIFAR and its ResNets, 224 else]",
     ),
-    _job("--mean", "mean", type=Triple(), help="Of images in 0..1.  [default: ImageNet's; digits 0.5]"),
-    _job("--std", "std", type=Triple(), help="Of images in 0..1.  [default: ImageNet's; digits 0.5]"),
+    _job(
+        "--mean",
+        "mean",
+        type=PerChannel(),
+        help="Of images in 0..1; one number: grey.  [default: ImageNet's; digits 0.5]",
+    ),
+    _job(
+        "--std",
+        "std",
+        type=PerChannel(),
+        help="Of images in 0..1; one number: grey.  [default: ImageNet's; digits 0.5]",
+    ),
     _job("--batch-size", "batch_size", type=int, help="Images a batch."),
     _job("--workers", "workers", type=int, help="Processes that decode a folder's images; 0 for none."),
     _job("--skip-bad-images", "skip_bad_images", is_flag=True, help="Leave out images of a folder that are damaged."),

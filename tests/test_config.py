@@ -123,7 +123,7 @@ def test_overrides_are_saved_with_the_model(tiny, images, tmp_path):
         (JobConfig, "command", None, "command=None: takes a string"),
         (JobConfig, "data_dir", "data", "data_dir='data': takes a pathlib.Path"),
         (JobConfig, "data_dir", Path("~nobody-of-this-name/x"), "no such user's home"),
-        (JobConfig, "mean", (0.5, 0.5), "mean=(0.5, 0.5): takes three numbers, or None"),
+        (JobConfig, "mean", (0.5, 0.5), "mean=(0.5, 0.5): takes one number or three, or None"),
         (JobConfig, "qat", {}, "qat={}: takes a QATConfig"),
         (JobConfig, "batch_size", 1.5, "batch_size=1.5: takes a whole number"),
     ],

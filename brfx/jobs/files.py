@@ -38,7 +38,7 @@ def export_file(ckpt: Path, output: Path, model: str = "", profile: str = "compa
         raise ExportError(f"{output} exists already: choose another --output")
     exporter = exporter_for(output)
     qmodel = _load_own(ckpt, model)
-    example = _random_images(_image_size(qmodel), 2)
+    example = _random_images(_image_size(qmodel), 2, _channels(qmodel))
     report = exporter.write(qmodel, output, example, profile)
     return report if isinstance(report, OnnxReport) else None
 
@@ -64,7 +64,8 @@ def verify_files(
         batches: Iterable[tuple[torch.Tensor, torch.Tensor | None]] = loader
     else:
         size = preprocessing.image_size if preprocessing else 224
-        batches = [(_random_images(size, images or 64), None)]
+        channels = preprocessing.channels if preprocessing else 3
+        batches = [(_random_images(size, images or 64, channels), None)]
     runners = [runner(path, _load_own, integer=integer) for path in (first, second)]
     return verify(runners[0], runners[1], batches, trained)
 
@@ -75,6 +76,7 @@ def benchmark_files(files: list[Path], batch_size: int, rounds: int, threads: in
         raise ExportError("timing needs the extra: pip install 'brfx[onnx]'")
     with tempfile.TemporaryDirectory() as folder:
         named: list[tuple[str, Path]] = []
+        channels = 3
         for path in files:
             if not path.is_file():
                 raise ExportError(f"{path}: there is no such file")
@@ -82,12 +84,12 @@ def benchmark_files(files: list[Path], batch_size: int, rounds: int, threads: in
                 named.append((str(path), path))
                 continue
             qmodel = _load_own(path)
-            size = size or _image_size(qmodel)
+            size, channels = size or _image_size(qmodel), _channels(qmodel)
             fp32, int8 = Path(folder) / f"{len(named)}-fp32.onnx", Path(folder) / f"{len(named)}-int8.onnx"
-            float_onnx(qmodel, fp32, _random_images(size, 2))
-            int8_onnx(fp32, int8, [_random_images(size, 4)])
+            float_onnx(qmodel, fp32, _random_images(size, 2, channels))
+            int8_onnx(fp32, int8, [_random_images(size, 4, channels)])
             named = [(f"{path} in FP32", fp32), (f"{path}: ONNX Runtime's INT8", int8), *named]
-        return benchmark(named, _random_images(size or 224, batch_size), rounds, threads)
+        return benchmark(named, _random_images(size or 224, batch_size, channels), rounds, threads)
 
 
 def _load_own(path: Path, model: str = "") -> nn.Module:
@@ -99,5 +101,10 @@ def _image_size(qmodel: nn.Module) -> int:
     return preprocessing.image_size if preprocessing else 224
 
 
-def _random_images(size: int, count: int) -> torch.Tensor:
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+def _channels(qmodel: nn.Module) -> int:
+    preprocessing = metadata_of(qmodel).preprocessing
+    return preprocessing.channels if preprocessing else 3
+
+
+def _random_images(size: int, count: int, channels: int) -> torch.Tensor:
+    return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(0))

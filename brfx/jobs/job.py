@@ -257,15 +257,22 @@ def inspect(job: JobConfig) -> Audit:
         qmodel = load(job.ckpt, _own_model(job))
         preprocessing = metadata_of(qmodel).preprocessing
         size = job.image_size or (preprocessing.image_size if preprocessing else _own_image_size(job.model))
+        channels = preprocessing.channels if preprocessing else 3
     else:
         if not job.model:
             raise ConfigError("say what to inspect: --model NAME, or --ckpt with a run's model.pt")
         model = build_model(job.model, job.num_classes, cifar_stem=job.cifar_stem)
         if job.ckpt is not None:
             load_float(model, job.ckpt, key=job.ckpt_key)
-        size = job.image_size or _own_image_size(job.model)
-        qmodel = prepare_qat(model, job.qat, example_inputs(job.model, size, 2))
-    return audit(qmodel, *example_inputs(job.model, size))
+        size, channels = job.image_size or _own_image_size(job.model), _input_channels(model)
+        qmodel = prepare_qat(model, job.qat, example_inputs(job.model, size, 2, channels=channels))
+    return audit(qmodel, *example_inputs(job.model, size, channels=channels))
+
+
+def _input_channels(model: nn.Module) -> int:
+    """Of the images that ``model`` takes: 3, unless its first convolution says 1, 2 or 4."""
+    first = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
+    return first if first in (1, 2, 4) else 3
 
 
 def read_data(job: JobConfig, preprocessing: Preprocessing | None = None) -> Dataset:

@@ -11,7 +11,8 @@ import brfx
 from brfx.config import JobConfig, QATConfig, TrainConfig
 from brfx.errors import CheckpointError, ConfigError, DataError
 from brfx.io.float_checkpoint import read_state_dict
-from brfx.jobs.job import NORM_IMAGES, banner, dry_run, evaluate_file, quantize, train_float
+from brfx.jobs.files import export_file
+from brfx.jobs.job import NORM_IMAGES, banner, dry_run, evaluate_file, inspect, quantize, train_float
 
 NET = """
 from torch import nn
@@ -209,3 +210,23 @@ def test_published_weights_are_used_where_they_are_and_else_their_address_is_tol
     with pytest.raises(DataError, match="nowhere"):
         train_float(replace(ours, command="train", data="nowhere"))
     assert caplog.messages[-1] == "Training from random weights; torchvision's are on disk: --ckpt torchvision"
+
+
+def test_a_model_of_one_channel_sees_grey_images_in_training_evaluation_and_export(job, tmp_path):
+    file = tmp_path / "grey.py"
+    file.write_text(NET.replace("nn.Conv2d(3,", "nn.Conv2d(1,"))
+    model = f"{file}:net"
+    torch.save(brfx.build_model(model, 10).state_dict(), tmp_path / "grey.pth")
+    grey = replace(job("grey"), model=model, ckpt=tmp_path / "grey.pth", mean=(0.5,), std=(0.25,))
+    with pytest.raises(ConfigError, match=r"does not run on images of 3x16x16 .*numbers are the channels"):
+        quantize(replace(grey, mean=None, std=None))
+    with pytest.raises(ConfigError, match="--mean of 1 and --std of 3 numbers"):
+        quantize(replace(grey, std=None))
+    assert inspect(replace(grey, image_size=16)).layers
+    run = quantize(grey)
+    ours = replace(grey, command="evaluate", ckpt=run.run_dir / "model.pt", mean=None, std=None)
+    kind, evaluation = evaluate_file(ours)
+    assert (kind, evaluation) == ("W2A2", run.test)
+    assert inspect(ours).layers
+    if run.onnx is not None:
+        assert export_file(run.run_dir / "model.pt", tmp_path / "grey.onnx", model).reference_difference == 0
