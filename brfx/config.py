@@ -258,8 +258,10 @@ class TrainConfig:
         epochs: passes over the training data, the warm-up included.
         warmup_epochs: of these, the first ones without the penalty; default 30 % of ``epochs``.
         optimizer: ``"sgd"`` (Nesterov momentum) or ``"adamw"``.
-        lr: peak learning rate; cosine decay to zero at the last batch.
-        lr_warmup: share of all batches over which the rate first rises from zero to its peak.
+        accumulate: batches an update, whose gradients are averaged: what one batch of so many times the images gives,
+            but for batch norms and activations' bins, which see each batch alone. A run is saved between updates.
+        lr: peak learning rate; cosine decay to zero at the last update.
+        lr_warmup: share of all updates over which the rate first rises from zero to its peak.
         step_lr: learning rate of parameters that a module names in ``own_rate`` (the quantizers' steps), which
             get no weight decay; default ``lr``.
         momentum: of SGD.
@@ -293,6 +295,7 @@ class TrainConfig:
     epochs: int = 100
     warmup_epochs: int | None = None
     optimizer: str = "sgd"
+    accumulate: int = 1
     lr: float = 0.02
     lr_warmup: float = 0.1
     step_lr: float | None = None
@@ -323,7 +326,15 @@ class TrainConfig:
         for name in ("epochs", "warmup_epochs", "weight_decay", "momentum", "reestimate_bn"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={_shown(getattr(self, name))}: takes 0 or more")
-        for name in ("lr", "step_lr", "temperature", "clip_grad", "checkpoint_minutes", "keep_checkpoints"):
+        for name in (
+            "lr",
+            "step_lr",
+            "temperature",
+            "clip_grad",
+            "checkpoint_minutes",
+            "keep_checkpoints",
+            "accumulate",
+        ):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={_shown(getattr(self, name))}: takes a number above 0")
         for name in ("lr_warmup", "label_smoothing", "ema"):
@@ -340,6 +351,11 @@ class TrainConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={_shown(getattr(self, name))}: takes {' or '.join(choices)}")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.accumulate > 1 and self.on_nonfinite == "skip":
+            raise ConfigError("--on-nonfinite skip leaves out batches, and none of several an update: --accumulate 1")
 
 
 #: Where named data sets lie.

@@ -147,6 +147,7 @@ def train_options(preset: TrainConfig) -> Callable[[F], F]:
         return click.option(flag, name, default=getattr(preset, name), show_default=True, **settings)
 
     return combine(
+        option("--accumulate", "accumulate", type=int, help="Batches an update, as if they were one large batch."),
         option("--lr", "lr", type=float, help="Peak learning rate."),
         click.option("--step-lr", "step_lr", type=float, help="Of the quantizers' steps.  [default: --lr]"),
         option("--weight-decay", "weight_decay", type=float, help="Of weights; steps, biases and norms get none."),

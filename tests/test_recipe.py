@@ -33,7 +33,7 @@ def test_the_recipes():
 LEFT = {
     "job": {"command", "model", "task", "ckpt", "num_classes", "cifar_stem", "data", "data_dir", "download",
             "image_size", "mean", "std", "workers", "skip_bad_images", "qat", "train", "teacher", "output_dir",
-            "tensorboard"},
+            "tensorboard", "ckpt_key", "strict"},
     "qat": {"weight_bits", "act_bits", "clip_value", "overrides", "skip"},
     "train": {"step_lr", "device", "compile", "precision", "channels_last", "clip_grad", "on_nonfinite",
               "checkpoint_minutes", "keep_checkpoints"},
@@ -116,7 +116,7 @@ def test_what_follows_from_another_setting_follows_the_one_above(below, above, r
     [
         ("bits = ", "cannot read it as TOML"),
         ("tooth = 1", "no setting is called 'tooth'"),
-        ("[train]\nbits = 1", "no setting is called 'bits'; there are channels_last"),
+        ("[train]\nbits = 1", "no setting is called 'bits'; there are accumulate, channels_last"),
         ("[qat]\nlr = 1", "no setting is called 'lr'; there are act_bits"),
         ("bits = 2\n[qat]\nbits = 3", r"stand in a table \[qat\], or at the top"),
         ("train = 3", r"train=3: takes a table, \[train\]"),

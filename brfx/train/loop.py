@@ -237,7 +237,7 @@ class _Run:
         self.checkpoints = None if run_dir is None else Checkpoints(run_dir / FOLDER, config.keep_checkpoints)
         self.batches = len(data)
         total = config.epochs * self.batches
-        self.update = Update(model, config, total)
+        self.update = Update(model, config, config.epochs * -(-self.batches // config.accumulate))
         self.always_syncs = always_syncs(config)
         self.lr = 0.0  # of the last batch
         self.compiled = how_to_compile(config.compile, total, config.device) if task.compiles else "none"
@@ -367,8 +367,11 @@ class _Run:
         before = self.seconds
         for inputs, targets in self._remaining():
             at_end = self.batch + 1 == self.batches
+            completes = (
+                at_end or (self.batch + 1) % self.config.accumulate == 0
+            )  # an update, of which none is saved half
             tells = at_end or (self.batch + 1) % LOG_EVERY == 0
-            syncs = tells or self.always_syncs
+            syncs = tells or self.always_syncs or (completes and self.config.accumulate > 1)
             self._train_batch(inputs, targets, syncs)
             self.batch += 1
             self.seconds = before + monotonic() - started
@@ -376,7 +379,7 @@ class _Run:
                 self._tell(stage)
             if at_end:
                 break
-            if not syncs:
+            if not (syncs and completes):
                 continue
             due = monotonic() - saved >= 60 * self.config.checkpoint_minutes
             if all_reduce_max(stop.signal, self.config.device):
@@ -427,10 +430,12 @@ class _Run:
         buffers = [buffer.clone() for buffer in self.model.buffers()] if skips else []
         self.lr = self.update.lr
         loss, numbers = self._forward(inputs, targets)
-        failed = self.update(loss, sync=syncs)
+        of_update, together = self._place_in_update()
+        completes = of_update + 1 == together
+        failed = self.update(loss, sync=syncs, share=1 / together, completes=completes)
         if not failed:
             self.sums.add(numbers, self.task.size(inputs))
-            if self.average is not None:
+            if self.average is not None and completes:
                 self.average.update(self.model)
             return
         if failed > 1:
@@ -460,8 +465,14 @@ class _Run:
         inputs, targets = next(self._remaining())
         self.update.clear()
         loss, _ = self._forward(inputs, targets)
-        self.update(loss)
+        self.update(loss, completes=False)
         return inputs, targets, loss
+
+    def _place_in_update(self) -> tuple[int, int]:
+        """Which of the batches of an update the next one is, from 0, and how many these are: the last of an epoch may
+        have fewer."""
+        place = self.batch % self.config.accumulate
+        return place, min(self.config.accumulate, self.batches - (self.batch - place))
 
     def _where(self, more: int = 0) -> str:
         return f"epoch {self.epoch}, batch {self.batch + more}"

@@ -27,7 +27,7 @@ class Update:
     Args:
         model: what is trained.
         config: optimizer, rates, clipping, precision.
-        total: batches of the whole run.
+        total: updates of the whole run.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, total: int) -> None:
@@ -45,23 +45,37 @@ class Update:
         """The rate of the next update."""
         return float(self.scheduler.get_last_lr()[0])
 
-    def __call__(self, loss: Tensor, *, sync: bool = True) -> int:
+    def __call__(self, loss: Tensor, *, sync: bool = True, share: float = 1.0, completes: bool = True) -> int:
         """Number of updates skipped since the first non-finite batch; 0 when ``sync=False``.
 
         With ``sync`` the host waits for the device. Where an update was skipped, the gradients stay until
-        :meth:`clear`.
+        :meth:`clear`. Of several batches an update, each counts with its ``share`` of the loss, and the one that
+        ``completes`` them changes the parameters.
         """
+        loss = loss if share == 1 else loss * share
         bad = (self.failed > 0) | all_reduce_any(~torch.isfinite(loss.detach()))
         if self.scaler.is_enabled():  # its scale starts where gradients overflow, and it skips these updates itself
             torch.autograd.backward(self.scaler.scale(loss * torch.where(bad, torch.nan, 1.0)))
         else:
             torch.autograd.backward(loss)
-        self.scaler.unscale_(self.optimizer)
+        if completes:
+            self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         grads = [p.grad for p in parameters if p.grad is not None]
         norm = get_total_norm(grads) if grads else loss.detach().abs()
         if not self.scaler.is_enabled():
             bad |= ~torch.isfinite(norm)
+        if completes:
+            self._change(parameters, norm, bad)
+        self.failed += bad
+        failed = self._read() if sync else 0
+        if completes and not failed:
+            self.clear()
+        return failed
+
+    def _change(self, parameters: list[Tensor], norm: Tensor, bad: Tensor) -> None:
+        """The update itself, which does nothing where ``bad`` is set."""
+        if not self.scaler.is_enabled():
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # fused optimizers then do nothing
         if self.clip is not None:  # gradients that are to be looked at stay as they are
             clip_grads_with_norm_(parameters, self.clip, torch.where(bad, 0.0, norm))
@@ -70,11 +84,6 @@ class Update:
         for least, held in self.positive:
             torch._foreach_clamp_min_([p.data for p in held], least)
         self.scheduler.step()
-        self.failed += bad
-        failed = self._read() if sync else 0
-        if not failed:
-            self.clear()
-        return failed
 
     def _read(self) -> int:
         failed = int(self.failed)
