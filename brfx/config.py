@@ -392,6 +392,7 @@ class JobConfig:
         val_fraction: share of the training images that are held out to measure each epoch on; 0: all are trained on,
             and there is no validation.
         batch_size: images a batch.
+        limit_batches: so many batches of each split alone, to try whether a run works; accuracies are of these.
         workers: processes that decode the images of a folder; 0 decodes in the training process.
         skip_bad_images: leave out images of a folder that cannot be read.
         qat: what to quantize.
@@ -431,6 +432,7 @@ class JobConfig:
     std: tuple[float, ...] | None = None
     val_fraction: float = 0.1
     batch_size: int = 64
+    limit_batches: int | None = None
     workers: int = 2
     skip_bad_images: bool = False
     qat: QATConfig = field(default_factory=QATConfig)
@@ -458,7 +460,7 @@ class JobConfig:
         for name in ("mean", "std"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("batch_size", "calibration_batches", "image_size"):
+        for name in ("batch_size", "calibration_batches", "image_size", "limit_batches"):
             if getattr(self, name) is not None and not getattr(self, name) >= 1:
                 raise ConfigError(f"{name}={_shown(getattr(self, name))}: takes 1 or more")
         if self.task not in (None, *TASKS):

@@ -190,8 +190,7 @@ def _with_other_classes(model: nn.Module, state: Mapping[str, Tensor]) -> _Other
     except Exception:  # a factory of the user's, which may take none or not this number
         return None
     built = other.state_dict()
-    shaped = tuple(name for name in own if name in built and built[name].shape != own[name].shape)
-    fits = shaped == head and all(built[name].shape == state[name].shape for name in head)
+    fits = all(name in built and built[name].shape == state[name].shape for name in head)
     return _OtherClasses(other, classes, wanted, head) if fits else None
 
 

@@ -19,7 +19,7 @@ from brfx.analysis.audit import Audit, audit
 from brfx.analysis.weight_statistics import WeightStatistics
 from brfx.calibration import calibrate
 from brfx.config import JobConfig
-from brfx.data import DEFAULTS, BatchLoader, Dataset, Preprocessing, with_overrides
+from brfx.data import DEFAULTS, BatchLoader, Dataset, Preprocessing, Split, with_overrides
 from brfx.distributed import broadcast_object, broadcast_state, process_group, rank, world_size
 from brfx.errors import BrfxError, ConfigError, DataError, TrainingError, first_line
 from brfx.export import OnnxReport, export_onnx, snap_biases
@@ -470,13 +470,14 @@ def _loaders(job: JobConfig, dataset: Dataset, *, shared: bool = True) -> tuple[
 
     A ``shared`` one gives each rank its part of every training batch.
     """
+    split = _limited(job, dataset.train)
     train = BatchLoader(
-        dataset.train,
+        split,
         dataset.preprocessing,
         job.batch_size,
         augment=True,
         flip=dataset.flip,
-        drop_last=len(dataset.train) >= job.batch_size,
+        drop_last=len(split) >= job.batch_size,
         seed=job.train.seed,
         device=job.train.device,
         rank=rank() if shared else 0,
@@ -484,11 +485,22 @@ def _loaders(job: JobConfig, dataset: Dataset, *, shared: bool = True) -> tuple[
     )
     if not job.val_fraction:
         return train, None
-    return train, BatchLoader(dataset.val, dataset.preprocessing, job.batch_size, device=job.train.device)
+    return train, BatchLoader(
+        _limited(job, dataset.val), dataset.preprocessing, job.batch_size, device=job.train.device
+    )
 
 
 def _test_loader(job: JobConfig, dataset: Dataset) -> BatchLoader:
-    return BatchLoader(dataset.test, dataset.preprocessing, job.batch_size, device=job.train.device)
+    split = _limited(job, dataset.test)
+    return BatchLoader(split, dataset.preprocessing, job.batch_size, device=job.train.device)
+
+
+def _limited(job: JobConfig, split: Split) -> Split:
+    """``split``, or as many of its images as ``limit_batches`` has: from all over it, where classes are in order."""
+    if job.limit_batches is None or len(split) <= job.limit_batches * job.batch_size:
+        return split
+    count = job.limit_batches * job.batch_size
+    return split.take(torch.arange(count) * len(split) // count)
 
 
 def _run_dir(job: JobConfig, resume: bool) -> Path:

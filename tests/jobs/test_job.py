@@ -9,10 +9,11 @@ from torch import nn
 
 import brfx
 from brfx.config import JobConfig, QATConfig, TrainConfig
+from brfx.data import Split
 from brfx.errors import CheckpointError, ConfigError, DataError
 from brfx.io.float_checkpoint import read_state_dict
 from brfx.jobs.files import export_file
-from brfx.jobs.job import NORM_IMAGES, banner, dry_run, evaluate_file, inspect, quantize, train_float
+from brfx.jobs.job import NORM_IMAGES, _limited, banner, dry_run, evaluate_file, inspect, quantize, train_float
 
 NET = """
 from torch import nn
@@ -230,3 +231,14 @@ def test_a_model_of_one_channel_sees_grey_images_in_training_evaluation_and_expo
     assert inspect(ours).layers
     if run.onnx is not None:
         assert export_file(run.run_dir / "model.pt", tmp_path / "grey.onnx", model).reference_difference == 0
+
+
+def test_a_run_of_few_batches_uses_images_from_all_over_each_split(job):
+    run = quantize(job("few", batch_size=20, limit_batches=2))
+    assert run.test.count == run.test_float.count == 40
+    limited = _limited(job("few", batch_size=20, limit_batches=2), Split(torch.zeros(100, 1), torch.arange(100)))
+    assert limited.labels.tolist() == [5 * (i // 2) + (2 * (i % 2)) for i in range(40)]
+    whole = Split(torch.zeros(30, 1), torch.arange(30))
+    assert _limited(job("few", batch_size=20, limit_batches=2), whole) is whole
+    with pytest.raises(ConfigError, match="limit_batches=0: takes 1 or more"):
+        job("none", limit_batches=0)
