@@ -285,6 +285,8 @@ class TrainConfig:
         on_nonfinite: at a loss or gradient that is not finite, ``"stop"`` the run, or ``"skip"`` the batch.
         keep: the epoch that is the result: the ``"last"``, at whose end the rate is 0, or the ``"best"`` on validation
             of those trained with the final objective, the penalty's where there is one; of equals the latest.
+        patience: epochs without a better one on validation, after the warm-up, that end the run; with ``keep="best"``.
+            ``None``: all epochs are trained.
         checkpoint_minutes: time between two checkpoints inside an epoch; each epoch ends with one anyway.
         keep_checkpoints: how many of the newest stay.
 
@@ -314,6 +316,7 @@ class TrainConfig:
     reestimate_bn: int = 0
     on_nonfinite: str = "stop"
     keep: str = "last"
+    patience: int | None = None
     checkpoint_minutes: float = 10.0
     keep_checkpoints: int = 3
 
@@ -334,6 +337,7 @@ class TrainConfig:
             "checkpoint_minutes",
             "keep_checkpoints",
             "accumulate",
+            "patience",
         ):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={_shown(getattr(self, name))}: takes a number above 0")
@@ -354,6 +358,10 @@ class TrainConfig:
         self._check_together()
 
     def _check_together(self) -> None:
+        if self.patience is not None and self.keep != "best":
+            raise ConfigError(
+                "--patience ends a run before its rate is 0, so its last epoch is not the one: --keep best"
+            )
         if self.accumulate > 1 and self.on_nonfinite == "skip":
             raise ConfigError("--on-nonfinite skip leaves out batches, and none of several an update: --accumulate 1")
 

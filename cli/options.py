@@ -168,6 +168,7 @@ def train_options(preset: TrainConfig) -> Callable[[F], F]:
             "--resume", type=click.Path(path_type=Path), help="Go on with this unfinished run, with its own settings."
         ),
         option("--keep", "keep", type=click.Choice(KEEP), help="The epoch to ship; best is on validation images."),
+        click.option("--patience", type=int, help="End after so many epochs that are none better.  [default: never]"),
         _job("--limit-batches", "limit_batches", type=int, help="Use so few batches of each split, to try a run out."),
         _job("--val-fraction", "val_fraction", type=float, help="Share of training images for validation; 0: none."),
         click.option(

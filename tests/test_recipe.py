@@ -36,7 +36,7 @@ LEFT = {
             "tensorboard", "ckpt_key", "strict", "limit_batches"},
     "qat": {"weight_bits", "act_bits", "clip_value", "overrides", "skip"},
     "train": {"step_lr", "device", "compile", "precision", "channels_last", "clip_grad", "on_nonfinite",
-              "checkpoint_minutes", "keep_checkpoints"},
+              "checkpoint_minutes", "keep_checkpoints", "patience"},
 }  # fmt: skip
 
 

@@ -177,7 +177,7 @@ def fit(
     if statistics is not None and (run.epoch, run.batch) == (1, 0):
         statistics.begin()
     with stop_requests() as stop, name_lost_ranks(), sync_batch_norms(model), memory_kept(), _frozen_for_now(model):
-        while run.epoch <= config.epochs:
+        while run.epoch <= config.epochs and not run.out_of_patience():
             stage = "plain" if penalty is None else "penalty" if run.epoch > warmup else "warm-up"
             run.train_epoch(stage, stop)
             run.end_epoch(stage, val_data)
@@ -525,6 +525,16 @@ class _Run:
         if best or self.config.keep == "last":
             self.kept, self.kept_weights = metrics.epoch, weights
         return best
+
+    def out_of_patience(self) -> bool:
+        """Whether the last ``config.patience`` epochs of the final objective did no better than one before them."""
+        scores = [metrics.val_accuracy or 0.0 for metrics in self.history if metrics.stage != "warm-up"]
+        if self.config.patience is None or not scores:
+            return False
+        waited = len(scores) - 1 - scores.index(max(scores))
+        if waited >= self.config.patience:
+            log.info("Stopped after epoch %d: none better on validation in %d epochs", len(self.history), waited)
+        return waited >= self.config.patience
 
     def _reestimate(self) -> None:
         """Batch norms' statistics from the first batches of the epoch; nothing random moves on."""
