@@ -37,14 +37,15 @@ class JobTask:
 
     def require(self, model: nn.Module, name: str, dataset: Dataset) -> None:
         """Raise ConfigError or DataError unless ``model`` gives logits for the data's classes and images."""
-        size = dataset.preprocessing.image_size
+        size, channels = dataset.preprocessing.image_size, dataset.preprocessing.channels
         try:
             with eval_mode(model), torch.no_grad():
-                output: Any = model(torch.zeros(2, 3, size, size))
+                output: Any = model(torch.zeros(2, channels, size, size))
         except Exception as error:
             first = (str(error).splitlines() or [repr(error)])[0]
             raise ConfigError(
-                f"{name} does not run on images of 3x{size}x{size} ({first}); see --image-size"
+                f"{name} does not run on images of {channels}x{size}x{size} ({first}); see --image-size, and --mean, "
+                "whose numbers are the channels: three for colour or one for grey"
             ) from error
         logits = self.logits(output)
         if logits is None:

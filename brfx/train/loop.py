@@ -367,9 +367,7 @@ class _Run:
         before = self.seconds
         for inputs, targets in self._remaining():
             at_end = self.batch + 1 == self.batches
-            completes = (
-                at_end or (self.batch + 1) % self.config.accumulate == 0
-            )  # an update, of which none is saved half
+            completes = at_end or (self.batch + 1) % self.config.accumulate == 0  # an update; none is saved half
             tells = at_end or (self.batch + 1) % LOG_EVERY == 0
             syncs = tells or self.always_syncs or (completes and self.config.accumulate > 1)
             self._train_batch(inputs, targets, syncs)
@@ -528,7 +526,8 @@ class _Run:
 
     def out_of_patience(self) -> bool:
         """Whether the last ``config.patience`` epochs of the final objective did no better than one before them."""
-        scores = [metrics.val_accuracy or 0.0 for metrics in self.history if metrics.stage != "warm-up"]
+        measured = (metrics.val_metric for metrics in self.history if metrics.stage != "warm-up")
+        scores = [-math.inf if score is None else score for score in measured]
         if self.config.patience is None or not scores:
             return False
         waited = len(scores) - 1 - scores.index(max(scores))
