@@ -173,7 +173,7 @@ def inspect(**given: Any) -> None:
 @click.argument("name", required=False)
 def recipes(name: str | None) -> None:
     """List what --recipe accepts, or print the recipe NAME, to begin a --config of your own with."""
-    from brfx.recipe import recipe_names, recipe_text
+    from brfx.config.recipes import recipe_names, recipe_text
 
     click.echo("\n".join(recipe_names()) if name is None else recipe_text(name).rstrip())
 

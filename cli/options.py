@@ -28,9 +28,9 @@ from brfx.config import (
     TrainConfig,
     read_job_config,
 )
+from brfx.config.recipes import Settings, read_recipe, read_settings, recipe_names
 from brfx.errors import ConfigError
 from brfx.quant.factory import ACT_QUANTIZERS, WEIGHT_QUANTIZERS
-from brfx.recipe import Settings, read_recipe, read_settings, recipe_names
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import brfx
 from brfx.config import JobConfig, QATConfig, TrainConfig
+from brfx.config.recipes import Settings, read_recipe, read_settings, recipe_names, recipe_text
 from brfx.errors import ConfigError
-from brfx.recipe import Settings, read_recipe, read_settings, recipe_names, recipe_text
 
 
 def test_the_recipes():
