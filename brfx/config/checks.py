@@ -63,7 +63,7 @@ def check_types(settings: Any) -> None:
     Raises:
         ConfigError: a value is not of its field's type; names the first such field.
     """
-    types = _types(type(settings))
+    types = _types(settings.__class__)
     for declared in fields(settings):
         kind, optional = types[declared.name]
         value = getattr(settings, declared.name)
