@@ -46,7 +46,16 @@ from brfx.train.finite import culprit
 from brfx.train.memory import memory_kept
 from brfx.train.random_state import random_state, set_random_state
 from brfx.train.report import Callback, EpochMetrics, FitResult, Progress, Sums
-from brfx.train.step import LossStep, Shapes, build_step, build_teacher, how_to_compile, objective, shapes_of
+from brfx.train.step import (
+    LossStep,
+    Shapes,
+    build_step,
+    build_teacher,
+    compiles_pieces,
+    how_to_compile,
+    objective,
+    shapes_of,
+)
 from brfx.train.stopping import StopRequest, stop_requests
 from brfx.train.tasks import Task, classification, moved, own, positional
 from brfx.train.update import Update
@@ -241,6 +250,7 @@ class _Run:
         self.always_syncs = always_syncs(config)
         self.lr = 0.0  # of the last batch
         self.compiled = how_to_compile(config.compile, total, config.device) if task.compiles else "none"
+        self.built = self.compiled  # of the last stage: nothing is compiled where there are no kernels to compile
         self.average = WeightAverage(model, config.ema) if config.ema else None
         self.epoch, self.batch = 1, 0  # the epoch from 1, and how many of its batches are done
         self.shapes: Shapes | None = None  # of the first batch, for which the step is compiled
@@ -392,6 +402,8 @@ class _Run:
         if active is not None:
             active.begin()
         own: dict[str, Any] = {"loss": self.objective, "correct": self.task.correct, "shapes": self.shapes}
+        idle = self.compiled == "kernels" and not compiles_pieces(self.model, active)
+        self.built = "none" if idle else self.compiled
         self.step = build_step(self.model, active, self.compiled, self.config.precision, **own)
         if self.teacher is not None and self.soft is None:
             self.soft = build_teacher(self.teacher, self.compiled, self.shapes)
@@ -561,11 +573,11 @@ class _Run:
     def result(self) -> FitResult:
         history, metric = tuple(self.history), self.task.metric
         if not history:
-            return FitResult(history, 0, "", None, self.compiled, self.skipped, self.teacher_sha256, metric)
+            return FitResult(history, 0, "", None, self.built, self.skipped, self.teacher_sha256, metric)
         self.model.load_state_dict(versioned(self.kept_weights, self.model))
         kept = history[self.kept - 1]
         chosen = kept.epoch, kept.stage, kept.val_metric
-        return FitResult(history, *chosen, self.compiled, self.skipped, self.teacher_sha256, metric)
+        return FitResult(history, *chosen, self.built, self.skipped, self.teacher_sha256, metric)
 
 
 def seed_everything(seed: int) -> None:

@@ -137,6 +137,12 @@ def how_to_compile(choice: str, batches: int, device: str) -> str:
     return "kernels" if small or world_size() > 1 else "whole"  # bins are summed over ranks between the kernels
 
 
+def compiles_pieces(model: nn.Module, penalty: Any | None) -> bool:
+    """Whether ``compile="kernels"`` compiles anything: not of FP32 models, nor where Python calls islands."""
+    module: Any = model if penalty is None else penalty
+    return isinstance(module, HasTrainingForm) and id(module.training_form(True)) != id(module)
+
+
 @cache
 def _can_compile(device: str) -> bool:
     missing = None

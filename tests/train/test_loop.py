@@ -15,7 +15,7 @@ from brfx.train import Callback, Evaluation, fit, step
 from brfx.train.checkpoint import Checkpoints
 from brfx.train.optim import build_optimizer, rate_factor
 from brfx.train.random_state import random_state, set_random_state
-from brfx.train.step import how_to_compile
+from brfx.train.step import compiles_pieces, how_to_compile
 
 from .helpers import small_net
 
@@ -369,3 +369,13 @@ def test_a_run_in_fp16_goes_on_at_the_scale_that_it_had(digits, tmp_path):
     fit(resumed, batches, None, config, run_dir=tmp_path, resume=True)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_kernels_are_reported_where_some_were_compiled(digits):
+    data = BatchLoader(digits.train.take(torch.arange(64)), digits.preprocessing, 32)
+    config = brfx.TrainConfig(epochs=1, compile="kernels")
+    assert brfx.fit(small_net(), data, None, config).compiled == "none"  # an FP32 model has no form of its own
+    qmodel = brfx.prepare_qat(small_net())
+    assert compiles_pieces(qmodel, None) and compiles_pieces(qmodel, brfx.BinPenalty(qmodel))
+    islands = torch.nn.Sequential(qmodel)
+    assert not compiles_pieces(islands, None) and not compiles_pieces(islands, brfx.BinPenalty(islands))
