@@ -14,7 +14,7 @@ def accuracies(monkeypatch):
 
     def given(*percent):
         left = iter(percent)
-        monkeypatch.setattr(loop, "evaluate", lambda model, data: Evaluation(next(left), 100, 1.0))
+        monkeypatch.setattr(loop, "evaluate", lambda model, data, task: Evaluation(next(left), 100, 1.0))
 
     return given
 
