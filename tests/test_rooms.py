@@ -1,6 +1,7 @@
 """Which room may know which: an arrow that points up is a defect of design, and a circle waiting to be one."""
 
 import ast
+import configparser
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,10 @@ def test_no_arrow_points_up(room):
         if name == forbidden or name.startswith(f"{forbidden}.")
     ]
     assert not found
+
+
+def test_every_room_is_in_the_package():
+    settings = configparser.ConfigParser()
+    settings.read(PACKAGE.parent / "setup.cfg")
+    rooms = {".".join(("brfx", *path.parent.relative_to(PACKAGE).parts)) for path in PACKAGE.rglob("__init__.py")}
+    assert set(settings["options"]["packages"].split()) == rooms | {"brfx_cli"}
