@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from brfx.analysis.audit import Audit, audit
 from brfx.analysis.weight_statistics import WeightStatistics
-from brfx.calibration import calibrate
+from brfx.calibration import calibrate, quantizers
 from brfx.config import JobConfig
 from brfx.data import DEFAULTS, BatchLoader, Dataset, Preprocessing, Split, with_overrides
 from brfx.distributed import broadcast_object, broadcast_state, process_group, rank, world_size
@@ -164,15 +164,15 @@ def _calibrate(
     """Start the steps and the batch norms' statistics of ``qmodel`` from whole batches, on rank 0 for all. ``model`` is
     the FP32 network, where it is trained for these classes.
 
-    At 8 bits the FP32 network's statistics fit better than new ones of a few images do. Below, new ones are needed, and
-    the more images they are of, the closer the outputs come to the FP32 network's (docs/results.md).
+    Where every quantizer has 8 bits, the FP32 network's statistics fit better than new ones of a few images do. Where one
+    has fewer, new ones are needed, of the more images the better (docs/results.md).
     """
     task = _task(job, dataset)
     if val_data is not None and model is not None:
         log.info("FP32 on validation: %.2f %%", 100 * evaluate(model, val_data, task).value)
     if rank() == 0:
         whole, _ = _loaders(job, dataset, shared=False)
-        coarse = min(job.qat.weight_bits or 0, job.qat.act_bits or 0) < 8
+        coarse = any(quantizer.bits < 8 for quantizer in quantizers(qmodel).values())
         norm_batches = max(job.calibration_batches, NORM_IMAGES // job.batch_size)
 
         def batches(count: int) -> Iterator[Tensor]:

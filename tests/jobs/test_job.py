@@ -127,8 +127,15 @@ def test_the_banner_says_what_happens_to_weights_and_activations():
     assert lines(1.0, 0.0, weight_bits=8, act_bits=32)[1:] == ["Activations: FP32"]
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_batch_norms_keep_the_float_networks_statistics_at_8_bits_alone(job, monkeypatch, bits):
+@pytest.mark.parametrize(
+    ("qat", "coarse"),
+    [
+        (QATConfig(bits=8), False),
+        (QATConfig(bits=4), True),
+        (QATConfig(bits=8, overrides=[("0", {"weight_bits": 2})]), True),
+    ],
+)
+def test_batch_norms_keep_the_float_networks_statistics_where_all_has_8_bits(job, monkeypatch, qat, coarse):
     seen = {}
     monkeypatch.setattr(
         "brfx.jobs.job.calibrate",
@@ -139,9 +146,9 @@ def test_batch_norms_keep_the_float_networks_statistics_at_8_bits_alone(job, mon
         lambda model, batches: seen.update(images=sum(len(images) for images in batches)),
     )
     train = TrainConfig(epochs=0)
-    quantize(replace(job(f"w{bits}", qat=QATConfig(bits=bits), lambda_br=0.0, lambda_br_act=0.0), train=train))
-    assert seen["batch_statistics"] == (bits == 4)
-    assert seen.get("images", 0) == (0 if bits == 8 else min(NORM_IMAGES, 1294 // 16 * 16))
+    quantize(replace(job("run", qat=qat, lambda_br=0.0, lambda_br_act=0.0), train=train))
+    assert seen["batch_statistics"] == coarse
+    assert seen.get("images", 0) == (min(NORM_IMAGES, 1294 // 16 * 16) if coarse else 0)
 
 
 def test_a_checkpoint_of_other_classes_is_fine_tuned_and_quantized_and_never_measured(job, tmp_path, caplog):
