@@ -286,8 +286,8 @@ def main() -> None:
                 row = future.result()
                 file.write(json.dumps(row) + "\n")
                 file.flush()
-                logged = row.get("reason", "")
-                print(f"{row['model']}: {row['outcome']}, {row['seconds']:.0f} s {logged}", flush=True)
+                reason = row.get("reason", "")
+                print(f"{row['model']}: {row['outcome']}, {row['seconds']:.0f} s {reason}", flush=True)
     if options.page:
         rows = read_lines(options.results)
         write_page(options.page, [rows[name] for name in names if name in rows], len(names))

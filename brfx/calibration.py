@@ -128,19 +128,19 @@ def _calibrating(qmodel: nn.Module, start: str) -> Iterator[None]:
 def _run(qmodel: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any]) -> None:
     """Run each batch; where graphs have quantizers that only training reaches, a second time as in training."""
     found = [quantizer for quantizer in quantizers(qmodel).values() if not quantizer.optional]
-    twins = [module for module in qmodel.modules() if getattr(module, "has_mode_branches", False)]
+    branching = [module for module in qmodel.modules() if getattr(module, "has_mode_branches", False)]
     reached = False
     for batch in batches:
         before = [quantizer.batches_seen for quantizer in found]
         forward(qmodel, batch)
         reached = True
         seen = [quantizer for quantizer, count in zip(found, before, strict=True) if quantizer.batches_seen > count]
-        if twins and len(seen) < len(found):
+        if branching and len(seen) < len(found):
             kept = {name: buffer.clone() for name, buffer in qmodel.named_buffers()}
-            _set(twins, "training", True)  # of the graph alone, not of the modules that it calls
+            _set(branching, "training", True)  # of the graph alone, not of the modules that it calls
             _set(seen, "mode", "quantize")
             forward(qmodel, batch)
-            _set(twins, "training", False)
+            _set(branching, "training", False)
             _set(seen, "mode", "calibrate")
             for name, buffer in qmodel.named_buffers():
                 if name in kept and not name.endswith("negative"):

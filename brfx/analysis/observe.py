@@ -41,17 +41,17 @@ def graphs(qmodel: nn.Module) -> dict[str, GraphModule]:
     return {name: module for name, module in qmodel.named_modules() if isinstance(module, GraphModule)}
 
 
-def observed_forward(qmodel: nn.Module, look: ObserveFn = prepared) -> ObservedForward:
+def observed_forward(qmodel: nn.Module, observe_fn: ObserveFn = prepared) -> ObservedForward:
     """A function ``(qmodel, *inputs) -> (output, {site: seen})`` that runs ``qmodel``'s own modules.
 
-    What is seen is ``look(quantizer, values)`` with the values that the site's quantizer is given, not detached.
+    What is seen is ``observe_fn(quantizer, values)`` with the values that the site's quantizer is given, not detached.
     In a whole graph it is a value of the graph and an output of it, never an attribute: compiled code keeps its
     gradient. The islands of a model hand theirs to a collector that is there for the one call; of an island that is
     called more than once the last call counts.
     """
     if isinstance(qmodel, GraphModule):
-        return _observed_graph(qmodel, look)
-    parts = {name: _observed_graph(gm, look) for name, gm in graphs(qmodel).items()}
+        return _observed_graph(qmodel, observe_fn)
+    parts = {name: _observed_graph(gm, observe_fn) for name, gm in graphs(qmodel).items()}
 
     def forward(model: nn.Module, *inputs: Any) -> tuple[Any, dict[str, Any]]:
         seen: dict[str, Any] = {}
@@ -91,23 +91,23 @@ def observe(qmodel: nn.Module, *inputs: Any) -> dict[str, Tensor]:
     return {site: values for site, values in seen.items() if isinstance(sites[site], ActivationQuantizer)}
 
 
-def _observed_graph(gm: GraphModule, look: ObserveFn) -> ObservedForward:
+def _observed_graph(gm: GraphModule, observe_fn: ObserveFn) -> ObservedForward:
     modes = (True, False) if getattr(gm, "has_mode_branches", False) else (True,)
-    forwards = {training: generated(gm, watched(gm, training, look)) for training in modes}
+    forwards = {training: generated(gm, watched(gm, training, observe_fn)) for training in modes}
     if len(modes) == 1:
         return forwards[True]  # type: ignore[no-any-return]
     return lambda self, *args, **kwargs: forwards[self.training](self, *args, **kwargs)
 
 
-def watched(gm: GraphModule, training: bool, look: ObserveFn) -> fx.Graph:
-    """The graph in one mode, with ``{site: look(quantizer, values)}`` beside its output."""
+def watched(gm: GraphModule, training: bool, observe_fn: ObserveFn) -> fx.Graph:
+    """The graph in one mode, with ``{site: observe_fn(quantizer, values)}`` beside its output."""
     graph = pruned(gm, training)
     output = next(node for node in graph.nodes if node.op == "output")
     seen = {}
     for observed, quantizer in _observations(gm, graph):
         with graph.inserting_before(quantizer):
             module = graph.get_attr(str(quantizer.target))
-            seen[str(quantizer.target)] = graph.call_function(look, (module, observed))
+            seen[str(quantizer.target)] = graph.call_function(observe_fn, (module, observed))
     output.args = ((output.args[0], seen),)
     return graph
 

@@ -51,9 +51,9 @@ def decode(code: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
     return (code.to(torch.promote_types(dtype, step.dtype)) * step).to(dtype)
 
 
-def dequantized(with_codes: CodedTensor) -> Tensor:
-    """``with_codes.values``, read from their code: compiled code then has no reason to keep the floats for backward."""
-    return _Dequantized.apply(*with_codes)  # type: ignore[no-any-return, no-untyped-call]
+def dequantized(coded: CodedTensor) -> Tensor:
+    """``coded.values``, read from their code: compiled code then has no reason to keep the floats for backward."""
+    return _Dequantized.apply(*coded)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Dequantized(torch.autograd.Function):
@@ -149,17 +149,17 @@ def takes_codes(layer: nn.Module) -> bool:
 
 
 def apply_with_codes(
-    layer: Any, with_codes: CodedTensor, weight: CodedTensor | None = None, decode: Decode = decode
+    layer: Any, coded: CodedTensor, weight: CodedTensor | None = None, decode: Decode = decode
 ) -> Tensor:
-    """``layer(with_codes.values)``, with codes kept instead of floats; under autocast in its type.
+    """``layer(coded.values)``, with codes kept instead of floats; under autocast in its type.
 
     Args:
         layer: one that :func:`takes_codes`.
-        with_codes: its input, :func:`without_codes` where no quantizer made it.
+        coded: its input, :func:`without_codes` where no quantizer made it.
         weight: its :func:`weight_with_codes`, where that is there already.
         decode: what makes floats of codes in backward.
     """
-    values, code, step = with_codes
+    values, code, step = coded
     w, w_code, w_step = weight or weight_with_codes(layer)
     bias = layer.bias
     if torch.is_autocast_enabled(values.device.type):

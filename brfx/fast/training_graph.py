@@ -98,7 +98,7 @@ def observe_after_writes(graph: fx.Graph, observed: set[Any], *, kernels: bool) 
 
     Args:
         graph: with codes kept.
-        looks: the functions that look.
+        observed: the functions that observe.
         kernels: whether chains are to be compiled, which end where ``with_codes`` does.
     """
     sinks = {_module_of(node): node for node in graph.nodes if node.target is with_codes}
@@ -111,9 +111,9 @@ def observe_after_writes(graph: fx.Graph, observed: set[Any], *, kernels: bool) 
 def keep_codes(gm: GraphModule, graph: fx.Graph) -> None:
     """Let what reads a quantizer's output keep its code.
 
-    q = quantizer(x); y = conv(q)  ->  c = coded(quantizer, x); y = apply_coded(conv, c)
-    q = quantizer(x); z = q + y    ->  c = coded(quantizer, x); z = remade(c) + y
-    y = conv(x)                    ->  y = apply_coded(conv, uncoded(x))
+    q = quantizer(x); y = conv(q)  ->  c = with_codes(quantizer, x); y = apply_with_codes(conv, c)
+    q = quantizer(x); z = q + y    ->  c = with_codes(quantizer, x); z = dequantized(c) + y
+    y = conv(x)                    ->  y = apply_with_codes(conv, without_codes(x))
     """
     for node in list(graph.nodes):
         if not _is(gm, node, ActivationQuantizer):
@@ -185,14 +185,15 @@ _compiled_weights = compiled(_weights_with_codes)
 def compile_chains(gm: GraphModule, graph: fx.Graph) -> None:
     """Make each chain that ends in a quantizer one call of a compiled function.
 
-    y = apply_coded(conv, c, w); b = bn(y); d = coded(quantizer, b)  ->  d = chain_0(conv, c, w, bn, quantizer)
+    y = apply_with_codes(conv, c, w); b = bn(y); d = with_codes(quantizer, b)
+    ->  d = chain_0(conv, c, w, bn, quantizer)
     """
     for sink in [node for node in graph.nodes if node.target is with_codes]:
         _compile_chain(gm, graph, _chain(gm, sink))
 
 
 def _chain(gm: GraphModule, sink: Node) -> list[Node]:
-    """The nodes of a chain in order: ``with_codes``, what else looks at its input, and what leads there alone."""
+    """The nodes of a chain in order: ``with_codes``, what else observes its input, and what leads there alone."""
     source = sink.args[1]
     assert isinstance(source, Node)
     members = {sink}

@@ -164,7 +164,7 @@ def _calibrate(
     """Start the steps and the batch norms' statistics of ``qmodel`` from whole batches, on rank 0 for all. ``model`` is
     the FP32 network, where it is trained for these classes.
 
-    Where every quantizer has 8 bits, the FP32 network's statistics fit better than new ones of a few images do. Where one
+    Where every quantizer has 8 bits, the FP32 network's statistics fit better than new ones of a few images. Where one
     has fewer, new ones are needed, of the more images the better (docs/results.md).
     """
     task = _task(job, dataset)

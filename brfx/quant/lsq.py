@@ -78,7 +78,7 @@ def lsq_quantize(
         gradient_scale: LSQ's g, which multiplies the gradient of ``step``; ``1 / sqrt(N * Qp)``.
         floor, ceiling: bounds applied before quantizing: ``0`` and infinity make a ReLU, ``0`` and ``6`` a ReLU6.
             At and beyond a bound no gradient reaches ``values``, as in ``torch.relu`` and ``F.hardtanh``.
-        border: how far beyond the outermost code a value still counts as inside for its gradient, in codes.
+        grad_margin: how far beyond the outermost code a value still counts as inside for its gradient, in codes.
 
     Returns:
         A tensor like ``values``. Inside the grid's range its gradient to ``values`` is 1, outside 0; to ``step`` it is

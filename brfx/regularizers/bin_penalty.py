@@ -247,8 +247,8 @@ def _deferred_bins(
     return deferred_bin_sums(values, step, quantizer.grid, logged, floor=quantizer.floor, ceiling=quantizer.ceiling)
 
 
-#: What looks at weights alone, and at activations late, by what looks at both. Functions with names of their own, since
-#: chains of one text are compiled once (:mod:`brfx.fast.training_graph`).
+#: By the function that observes both: the one for weights alone, and the deferred one for activations. They have names
+#: of their own, since chains of one text are compiled once (:mod:`brfx.fast.training_graph`).
 _OF_WEIGHTS: dict[Any, Any] = {bins: weight_bins, bins_that_train_steps: weight_bins, per_value: weight_per_value}
 _DEFERRED: dict[Any, Any] = {
     bins: deferred_bins,

@@ -73,11 +73,11 @@ def _first_layer(model: nn.Module, inputs: Any) -> str | None:
     handles: list[RemovableHandle] = []
 
     def watch(name: str) -> Any:
-        def sync(module: nn.Module, inputs: Any, output: Any) -> None:
+        def check(module: nn.Module, inputs: Any, output: Any) -> None:
             if not found and not all(map(_finite, tree_leaves(output))):
                 found.append(name)
 
-        return sync
+        return check
 
     for name, module in model.named_modules():
         if name:  # of a module inside another the inner one is done first

@@ -62,13 +62,13 @@ from brfx.train.update import Update
 
 log = logging.getLogger(__name__)
 
-#: Batches between two looks at the numbers on the device.
+#: Batches between two syncs of the host with the device.
 LOG_EVERY = 10
 
 
 def always_syncs(config: TrainConfig) -> bool:
-    """Whether each batch is looked at: where that costs no wait for a device or other ranks, and where it may be left
-    out, which the next one builds on."""
+    """Whether the host syncs after each batch: where it waits for no device and no other rank, and where a batch may be
+    left out, which the next one builds on."""
     return config.on_nonfinite == "skip" or (torch.device(config.device).type == "cpu" and world_size() == 1)
 
 
@@ -434,7 +434,7 @@ class _Run:
         yield from chain(found, batches)
 
     def _train_batch(self, inputs: Any, targets: Any, syncs: bool) -> None:
-        """Train on one batch; with ``syncs``, wait for the device and see whether all went well since the last look."""
+        """Train on one batch; with ``syncs``, wait for the device and see whether all went well since the last sync."""
         self.shapes = self.shapes or shapes_of(inputs, targets)
         skips = self.config.on_nonfinite == "skip"
         buffers = [buffer.clone() for buffer in self.model.buffers()] if skips else []

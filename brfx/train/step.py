@@ -140,7 +140,8 @@ def how_to_compile(choice: str, batches: int, device: str) -> str:
 def compiles_pieces(model: nn.Module, penalty: Any | None) -> bool:
     """Whether ``compile="kernels"`` compiles anything: not of FP32 models, nor where Python calls islands."""
     module: Any = model if penalty is None else penalty
-    return isinstance(module, HasTrainingForm) and id(module.training_form(True)) != id(module)
+    form: Any = module.training_form(True) if isinstance(module, HasTrainingForm) else module
+    return form is not module
 
 
 @cache
@@ -220,9 +221,8 @@ def in_ranks(model: nn.Module, penalty: Any | None, step: LossStep) -> LossStep:
     trained = model if penalty is None else penalty
     device = next(model.parameters()).device
     ids = [device] if device.type == "cuda" else None
-    whole = isinstance(model, torch.fx.GraphModule) and not getattr(
-        model, "has_mode_branches", False
-    )  # nothing in it is passed by
+    branches = getattr(model, "has_mode_branches", False)
+    whole = isinstance(model, torch.fx.GraphModule) and not branches  # nothing in it is passed by
     return DistributedDataParallel(_Stepping(trained, step), device_ids=ids, find_unused_parameters=not whole)
 
 

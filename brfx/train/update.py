@@ -19,7 +19,7 @@ class Update:
     """Backward, gradient clipping, the optimizer with its rates, and loss scaling for FP16.
 
     Calling it with a loss changes the parameters, unless loss or gradients are not finite, or were not in an earlier
-    batch: the device itself decides that, without the host waiting for it. A call that looks tells.
+    batch: the device itself decides that, without the host waiting for it. A call with ``sync`` waits, and tells.
 
     Parameters that a module names in a class attribute ``positive`` are held at that least value after each update: a
     large rate would otherwise carry a quantizer's step through zero.
