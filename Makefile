@@ -24,8 +24,10 @@ test: .venv/installed  ## the tests, under ten minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-fast: .venv/installed  ## the tests that neither compile nor train much
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/test_distributed.py \
-		tests/quant tests/nn tests/graph tests/passes tests/data tests/io tests/analysis tests/cli/test_options.py tests/test_*.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal \
+		--deselect tests/test_distributed.py --deselect tests/test_sweep.py \
+		tests/quant tests/nn tests/graph tests/passes tests/data tests/io tests/analysis tests/config \
+		tests/cli/test_options.py tests/test_*.py
 
 sweep: .venv/installed  ## the slow tests too
 	$(BIN)/python -m pytest -m "slow or not slow" --timeout=3600
