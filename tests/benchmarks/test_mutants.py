@@ -80,3 +80,7 @@ def test_the_page_keeps_the_reasons_and_leaves_out_lines_that_are_no_more(tmp_pa
     path.write_text(text.replace("not examined yet", "The same for integers."))
     page(results, path)
     assert path.read_text().endswith("- brfx/x.py: `if a < b:` → `if a <= b:`\n  The same for integers.\n")
+
+
+def test_the_files_that_are_no_judges_are_there():
+    assert all((mutants.ROOT / path).exists() for path in mutants.SLOW_FILES)
