@@ -41,7 +41,10 @@ from typing import Any, NamedTuple, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Test files that judge nothing: they take minutes, or run the library in other processes.
-SLOW_FILES = ("tests/faults/", "tests/examples/", "tests/test_sweep.py", "tests/test_distributed.py", "tests/benchmarks/")
+SLOW_FILES = (
+    *("tests/benchmarks/", "tests/examples/", "tests/faults/"),
+    *("tests/test_distributed.py", "tests/test_sweep.py"),
+)
 #: What tests import that is slow to import, and has no part in what is judged.
 PRELOADED = ("torch", "torchvision", "torch._dynamo", "torch._inductor.compile_fx", "sklearn.datasets", "onnxruntime")
 HEADING = "## Whether the tests notice a fault"

@@ -197,9 +197,9 @@ def _drop_defaults(node: Any, opset: dict[str, int]) -> None:
     """Take out attributes that say what the operator does without them."""
     import onnx
 
-    if node.domain not in ("", "ai.onnx"):
+    if node.domain:
         return
-    known = onnx.defs.get_schema(node.op_type, opset[node.domain], node.domain).attributes
+    known = onnx.defs.get_schema(node.op_type, opset[""]).attributes
     for attribute in list(node.attribute):
         value = onnx.helper.get_attribute_value(attribute)
         default = known[attribute.name].default_value
