@@ -41,6 +41,7 @@ from benchmarks.model_inputs import (  # noqa: E402
     outputs,
     settle,
 )
+from brfx.analysis.sqnr import sqnr as decibels  # noqa: E402
 from brfx.calibration import quantizers  # noqa: E402
 from brfx.graph.trace import trace_islands  # noqa: E402
 
@@ -163,16 +164,11 @@ def sqnr(model: nn.Module, inputs: Inputs) -> float | None:
     calibrate_on(qmodel, inputs, start="lsq" if isinstance(model, torchvision.models.optical_flow.RAFT) else "mse")
     pairs = zip(_signals(model, inputs), _signals(qmodel, inputs), strict=True)
     ratios = [
-        _decibels(reference.double(), quantized.double())
+        decibels(reference, quantized)
         for reference, quantized in pairs
         if reference.is_floating_point() and reference.shape == quantized.shape and reference.any()
     ]
     return min(ratios, default=None)
-
-
-def _decibels(reference: Tensor, quantized: Tensor) -> float:
-    noise = float((reference - quantized).square().sum())
-    return 10 * math.log10(float(reference.square().sum()) / noise) if noise else math.inf
 
 
 def _signals(model: nn.Module, inputs: Inputs) -> list[Tensor]:

@@ -5,7 +5,6 @@ python benchmarks/noise.py --ckpt resnet20.th --data DIR    # W8A8 of the traine
 """
 
 import argparse
-import math
 import sys
 from itertools import islice
 from pathlib import Path
@@ -16,12 +15,9 @@ import torch  # noqa: E402
 
 import brfx  # noqa: E402
 from benchmarks.model_inputs import build_without_weights, example_inputs, settle  # noqa: E402
+from brfx.analysis.sqnr import sqnr as decibels  # noqa: E402
 from brfx.data import BatchLoader, Preprocessing, load_dataset  # noqa: E402
 from brfx.io.float_checkpoint import load_float  # noqa: E402
-
-
-def decibels(signal: torch.Tensor, other: torch.Tensor) -> float:
-    return 10 * math.log10(float(signal.square().sum() / (signal - other).square().sum()))
 
 
 @torch.no_grad()

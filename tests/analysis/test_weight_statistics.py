@@ -10,6 +10,7 @@ from brfx.analysis.weight_statistics import quantized_weights
 from brfx.data import BatchLoader
 from brfx.errors import ConfigError
 from brfx.train import fit
+from tests.train.helpers import small_net
 
 
 def calibrated(model, images, **config):
@@ -109,14 +110,6 @@ def test_a_network_of_zeros_has_figures(tiny, images):
         parameter.data.zero_()
     figures = brfx.WeightStatistics(calibrated(tiny, images))(1, 1)["fc"]
     assert figures == {"distance": 0, "closed": None, "mse": 0, "flips": 0}
-
-
-def small_net():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32),
-        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
-    )  # fmt: skip
 
 
 def train(digits, run_dir, weight, **settings):
