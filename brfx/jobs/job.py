@@ -72,6 +72,7 @@ def train_float(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: b
         _require_device(device)
         run_dir = _run_dir(job, resume)
         require_model(job.model)
+        task_of(job)
         if job.ckpt is None and (published := _where_published(job.model)):
             log.info("Training from random weights%s", published)
         dataset = read_data(job)
@@ -170,8 +171,8 @@ def _calibrate(
     task = _task(job, dataset)
     if val_data is not None and model is not None:
         log.info("FP32 on validation: %.2f %%", 100 * evaluate(model, val_data, task).value)
+    whole, _ = _loaders(job, dataset, shared=False)
     if rank() == 0:
-        whole, _ = _loaders(job, dataset, shared=False)
         coarse = any(quantizer.bits < 8 for quantizer in quantizers(qmodel).values())
         norm_batches = max(job.calibration_batches, NORM_IMAGES // job.batch_size)
 
@@ -185,7 +186,7 @@ def _calibrate(
                 reestimate_batch_norm(qmodel, batches(norm_batches))
     broadcast_state(qmodel)
     came_to = "" if val_data is None else f": {100 * evaluate(qmodel, val_data, task).value:.2f} % on validation"
-    log.info("Calibrated on %d batches%s", job.calibration_batches, came_to)
+    log.info("Calibrated on %d batches%s", min(job.calibration_batches, len(whole)), came_to)
 
 
 def _write_model(qmodel: nn.Module, run_dir: Path) -> None:

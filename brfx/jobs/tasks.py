@@ -58,7 +58,11 @@ class JobTask:
 
 
 def task_of(job: JobConfig) -> JobTask:
-    """The task that ``--task`` names, or else the model's own."""
+    """The task that ``--task`` names, or else the model's own.
+
+    Raises:
+        ConfigError: the model is of a task that the command line does not train.
+    """
     return TASKS[job.task or _own_task(job.model)]
 
 
@@ -66,6 +70,14 @@ def _own_task(model: str) -> str:
     if model in CIFAR_RESNETS or model not in model_names():
         return "classification"
     home: str = torchvision.models.get_model_builder(model).__module__
+    for part, what, instead in (
+        (".detection.", "a detector", "task=brfx.train.detection()"),
+        (".optical_flow.", "an optical flow model", "a loss= and a metric= of your own"),
+    ):
+        if part in home:
+            raise ConfigError(
+                f"{model} is {what}: the command line trains classifiers and segmenters; use brfx.fit with {instead}"
+            )
     return "segmentation" if ".segmentation." in home else "classification"
 
 

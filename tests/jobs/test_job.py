@@ -240,8 +240,10 @@ def test_a_model_of_one_channel_sees_grey_images_in_training_evaluation_and_expo
         assert export_file(run.run_dir / "model.pt", tmp_path / "grey.onnx", model).reference_difference == 0
 
 
-def test_a_run_of_few_batches_uses_images_from_all_over_each_split(job):
+def test_a_run_of_few_batches_uses_images_from_all_over_each_split(job, caplog):
+    caplog.set_level(logging.INFO, "brfx")
     run = quantize(job("few", batch_size=20, limit_batches=2))
+    assert any(message.startswith("Calibrated on 2 batches") for message in caplog.messages)
     assert run.test.count == run.test_float.count == 40
     limited = _limited(job("few", batch_size=20, limit_batches=2), Split(torch.zeros(100, 1), torch.arange(100)))
     assert limited.labels.tolist() == [5 * (i // 2) + (2 * (i % 2)) for i in range(40)]

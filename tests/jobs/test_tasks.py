@@ -79,6 +79,19 @@ def test_a_segmenter_is_trained_quantized_exported_and_evaluated(nuclei):
     assert listed["quantize"].val_accuracy == run.fit.val_metric
 
 
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("ssdlite320_mobilenet_v3_large", r"is a detector: .*use brfx.fit with task=brfx.train.detection\(\)"),
+        ("raft_small", "is an optical flow model: .*a loss= and a metric= of your own"),
+    ],
+)
+def test_a_model_of_another_task_is_refused_before_anything_is_read(tmp_path, model, message):
+    job = JobConfig(command="train", model=model, data="nowhere", output_dir=tmp_path / "run")
+    with pytest.raises(BrfxError, match=message):
+        train_float(job)
+
+
 def test_a_model_that_is_not_of_the_task_is_refused(nuclei):
     common = {"command": "train", "data": str(nuclei / "data"), "image_size": 32, "output_dir": nuclei / "run"}
     with pytest.raises(BrfxError, match="resnet20 is no segmenter"):
