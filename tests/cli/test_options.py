@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 from brfx_cli.main import cli
 
-from brfx.config import QATConfig, TrainConfig
+from brfx.config import DATA_DIR, QATConfig, TrainConfig
 from brfx.errors import ConfigError
 from brfx.jobs import job as jobs
 
@@ -133,3 +133,14 @@ def test_kurtosis_regularization_is_a_flag_and_off_by_default(job_of):
     assert job.lambda_kurtosis == 0.5 and jobs.banner(job)[0].endswith("BR lambda 0.1, kurtosis lambda 0.5")
     with pytest.raises(ConfigError, match=r"lambda_kurtosis=-1\.0: takes 0 or more"):
         job_of("quantize", "--lambda-kurtosis", "-1")
+
+
+def test_every_command_looks_for_named_data_in_the_same_folder():
+    folders = {
+        name: option.default
+        for name, command in cli.commands.items()
+        for option in command.params
+        if option.name == "data_dir"
+    }
+    assert set(folders) >= {"train", "quantize", "evaluate", "verify"}
+    assert set(folders.values()) == {DATA_DIR}
