@@ -50,7 +50,7 @@ def calibrate(
         start: ``"mse"``: the step of least squared error, from which few-bit networks train faster, and the one for use
             without training; ``"lsq"``: ``2 * mean|v| / sqrt(Qp)`` (LSQ, section 2.1). The mean over batches.
         batch_statistics: let batch norms normalize with each batch's own mean and variance, as they will in training:
-            below 4 bits the running ones, which come from the FP32 network, no longer fit what reaches them.
+            at few bits the running ones, which come from the FP32 network, no longer fit what reaches them.
         batches: model inputs; of a tuple or list the first element is taken as the input (``(images, labels)``).
         forward: for models that want more than that: ``forward(qmodel, batch)`` runs a batch, instead.
         dead_filters: what to do about filters that let nothing pass (:func:`brfx.dead_filters`), which the log names.
