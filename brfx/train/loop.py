@@ -57,7 +57,7 @@ from brfx.train.step import (
     shapes_of,
 )
 from brfx.train.stopping import StopRequest, stop_requests
-from brfx.train.tasks import Task, classification, moved, own, positional
+from brfx.train.tasks import Task, classification, custom, positional, to_device
 from brfx.train.update import Update
 
 log = logging.getLogger(__name__)
@@ -203,7 +203,7 @@ def _chosen_task(task: Task | None, loss: Any, metric: Any, split: Any, *, valid
         return task or classification()
     if validates and metric is None:
         raise ConfigError(f"{given[0]}= is your own, so say how val_data is measured: metric=, or val_data=None")
-    return own(loss, metric, split)
+    return custom(loss, metric, split)
 
 
 @contextmanager
@@ -417,8 +417,8 @@ class _Run:
             self.epoch_random = random_state()
         for batch in self._resumed() if self.batch else self.data:
             inputs, targets = self.task.split(batch)
-            inputs = positional(self.model, moved(inputs, self.config.device, self.layout))
-            yield inputs, moved(targets, self.config.device)
+            inputs = positional(self.model, to_device(inputs, self.config.device, self.layout))
+            yield inputs, to_device(targets, self.config.device)
 
     def _resumed(self) -> Iterator[Any]:
         """The rest of an epoch that was cut off; what random numbers finding its place takes, the run did not take."""
@@ -551,7 +551,7 @@ class _Run:
         """Batch norms' statistics from the first batches of the epoch; nothing random moves on."""
         before = random_state()
         batches = islice(iter(self.data), self.config.reestimate_bn)
-        inputs = (moved(self.task.split(batch)[0], self.config.device) for batch in batches)
+        inputs = (to_device(self.task.split(batch)[0], self.config.device) for batch in batches)
         reestimate_batch_norm(self.model, inputs)
         broadcast_buffers(self.model)
         set_random_state(before)

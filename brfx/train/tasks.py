@@ -22,7 +22,7 @@ from brfx.train.evaluate import Evaluation, Score, evaluate_classifier
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """All that :func:`brfx.fit` has to know of a task. :func:`classification`, :func:`segmentation`,
-    :func:`detection` and :func:`own` make one.
+    :func:`detection` and :func:`custom` make one.
 
     A model is called with a batch's inputs: with a tuple as ``model(*inputs)``, with a mapping as ``model(**inputs)``,
     with anything else, such as a tensor or a list, as ``model(inputs)``.
@@ -81,7 +81,7 @@ def positional(model: nn.Module, inputs: Any) -> Any:
     return inputs if bound.kwargs else bound.args
 
 
-def moved(values: Any, device: torch.device | str, layout: torch.memory_format | None = None) -> Any:
+def to_device(values: Any, device: torch.device | str, layout: torch.memory_format | None = None) -> Any:
     """``values`` with every tensor in them, at any depth, on ``device``; images and other 4-d ones in ``layout``."""
 
     def to(value: Any) -> Any:
@@ -260,7 +260,7 @@ def sum_of(losses: Any) -> Tensor:
     return torch.stack(list(losses.values())).sum()
 
 
-def own(
+def custom(
     loss: Callable[..., Tensor] | None = None,
     metric: Any = None,
     split: Callable[[Any], tuple[Any, Any]] | None = None,
@@ -339,7 +339,7 @@ def on_device(
 ) -> Iterator[tuple[Any, Any]]:
     for batch in data:
         inputs, targets = split(batch)
-        yield moved(inputs, device), moved(targets, device)
+        yield to_device(inputs, device), to_device(targets, device)
 
 
 def number(value: Any, name: str) -> float:

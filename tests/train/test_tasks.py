@@ -14,7 +14,7 @@ from torchvision.ops import MultiScaleRoIAlign
 import brfx
 from brfx.data import BatchLoader
 from brfx.train import Callback, Task, classification, detection, fit, segmentation
-from brfx.train.tasks import count_samples, divergence, moved, pair, positional
+from brfx.train.tasks import count_samples, divergence, pair, positional, to_device
 
 from .helpers import small_net
 
@@ -242,7 +242,7 @@ def test_inputs_by_name_go_where_the_model_takes_them():
 
 def test_parts_of_a_batch():
     nested = {"x": [torch.zeros(2, 3, 4, 4), (torch.ones(2), "name", None)]}
-    there = moved(nested, "cpu", torch.channels_last)
+    there = to_device(nested, "cpu", torch.channels_last)
     assert there["x"][0].is_contiguous(memory_format=torch.channels_last) and there["x"][1][1:] == ("name", None)
     assert [count_samples(value) for value in (torch.zeros(5, 2), [1, 2, 3], nested)] == [5, 3, 2]
     assert pair([1, 2]) == (1, 2)
