@@ -32,7 +32,8 @@ from brfx.graph.trace import TracedModule, generated, pruned
 from brfx.graph.utils import attribute
 from brfx.kernels.batch_norm import batch_norm, can_tile
 from brfx.kernels.inductor import compiled
-from brfx.nn import ActivationObserver, ActivationQuantizer, ResidualAdd
+from brfx.kernels.training_form import HasTrainingForm
+from brfx.nn import ActivationObserver, ActivationQuantizer, Quantizer, ResidualAdd
 
 #: What a chain is made of, besides the layers that it starts with and the quantizer that it ends in.
 _LINKS = frozenset({"add", "iadd"})
@@ -41,12 +42,25 @@ _LINK_MODULES = (ActivationObserver, ResidualAdd)
 _READERS = (ActivationObserver, ResidualAdd, ActivationQuantizer)
 
 
-class QuantizedGraph(TracedModule):
+def is_quantizing(model: nn.Module) -> bool:
+    """Whether every quantizer and residual add of ``model`` rounds, and every quantizer has its step: the training form
+    knows no other mode."""
+    return all(
+        module.mode == "quantize" and getattr(module, "calibrated", True)
+        for module in model.modules()
+        if isinstance(module, (Quantizer, ResidualAdd))
+    )
+
+
+class QuantizedGraph(TracedModule, HasTrainingForm):
     """The result of :func:`brfx.prepare_qat` for a model that can be traced whole."""
 
     def training_form(self, kernels: bool) -> Callable[..., Any]:
         """A function that computes in training what calling this computes; see :func:`training_forward`."""
         return partial(training_forward(self, None, kernels=kernels), self)
+
+    def can_train(self) -> bool:
+        return is_quantizing(self)
 
 
 def training_forward(

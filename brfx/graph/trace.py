@@ -245,7 +245,8 @@ class TracedModule(Derived, fx.GraphModule):
         new: TracedModule = object.__new__(derived(*self._bases))
         memo[id(self)] = new
         memo.update(detached(self))
-        vars(new).update(copy.deepcopy(vars(self), memo))
+        state = {name: value for name, value in vars(self).items() if name != "_compiled_call_impl"}  # calls this one
+        vars(new).update(copy.deepcopy(state, memo))
         new.graph = new._graph
         return new
 
@@ -255,7 +256,14 @@ class TracedModule(Derived, fx.GraphModule):
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        compiled = ("_code", "_lineno_map", "_prologue_start", "_tracer_cls", "_tracer_extras")
+        compiled = (
+            "_code",
+            "_compiled_call_impl",
+            "_lineno_map",
+            "_prologue_start",
+            "_tracer_cls",
+            "_tracer_extras",
+        )
         state = {name: value for name, value in vars(self).items() if name not in compiled}
         return {**state, "_graph": packed(self.graph)}
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from brfx.kernels.channel_sums import sum_by_channel
+from brfx.kernels.masks import keep_within
 from brfx.kernels.precision import at_least_float32
 from brfx.quant.grid import nearest_code, positive_step
 
@@ -32,12 +34,13 @@ class _Round(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values, unit, low, high = ctx.saved_tensors
         ratio, grad_unit = values / unit, None
-        inside = (ratio >= low) & (ratio <= high)
+        within = ratio.clamp(low, high)
+        inside = partial(keep_within, x=within - ratio, low=0.0, high=0.0)
         if ctx.needs_input_grad[1]:
-            slope = torch.where(inside, ratio.round() - ratio, torch.where(ratio < low, low, high))
+            slope = within.round() - inside(ratio)
             weighted = grads[0] * slope
             grad_unit = (sum_by_channel(weighted) if weighted.dim() > 2 else weighted).sum() * ctx.scale
-        return torch.where(inside, grads[0], 0.0), grad_unit, None, None, None
+        return inside(grads[0]), grad_unit, None, None, None
 
 
 class AddendUnits(NamedTuple):

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from brfx.kernels.masks import clamp, keep_between, keep_within
+
 #: A step is never taken as smaller than this, so that it cannot reach zero or change its sign.
 MIN_STEP = 1e-8
 
@@ -30,7 +32,7 @@ def nearest_code(ratio: Tensor, low: Any, high: Any) -> Tensor:
         ratio: any shape.
         low, high: integers as numbers, or as tensors; a number may be ``None`` where nothing lies beyond it.
     """
-    return ratio.clamp(low, high).round()
+    return ratio.clamp(low, high).round_()
 
 
 def clipped(values: Tensor, floor: float, ceiling: float) -> Tensor:
@@ -48,8 +50,13 @@ class Recomputed(NamedTuple):
     within: Tensor  #: between floor and ceiling
     ratio: Tensor  #: ``within / step - offset``
     code: Tensor
-    off_grid: Tensor  #: where the ratio is beyond the outermost codes by more than ``grad_margin``
-    clipped: Tensor | None  #: where a value was at or beyond floor or ceiling; ``None`` where there is neither
+
+
+def where_unclipped(grad: Tensor, values: Tensor, floor: float, ceiling: float) -> Tensor:
+    """``grad`` where :func:`clipped` hands on the value, 0 where it is at or beyond a bound."""
+    if floor == -math.inf and ceiling == math.inf:
+        return grad
+    return keep_between(grad, values, floor, ceiling)
 
 
 @dataclass(frozen=True)
@@ -127,28 +134,21 @@ class Grid:
         *,
         floor: float = -math.inf,
         ceiling: float = math.inf,
-        grad_margin: float = 0.0,
     ) -> Recomputed:
-        """:meth:`encode` of ``clipped(values, floor, ceiling)`` for a backward pass, with all that it needs besides.
+        """:meth:`encode` of ``clipped(values, floor, ceiling)`` for a backward pass, with what it needs besides.
 
-        It uses ``torch.where`` instead of ``clamp``: the same comparisons give the masks of the gradients, and a clamp
-        that hands on NaN costs four instructions.
+        Compiled, the comparisons that clamp here are those of :meth:`where_on_grid` and :func:`where_unclipped`.
         """
-        within, cut = values, None
-        if ceiling < math.inf:
-            cut = values >= ceiling
-            within = torch.where(cut, ceiling, within)
-        if floor > -math.inf:
-            low = values <= floor
-            within, cut = torch.where(low, floor, within), low if cut is None else cut | low
+        within = clamp(values, None if floor == -math.inf else floor, None if ceiling == math.inf else ceiling)
         ratio = self.ratio(within, step)
-        off_grid = ratio > self.high + grad_margin
-        on_grid = torch.where(off_grid, self.high, ratio)
-        if floor < 0:
-            below = ratio < self.low - grad_margin
-            off_grid, on_grid = off_grid | below, torch.where(below, self.low, on_grid)
-        code = self.encode(within, step) if self.binary else on_grid.round()
-        return Recomputed(within, ratio, code, off_grid, cut)
+        if self.binary:
+            return Recomputed(within, ratio, self.encode(within, step))
+        return Recomputed(within, ratio, clamp(ratio, None if floor >= 0 else self.low, self.high).round())
+
+    def where_on_grid(self, values: Tensor, ratio: Tensor, *, floor: float, grad_margin: float) -> Tensor:
+        """``values`` where a ratio lies between the outermost codes, or beyond by up to ``grad_margin``; else 0."""
+        low = -math.inf if floor >= 0 else self.low - grad_margin
+        return keep_within(values, ratio, low, self.high + grad_margin)
 
     def ratio(self, values: Tensor, step: Tensor) -> Tensor:
         """The values on the scale of the codes, not rounded: ``v / step - offset``."""

@@ -6,6 +6,7 @@ Source: Esser et al., "Learned Step Size Quantization", ICLR 2020.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from brfx.kernels.channel_sums import sum_by_channel
 from brfx.kernels.precision import at_least_float32
-from brfx.quant.grid import MIN_STEP, Grid, clipped
+from brfx.quant.grid import MIN_STEP, Grid, clipped, where_unclipped
 from brfx.quant.quantizer import GRAD_MARGIN_OF_SUMS, ActivationQuantizer, Quantizer, WeightQuantizer
 
 
@@ -41,13 +42,14 @@ class _LSQ(torch.autograd.Function):
         saved, step = ctx.saved_tensors
         grid, scale, floor, ceiling, grad_margin = ctx.settings
         grad = at_least_float32(grads[0])
-        seen = grid.recompute(at_least_float32(saved), step, floor=floor, ceiling=ceiling, grad_margin=grad_margin)
+        values = at_least_float32(saved)
+        _, ratio, code = grid.recompute(values, step, floor=floor, ceiling=ceiling)
         if grid.binary:  # v^ = s * sign(v): the gradient passes straight to v, and d v^ / d s = sign(v)
-            grad_values, slope = grad, seen.code
+            grad_values, slope = grad, code
         else:
-            slope = seen.code - torch.where(seen.off_grid, -grid.offset, seen.ratio)
-            closed = seen.off_grid if seen.clipped is None else seen.off_grid | seen.clipped
-            grad_values = torch.where(closed, 0.0, grad)
+            inside = partial(grid.where_on_grid, ratio=ratio, floor=floor, grad_margin=grad_margin)
+            slope = grid.in_steps(code) - inside(grid.in_steps(ratio))
+            grad_values = where_unclipped(inside(grad), values, floor, ceiling)
         grad_step = _sum_to(grad * slope, step) * scale
         return grad_values.to(saved.dtype), grad_step, None, None, None, None, None
 

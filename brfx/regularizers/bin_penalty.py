@@ -15,7 +15,7 @@ from brfx.calibration import quantizers
 from brfx.config import BR_FORMS
 from brfx.distributed import all_reduce_sum, world_size
 from brfx.errors import ConfigError
-from brfx.fast.training_graph import training_forward
+from brfx.fast.training_graph import is_quantizing, training_forward
 from brfx.kernels.inductor import compiled
 from brfx.kernels.precision import at_least_float32
 from brfx.nn import (
@@ -144,6 +144,9 @@ class BinPenalty(Regularizer):
             return output, terms._replace(act=act) if first else terms
 
         return run
+
+    def can_train(self) -> bool:
+        return is_quantizing(self.model)
 
     def weight_loss(self) -> Tensor:
         """L_BR summed over the quantized weights of layers; 0 without any."""

@@ -23,12 +23,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from brfx.errors import ConfigError
 from brfx.kernels.channel_sums import once, sum_by_channel
+from brfx.kernels.masks import zero_for_nan
+from brfx.kernels.memory_order import from_memory_order, in_memory_order
 from brfx.kernels.precision import at_least_float32
-from brfx.quant.grid import Grid, clipped
+from brfx.quant.grid import Grid, clipped, where_unclipped
 
 #: Up to this many bins, masked sums that compile to one vectorized pass are faster than scattering.
 _FEW = 16
@@ -51,8 +53,8 @@ class _BinSums(torch.autograd.Function):
         values, step = ctx.saved_tensors
         grid, clamp, by_row = ctx.settings
         code, distance = distances(values, step, grid, clamp=clamp)
-        if by_row:  # rows may be filled up with NaN; a comparison vectorizes where nan_to_num does not
-            code, distance = (torch.where(part == part, part, 0.0) for part in (code, distance))
+        if by_row:  # rows may be filled up with NaN
+            code, distance = zero_for_nan(code), zero_for_nan(distance)
         return (
             *_bin_gradients(code, distance, step if ctx.needs_input_grad[1] else None, grads[1], grid),
             None,
@@ -85,7 +87,7 @@ class _DeferredBinSums(torch.autograd.Function):
         pull, of_step = _bin_gradients(seen.code, distance, step if ctx.needs_input_grad[1] else None, of_squares, grid)
         loss = sum_by_channel(distance * pull).sum() / (2 * of_loss)
         logged = torch.where(of_loss == 0, 0.0, loss).to(ctx.dtype)
-        of_values = pull if seen.clipped is None else torch.where(seen.clipped, 0.0, pull)
+        of_values = where_unclipped(pull, values, floor, ceiling)
         return of_values, of_step, logged, None, None, None
 
 
@@ -232,12 +234,33 @@ def _count(code: Tensor, grid: Grid) -> Tensor:
 
 def _index(code: Tensor, grid: Grid) -> Tensor:
     """The index of each code among many; NaN has the first, so that it comes out as NaN and not as an error."""
-    return torch.where(code == code, (code - grid.low) / grid.codes.step, 0.0).long()
+    return (zero_for_nan(code - grid.low) / grid.codes.step).long()
+
+
+def _by_index(code: Tensor) -> bool:
+    """Whether bins are told apart by their index: in PyTorch's own kernels on CPUs, which are slow at masks."""
+    return code.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _flat_index(code: Tensor, grid: Grid, by_row: bool) -> Tensor:
+    """The index of each value's bin among those of all rows, in memory order; each row has one bin more, for NaN."""
+    count = len(grid.codes)
+    index = code - grid.low
+    index = (index if grid.codes.step == 1 else index.div_(grid.codes.step)).nan_to_num_(count).int()
+    if by_row:
+        index += (count + 1) * torch.arange(len(code), dtype=torch.int32)[:, None]
+    return in_memory_order(index)
 
 
 def _reduce(code: Tensor, squares: Tensor, grid: Grid, by_row: bool) -> tuple[Tensor, Tensor]:
     dtype = _sums_dtype(squares)
     squares = squares.to(dtype)
+    if _by_index(code):
+        index = _flat_index(code, grid, by_row)
+        shape = (len(code) if by_row else 1, len(grid.codes) + 1)
+        both = [torch.bincount(index, w, math.prod(shape)).view(shape) for w in (None, in_memory_order(squares))]
+        counts, sums = ((part if by_row else part[0])[..., :-1].to(dtype) for part in both)
+        return counts, sums
     if len(grid.codes) <= _FEW:
         members = [code == k for k in grid.codes]
         dim = -1 if by_row else tuple(range(code.dim()))
@@ -253,6 +276,9 @@ def _reduce(code: Tensor, squares: Tensor, grid: Grid, by_row: bool) -> tuple[Te
 
 def _look_up(table: Tensor, code: Tensor, grid: Grid) -> Tensor:
     """``table[..., i]`` for the i-th code of the grid; a table ``(rows, K)`` has one for each row of ``code``."""
+    if _by_index(code):
+        index = _flat_index(code, grid, by_row=table.dim() > 1)
+        return from_memory_order(nn.functional.pad(table, (0, 1)).flatten().index_select(0, index), code)
     if len(grid.codes) > _FEW:
         index = _index(code, grid)
         return table[index] if table.dim() == 1 else table.gather(-1, index)

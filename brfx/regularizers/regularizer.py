@@ -4,28 +4,17 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from brfx.errors import ConfigError
 from brfx.kernels.inductor import compiled
+from brfx.kernels.training_form import HasTrainingForm
 
 
-@runtime_checkable
-class HasTrainingForm(Protocol):
-    """A module with a form that trains faster."""
-
-    def training_form(self, kernels: bool) -> Callable[..., Any]:
-        """A function that computes in training what calling this computes.
-
-        Args:
-            kernels: compile its pieces, for use without ``torch.compile`` around the whole.
-        """
-
-
-class Regularizer(nn.Module):
+class Regularizer(HasTrainingForm):
     """A module around the trained one, ``penalty(*inputs) -> (output, terms)``, for :func:`brfx.fit`.
 
     ``terms`` is a named tuple: ``total`` is added to the loss, and :attr:`logged_terms` are written to the log.
@@ -40,7 +29,7 @@ class Regularizer(nn.Module):
         """The warm-up is over."""
 
     def training_form(self, kernels: bool) -> Callable[..., tuple[Any, Any]]:
-        """See :class:`HasTrainingForm`; here the module itself."""
+        """See :class:`~brfx.kernels.training_form.HasTrainingForm`; here the module itself."""
         return self
 
 
@@ -110,6 +99,9 @@ class Regularizers(Regularizer):
         run = self.run.training_form(kernels) if isinstance(self.run, HasTrainingForm) else self.run
         losses = compiled(self._losses) if kernels else self._losses
         return lambda *inputs: self._joined(run(*inputs), losses())
+
+    def can_train(self) -> bool:
+        return not isinstance(self.run, HasTrainingForm) or self.run.can_train()
 
     def _losses(self) -> list[Tensor]:
         return [term() for term in self.terms]

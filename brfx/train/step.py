@@ -21,7 +21,8 @@ from brfx.config import TrainConfig
 from brfx.distributed import world_size
 from brfx.errors import ConfigError
 from brfx.kernels.inductor import compiled
-from brfx.regularizers import HasTrainingForm, Regularizer
+from brfx.kernels.training_form import HasTrainingForm
+from brfx.regularizers import Regularizer
 from brfx.train.tasks import Task, call, classification, count_correct, takes_smoothing
 
 log = logging.getLogger(__name__)

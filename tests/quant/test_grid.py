@@ -2,8 +2,9 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
-from brfx.quant.grid import Grid, clipped, nearest_code
+from brfx.quant.grid import Grid, clipped, nearest_code, where_unclipped
 
 
 @pytest.mark.parametrize(
@@ -103,21 +104,37 @@ BOUNDS = [(-math.inf, math.inf), (0.0, math.inf), (0.0, 6.0), (0.0, 0.37), (-1.0
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize(("floor", "ceiling"), BOUNDS)
-@pytest.mark.parametrize("grad_margin", [0.0, 1e-4])
-def test_backward_recomputes_the_codes_of_forward(grid: Grid, floor: float, ceiling: float, grad_margin: float) -> None:
+def test_backward_recomputes_the_codes_of_forward(grid: Grid, floor: float, ceiling: float) -> None:
     step = torch.tensor(0.37)
-    edges = torch.tensor([*grid.levels, *(level + 0.5 for level in grid.levels), grid.low - 0.5]) * step
-    odd = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, floor, ceiling, 1e30, -1e30])
-    values = torch.cat([edges, edges.nextafter(odd[1]), edges.nextafter(odd[2]), odd, 100 * torch.randn(4096)])
+    values = _values_at_edges(grid, floor, ceiling, step)
     code = grid.encode(clipped(values, floor, ceiling), step, lower_bound=floor)
-    seen = grid.recompute(values, step, floor=floor, ceiling=ceiling, grad_margin=grad_margin)
+    seen = grid.recompute(values, step, floor=floor, ceiling=ceiling)
     assert torch.equal(seen.code[~values.isnan()], code[~values.isnan()])
     assert seen.code[values.isnan()].isnan().all() and code[values.isnan()].isnan().all()
-    ratio = values.clamp(floor, ceiling) / step - grid.offset
-    assert torch.equal(seen.off_grid, (ratio > grid.high + grad_margin) | (ratio < grid.low - grad_margin))
+
+
+def _values_at_edges(grid: Grid, floor: float, ceiling: float, step: Tensor) -> Tensor:
+    edges = torch.tensor([*grid.levels, *(level + 0.5 for level in grid.levels), grid.low - 0.5]) * step
+    odd = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, floor, ceiling, 1e30, -1e30])
+    return torch.cat([edges, edges.nextafter(odd[1]), edges.nextafter(odd[2]), odd, 100 * torch.randn(4096)])
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize(("floor", "ceiling"), BOUNDS)
+@pytest.mark.parametrize("grad_margin", [0.0, 1e-4])
+def test_gradients_end_where_the_grid_and_the_bounds_do(
+    grid: Grid, floor: float, ceiling: float, grad_margin: float
+) -> None:
+    step = torch.tensor(0.37)
+    values = _values_at_edges(grid, floor, ceiling, step)
+    values = values[values.isfinite()]
+    ratio = grid.recompute(values, step, floor=floor, ceiling=ceiling).ratio
+    on_grid = grid.where_on_grid(torch.ones_like(values), ratio, floor=floor, grad_margin=grad_margin)
+    beyond = (ratio > grid.high + grad_margin) | ((ratio < grid.low - grad_margin) & (floor < 0))
+    assert torch.equal(on_grid, (~beyond).float())
+    unclipped = where_unclipped(torch.ones_like(values), values, floor, ceiling)
     outside = [values <= floor] * (floor > -math.inf) + [values >= ceiling] * (ceiling < math.inf)
-    assert (seen.clipped is None) == (not outside)
-    assert seen.clipped is None or torch.equal(seen.clipped, torch.stack(outside).any(0))
+    assert torch.equal(unclipped, (~torch.stack(outside).any(0)).float() if outside else torch.ones_like(values))
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

@@ -7,7 +7,8 @@ from torch import nn
 import brfx
 from brfx.config import TrainConfig
 from brfx.errors import ConfigError
-from brfx.regularizers import HasTrainingForm, Regularizer, Regularizers, WeightTerm
+from brfx.kernels.training_form import HasTrainingForm
+from brfx.regularizers import Regularizer, Regularizers, WeightTerm
 from brfx.regularizers.kurtosis import KurtosisTerm
 from brfx.train.step import loss_step
 
