@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: help demo test test-fast sweep faults lint check bench clean
+.PHONY: help demo test test-fast sweep faults lint check bench docs clean
 
 help:  ## show this
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -11,7 +11,7 @@ help:  ## show this
 .venv/installed: setup.cfg constraints.txt
 	command -v $(PYTHON) >/dev/null && $(PYTHON) -m venv .venv || python3 -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch torchvision
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[onnx,demo,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[onnx,demo,dev,docs]'
 	touch $@
 
 demo: .venv/installed  ## train, quantize to 2 bits, evaluate and export on handwritten digits
@@ -45,6 +45,9 @@ check: lint test  ## what CI runs
 bench: .venv/installed  ## what a training step costs, for docs/benchmarks.md (hours on two cores)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/train_step.py
+
+docs: .venv/installed  ## the documentation as a site, in site/
+	$(BIN)/mkdocs build
 
 clean:  ## remove the environment and the demo's run
 	rm -rf .venv $(DEMO)
