@@ -12,7 +12,7 @@ import click
 from brfx.config import FLOAT_TRAINING, TrainConfig
 from brfx.errors import BrfxError, Interrupted
 
-from . import render
+from . import render, tables
 from .options import (
     build_job,
     data_dir_option,
@@ -20,6 +20,7 @@ from .options import (
     model_options,
     penalty_options,
     quantizer_options,
+    table_options,
     train_options,
 )
 
@@ -41,15 +42,16 @@ def cli(debug: bool) -> None:
 @train_options(TrainConfig())
 @data_options
 @click.option("--dry-run", is_flag=True, help="Show what would be quantized, train nothing, write nothing.")
-def quantize(dry_run: bool, **given: Any) -> None:
+@table_options
+def quantize(dry_run: bool, table: str, **given: Any) -> None:
     """Train a low-bit network from an FP32 checkpoint and export it."""
     resume = given["resume"] is not None
     job = build_job("quantize", given)
     from brfx.jobs import job as jobs
 
-    render.show_log()
+    render.show_log(beside=table in ("json", "csv"))
     if dry_run:
-        render.audit(jobs.dry_run(job))
+        tables.audit(render.console, jobs.dry_run(job), table, regularized=bool(job.lambda_br or job.lambda_br_act))
         return
     with render.progress("QAT") as callback:
         result = jobs.quantize(job, [callback], resume=resume)
@@ -160,13 +162,14 @@ def models(pattern: str) -> None:
 @model_options
 @quantizer_options
 @click.option("--image-size", type=int, help="Pixels a side of the example.  [default: the model's own]")
-def inspect(**given: Any) -> None:
+@table_options
+def inspect(table: str, **given: Any) -> None:
     """Show each layer of a rewritten model, or of a run's model.pt: bits, signs, steps, MACs."""
     from brfx.jobs import job as jobs
 
     job = build_job("inspect", given)
-    render.show_log()
-    render.audit(jobs.inspect(job))
+    render.show_log(beside=table in ("json", "csv"))
+    tables.audit(render.console, jobs.inspect(job), table)
 
 
 @cli.command()
@@ -180,11 +183,12 @@ def recipes(name: str | None) -> None:
 
 @cli.command()
 @click.argument("folder", metavar="DIR", default="runs", type=click.Path(path_type=Path))
-def runs(folder: Path) -> None:
+@table_options
+def runs(folder: Path, table: str) -> None:
     """List the runs in DIR and below side by side.  [default: runs]"""
     from brfx.jobs.runs import read_runs
 
-    render.runs(read_runs(folder))
+    tables.runs(render.console, read_runs(folder), table)
 
 
 def main() -> None:

@@ -286,6 +286,14 @@ penalty_options = combine(
 )
 
 
+table_options = combine(
+    click.option("--wide", "table", flag_value="wide", help="A line for each, nothing folded or left out."),
+    click.option("--json", "table", flag_value="json", help="For programs."),
+    click.option("--csv", "table", flag_value="csv", help="For spreadsheets."),
+    click.option("--folded", "table", flag_value="folded", default=True, hidden=True),
+)
+
+
 #: What a resumed run may be given anew: where things are, and how often it is saved.
 _MAY_CHANGE = {
     *("resume", "model", "ckpt", "teacher", "data", "data_dir", "download", "workers", "device", "checkpoint_minutes"),

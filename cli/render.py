@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,15 +11,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 if TYPE_CHECKING:
-    from brfx.analysis.audit import Audit
     from brfx.export import OnnxReport
     from brfx.export.benchmark import Timing
     from brfx.export.verify import Verification
     from brfx.jobs.job import JobResult
-    from brfx.jobs.runs import Run
     from brfx.train import EpochMetrics, Evaluation, Means, Score
     from brfx.train import Progress as Where
 
@@ -31,14 +27,18 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class _LogLines(logging.Handler):
+    def __init__(self, where: Console) -> None:
+        super().__init__()
+        self.where = where
+
     def emit(self, record: logging.LogRecord) -> None:
-        console.print(record.getMessage(), markup=False)
+        self.where.print(record.getMessage(), markup=False)
 
 
-def show_log(*, passes: bool = False) -> None:
-    """Print what the library says at INFO; the passes' counts only if asked."""
+def show_log(*, passes: bool = False, beside: bool = False) -> None:
+    """Print what the library says at INFO; the passes' counts only if asked; ``beside`` the output, on stderr."""
     logger = logging.getLogger("brfx")
-    logger.handlers = [_LogLines()]
+    logger.handlers = [_LogLines(errors if beside else console)]
     logger.setLevel(logging.INFO)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of no CUDA at every compile
     logging.getLogger("brfx.prepare").setLevel(logging.INFO if passes else logging.WARNING)
@@ -186,44 +186,8 @@ def timings(rows: list[Timing]) -> None:
     console.print(table)
 
 
-def runs(found: list[Run]) -> None:
-    """A line a run, and below them what is wrong with those that cannot be read."""
-    table = Table(box=None, pad_edge=False)
-    left = ("run", "model", "bits", "state", "changed")
-    numbers = ("epochs", "BR_W", "BR_A", "lr", "seed", "shipped", "val", "test", "time")
-    for name in ("run", "model", "bits", *numbers, *left[-2:]):
-        table.add_column(name, justify="left" if name in left else "right")
-    for run in found:
-        table.add_row(
-            _plain(run.name),
-            _plain(run.model or ""),
-            run.bits,
-            f"{_or('d', run.epochs_done, '?')}/{_or('d', run.epochs, '?')}",
-            _or("g", run.lambda_br),
-            _or("g", run.lambda_br_act),
-            _or("g", run.lr),
-            _or("d", run.seed),
-            _plain(_or("d", run.epoch) + _stage(run.stage)),
-            _or(".2%", run.val_accuracy, "-" if run.epochs_done else ""),
-            _plain(_or(".2%", run.test_accuracy) + ("" if run.metric == "accuracy" else f" {run.metric}")),
-            _or(".0f", run.seconds) + (" s" if run.seconds is not None else ""),
-            run.state,
-            f"{run.changed:%Y-%m-%d %H:%M}",
-        )
-    table.width = console.measure(table, options=console.options.update(max_width=1000)).maximum  # cut no name
-    console.print(table)
-    for run in found:
-        if run.why:
-            console.print(_plain(f"{run.name}: {run.why}"), style="yellow")
-
-
 def _or(form: str, value: float | None, absent: str = "") -> str:
     return absent if value is None else format(value, form)
-
-
-def _plain(text: str) -> Text:
-    """Text from a file or a file's name: nothing in it is markup or steers the terminal."""
-    return Text("".join(letter if letter.isprintable() else "?" for letter in text))
 
 
 def evaluation(result: Evaluation | Score) -> str:
@@ -236,31 +200,3 @@ def evaluation(result: Evaluation | Score) -> str:
 
 def size(count: int) -> str:
     return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
-
-
-def audit(report: Audit) -> None:
-    """Each layer and quantizer, and in the last lines what share of the arithmetic is quantized and what is not."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("layer", "type", "W", "A", "sign", "step", "parameters", "MACs", "quantized", "BR", "why"):
-        right = name in ("W", "A", "step", "parameters", "MACs", "quantized")
-        table.add_column(name, justify="right" if right else "left")
-    for row in report.layers:
-        step = "" if row.step is None else "not set" if math.isnan(row.step) else f"{row.step:.5f}"
-        fp32 = "32" if row.macs else ""
-        table.add_row(
-            row.name,
-            row.type,
-            str(row.weight_bits or fp32),
-            str(row.act_bits or fp32),
-            {None: "", True: "signed", False: "unsigned"}[row.signed],
-            step,
-            f"{row.parameters:,}" if row.parameters else "",
-            f"{row.macs:,}" if row.macs else "",
-            f"{row.quantized_macs / row.macs:.0%}" if row.macs else "",
-            "on" if row.regularized else "off",
-            row.reason,
-        )
-    console.print(table)
-    for name in report.never_hit:
-        console.print(f"never reached by the example: {name}", markup=False)
-    console.print(report.footer, markup=False)

@@ -35,8 +35,9 @@ class LayerAudit:
         type: of the module; of a function its name.
         weight_bits, act_bits: of the operands' quantizers; ``None`` for an operand in FP32. A product of two
             activations has two ``act_bits``; the larger is given.
-        signed, step: of the activation quantizer, or of the weight's (the mean over channels; NaN: not calibrated).
-        parameters: of the layer.
+        signed, step: of the activation quantizer, or of the weight's (the mean over channels; NaN: the model is not
+            calibrated).
+        parameters: of the layer; one that several rows use is counted in the first.
         macs: multiply-accumulates for the batch that was run, over all calls.
         quantized_macs: those with both operands out of a quantizer.
         regularized: whether a bin regularizer sees it.
@@ -79,11 +80,17 @@ class Audit:
         return self.quantized_macs / self.macs if self.macs else 0.0
 
     @property
+    def parameters(self) -> int:
+        """Of all layers that multiply, each counted once."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
     def footer(self) -> str:
         """The sum in a line: ``98.7 % of 1.81 G MACs quantized; left: fc``."""
         left = [layer.name for layer in self.layers if layer.macs > layer.quantized_macs]
         named = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
-        return f"{100 * self.mac_share:.1f} % of {_giga(self.macs)} MACs quantized; left: {named or 'nothing'}"
+        share = percent(self.quantized_macs, self.macs)
+        return f"{share} of {scaled(self.macs)} MACs quantized; left: {named or 'nothing'}"
 
     def __str__(self) -> str:
         header = ("layer", "type", "W", "A", "sign", "step", "parameters", "MACs", "quantized")
@@ -305,13 +312,16 @@ def _flat(value: Any) -> Iterator[Any]:
 def _report(qmodel: nn.Module, provenance: _Provenance, config: QATConfig) -> Audit:
     modules = dict(qmodel.named_modules())
     rows: list[LayerAudit] = []
+    counted, calibrated = set[int](), not uncalibrated(qmodel)
     exceptions = []
     products = {(name, op): record for (name, op), record in provenance.records.items()}
     several = Counter(name for name, _ in products)
     for (name, op), record in products.items():
         module = modules[name]
         kind = op if several[name] > 1 or not list(module.parameters(recurse=False)) else type(module).__name__
-        row = _layer(name, kind, module, record, config)
+        own = {id(p): p.numel() for p in _own_parameters(module) if id(p) not in counted}
+        counted.update(own)
+        row = _layer(name, kind, record, config, parameters=sum(own.values()), calibrated=calibrated)
         rows.append(row)
         if row.macs > row.quantized_macs:
             exceptions.append(f"{row.name or 'the model'} ({row.type}): {row.reason}")
@@ -337,7 +347,9 @@ def _report(qmodel: nn.Module, provenance: _Provenance, config: QATConfig) -> Au
     return Audit(tuple(rows), macs, quantized, tuple(exceptions), never)
 
 
-def _layer(name: str, kind: str, module: nn.Module, record: _Record, config: QATConfig) -> LayerAudit:
+def _layer(
+    name: str, kind: str, record: _Record, config: QATConfig, *, parameters: int, calibrated: bool
+) -> LayerAudit:
     weights = [grid for grid in record.grids if isinstance(grid, WeightQuantizer)]
     acts = [grid for grid in record.grids if isinstance(grid, ActivationQuantizer)]
     reasons = [
@@ -351,8 +363,8 @@ def _layer(name: str, kind: str, module: nn.Module, record: _Record, config: QAT
         weight_bits=weights[0].bits if weights else None,
         act_bits=max((grid.bits for grid in acts), default=None),
         signed=True if weights else None,
-        step=float(weights[0].step.mean()) if weights else None,
-        parameters=sum(parameter.numel() for parameter in _own_parameters(module)),
+        step=(float(weights[0].step.mean()) if calibrated else math.nan) if weights else None,
+        parameters=parameters,
         macs=record.macs,
         quantized_macs=record.quantized,
         regularized=any(weights),
@@ -378,7 +390,7 @@ def _whose(name: str, kind: str, config: QATConfig) -> str:
 
 def _row(layer: LayerAudit) -> tuple[str, ...]:
     step = "" if layer.step is None else "not set" if math.isnan(layer.step) else f"{layer.step:.5f}"
-    share = f"{100 * layer.quantized_macs / layer.macs:.0f} %" if layer.macs else ""
+    share = percent(layer.quantized_macs, layer.macs) if layer.macs else ""
     return (
         layer.name,
         layer.type,
@@ -392,5 +404,17 @@ def _row(layer: LayerAudit) -> tuple[str, ...]:
     )
 
 
-def _giga(macs: int) -> str:
-    return f"{macs / 1e9:.2f} G" if macs >= 1e9 else f"{macs / 1e6:.1f} M"
+def percent(part: int, whole: int) -> str:
+    """A share to a tenth of a percent: ``100.0 %`` is all of it and ``0.0 %`` nothing, whatever rounding would say."""
+    if part == whole:
+        return "100.0 %" if whole else "0.0 %"
+    return f"{min(99.9, max(0.1, 100 * part / whole)) if part else 0:.1f} %"
+
+
+def scaled(count: int) -> str:
+    """A count with three digits: ``640``, ``40.6 M``, ``1.81 G``."""
+    for unit, letter in ((10**9, " G"), (10**6, " M"), (10**3, " k")):
+        if count >= 0.9995 * unit:
+            value = count / unit
+            return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}{letter}"
+    return str(count)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import brfx
 from benchmarks.dispatch_count import DistinctValues
+from brfx.analysis.audit import percent, scaled
 from brfx.models import build_model
 
 
@@ -71,6 +72,42 @@ def test_an_uncalibrated_model_may_be_audited_and_stays_uncalibrated(tiny, image
     assert brfx.audit(qmodel, images).mac_share == 1.0
     with pytest.raises(brfx.BrfxError):
         qmodel(images)
+
+
+def test_no_step_is_told_of_a_model_without_steps(tiny, images):
+    qmodel = brfx.prepare_qat(tiny)
+    assert all(math.isnan(row.step) for row in brfx.audit(qmodel, images).layers)
+    brfx.calibrate(qmodel, [images])
+    assert all(row.step > 0 for row in brfx.audit(qmodel, images).layers)
+
+
+def test_a_weight_of_two_layers_is_counted_once(images):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 3, 3, bias=False), nn.Conv2d(3, 3, 3)
+            self.second.weight = self.first.weight
+
+        def forward(self, x):
+            return self.second(self.first(self.first(x)))
+
+    report = brfx.audit(brfx.prepare_qat(Tied()), images)
+    assert report.parameters == 81 + 3
+    assert [row.parameters for row in report.layers if row.macs] in ([81, 3], [81, 0, 3])
+
+
+@pytest.mark.parametrize(
+    ("part", "whole", "shown"),
+    [(0, 9, "0.0 %"), (1, 10**6, "0.1 %"), (9_999_999, 10**7, "99.9 %"), (10, 10, "100.0 %"), (8487, 10000, "84.9 %")],
+)
+def test_a_hundred_percent_is_all_and_nothing_is_nothing(part, whole, shown):
+    assert percent(part, whole) == shown
+
+
+def test_counts_have_three_digits():
+    assert [scaled(count) for count in (640, 9_995, 40_551_000, 1_810_000_000, 999_600)] == [
+        *("640", "10.0 k", "40.6 M", "1.81 G", "1.00 M")
+    ]
 
 
 def test_the_mode_and_the_tensors_come_back_clean(tiny, images):

@@ -85,8 +85,8 @@ def test_export_and_inspect_a_run(quantized_run, tmp_path):
     assert done.returncode == 0 and (tmp_path / "out.onnx").stat().st_size > 10_000
     again = brfx("export", "--ckpt", root / "model.pt", "--output", tmp_path / "out.onnx")
     assert again.returncode == 2 and "exists already" in again.stderr
-    table = brfx("inspect", "--ckpt", root / "model.pt").stdout
-    assert "layer3.2.conv2" in table and "QuantizedConv2d" in table and "not set" not in table
+    table = brfx("inspect", "--ckpt", root / "model.pt", "--wide").stdout
+    assert "layer3.2.conv2" in table and "QuantizedConv2d" in table and " step " in table.splitlines()[0]
 
 
 def test_runs_lists_a_quantized_run_and_a_damaged_one_beside_the_baseline(quantized_run, tmp_path):
@@ -95,7 +95,7 @@ def test_runs_lists_a_quantized_run_and_a_damaged_one_beside_the_baseline(quanti
         shutil.copytree(root.parent / name, tmp_path / name, ignore=shutil.ignore_patterns("*.pt*", "*.onnx"))
     (tmp_path / "[red]half").mkdir()
     (tmp_path / "[red]half" / "config.json").write_text('{"command"')
-    done = brfx("runs", tmp_path)
+    done = brfx("runs", tmp_path, "--wide")
     assert done.returncode == 0, done.stderr
     header, half, fp32, w2a2, why = done.stdout.splitlines()
     assert header.split()[:4] == ["run", "model", "bits", "epochs"]
@@ -147,7 +147,7 @@ def test_without_validation_every_image_is_trained_on(float_run, tmp_path):
     assert ", Val Acc=-, " in done.stdout and "on validation" not in done.stdout
     assert "Shipped: epoch 1 of 1, no validation (eager training)" in done.stdout
     assert not (tmp_path / "run" / "best.pth").exists() and (tmp_path / "run" / "model.onnx").exists()
-    assert brfx("runs", tmp_path).stdout.splitlines()[1].split()[8:10] == ["1", "-"]
+    assert brfx("runs", tmp_path).stdout.splitlines()[1].split()[6:8] == ["1", "-"]
     assert_one_line(brfx(*whole, "--keep", "best"), "--keep best chooses on validation images")
 
 
@@ -157,12 +157,15 @@ def test_models_lists_and_filters():
 
 
 def test_inspect_a_model_by_name():
-    done = brfx("inspect", "--model", "resnet20", "--weight-bits", 2, "--act-bits", 4)
-    lines = done.stdout.splitlines()
+    arguments = ("inspect", "--model", "resnet20", "--weight-bits", 2, "--act-bits", 4)
+    lines = brfx(*arguments, "--wide").stdout.splitlines()
     assert sum("QuantizedConv2d" in line for line in lines) == 19
     assert sum("QuantizedClippedReLU" in line for line in lines) == 9
     assert sum("StreamQuantizer" in line and "8  unsigned" in line for line in lines) == 1
     assert lines[-1] == "100.0 % of 40.6 M MACs quantized; left: nothing"
+    assert brfx(*arguments).stdout.splitlines()[2].split()[:2] == ["layer1.{0..2}.conv{1,2}", "x6"]
+    found = json.loads(brfx(*arguments, "--json").stdout)
+    assert (found["macs"], found["quantized_macs"], found["layers"][0]["name"]) == (40_551_040, 40_551_040, "conv1")
     paper = brfx("inspect", "--model", "resnet20", "--placement", "paper").stdout.splitlines()[-1]
     assert paper.endswith("left: conv1, linear")
 
