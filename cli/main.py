@@ -50,10 +50,14 @@ def quantize(dry_run: bool, table: str, **given: Any) -> None:
     from brfx.jobs import job as jobs
 
     render.show_log(beside=table in ("json", "csv"))
+    from .progress import progress
+
     if dry_run:
-        tables.audit(render.console, jobs.dry_run(job), table, regularized=bool(job.lambda_br or job.lambda_br_act))
+        with progress(render.errors) as callback:
+            report = jobs.dry_run(job, [callback])
+        tables.audit(render.console, report, table, regularized=bool(job.lambda_br or job.lambda_br_act))
         return
-    with render.progress("QAT") as callback:
+    with progress(render.console) as callback:
         result = jobs.quantize(job, [callback], resume=resume)
     render.job_result(result, f"W{job.qat.weight_bits}A{job.qat.act_bits}")
 
@@ -69,8 +73,10 @@ def train(**given: Any) -> None:
     job = build_job("train", given)
     from brfx.jobs import job as jobs
 
+    from .progress import progress
+
     render.show_log()
-    with render.progress("FP32") as callback:
+    with progress(render.console) as callback:
         result = jobs.train_float(job, [callback], resume=resume)
     render.job_result(result, "FP32")
 
@@ -83,8 +89,11 @@ def evaluate(**given: Any) -> None:
     job = build_job("evaluate", given)
     from brfx.jobs import job as jobs
 
+    from .progress import progress
+
     render.show_log()
-    kind, result = jobs.evaluate_file(job)
+    with progress(render.errors) as callback:
+        kind, result = jobs.evaluate_file(job, [callback])
     what = "top-1 accuracy" if result.metric == "accuracy" else "test"
     render.console.print(f"{kind} {what}: {render.evaluation(result)}")
 

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -18,7 +14,6 @@ if TYPE_CHECKING:
     from brfx.export.verify import Verification
     from brfx.jobs.job import JobResult
     from brfx.train import EpochMetrics, Evaluation, Means, Score
-    from brfx.train import Progress as Where
 
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:
@@ -48,49 +43,10 @@ def error(message: str) -> None:
     errors.print(message, style="bold red", markup=False)
 
 
-@contextmanager
-def progress(title: str) -> Iterator[Any]:
-    """A training callback that draws a bar on a terminal, and prints a line an epoch anywhere."""
-    from brfx.train import Callback
-
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed}/{task.total}  {task.fields[numbers]}"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-
-    class Shown(Callback):
-        def __init__(self) -> None:
-            self.task = bar.add_task(title, total=None, numbers="")
-            self.started, self.before = time.perf_counter(), None  # type: float, int | None
-
-        def on_batch(self, where: Where) -> None:
-            done = (where.epoch - 1) * where.batches + where.batch
-            self.before = done if self.before is None else self.before  # of a resumed run
-            rate = (done - self.before) / (time.perf_counter() - self.started)
-            numbers = (
-                f"loss={where.means.loss:.4f}{_accuracy(' acc=', where.means)}{_terms(where.means.terms)} "
-                f"lr={where.lr:.5f} {rate:.1f} it/s"
-            )
-            description = f"{title} epoch {where.epoch}/{where.epochs}{_stage(where.stage)}"
-            total = where.epochs * where.batches
-            bar.update(self.task, completed=done, total=total, description=description, numbers=numbers)
-            self.epochs = where.epochs
-
-        def on_epoch(self, metrics: EpochMetrics) -> None:
-            console.print(epoch_line(metrics, self.epochs), markup=False)
-
-    with bar:
-        yield Shown()
-
-
 def epoch_line(metrics: EpochMetrics, epochs: int) -> str:
     return (
-        f"Epoch {metrics.epoch}/{epochs}{_stage(metrics.stage)} (LR={metrics.lr:.6f}): Loss={metrics.train.loss:.4f}, "
+        f"Epoch {metrics.epoch}/{epochs}{stage_mark(metrics.stage)} (LR={metrics.lr:.3g}): "
+        f"Loss={metrics.train.loss:.3g}, "
         f"{_accuracy('Train Acc=', metrics.train, ', ')}"
         f"Val {_short(metrics.metric)}={_or('.2%', metrics.val_metric, '-')}"
         f"{_terms(metrics.train.terms, ', ')}, {metrics.seconds:.1f} s ({metrics.images_per_second:.0f} images/s)"
@@ -105,13 +61,14 @@ def _short(metric: str) -> str:
     return "Acc" if metric == "accuracy" else metric
 
 
-def _stage(stage: str | None) -> str:
+def stage_mark(stage: str | None) -> str:
+    """Behind an epoch: what it is trained with, where it has stages."""
     return {"warm-up": " [LSQ]", "penalty": " [BR]"}.get(stage or "", "")
 
 
 def _terms(terms: dict[str, float], separator: str = " ") -> str:
     names = {"weight": "BR_W", "act": "BR_A"}
-    return "".join(f"{separator}{names.get(name, name)}={value:.6f}" for name, value in terms.items())
+    return "".join(f"{separator}{names.get(name, name)}={value:.3g}" for name, value in terms.items())
 
 
 def job_result(result: JobResult, kind: str) -> None:
@@ -120,7 +77,7 @@ def job_result(result: JobResult, kind: str) -> None:
         kept, epochs = result.fit, len(result.fit.history)
         on_validation = "no validation" if kept.val_metric is None else f"{kept.val_metric:.2%} on validation"
         console.print(
-            f"Shipped: epoch {kept.epoch} of {epochs}{_stage(kept.stage)}, {on_validation} ({how} training)",
+            f"Shipped: epoch {kept.epoch} of {epochs}{stage_mark(kept.stage)}, {on_validation} ({how} training)",
             markup=False,
         )
     if result.test_float is not None:

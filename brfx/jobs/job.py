@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import count, islice
@@ -21,7 +23,7 @@ from brfx.calibration import calibrate, quantizers
 from brfx.config import JobConfig
 from brfx.data import DEFAULTS, BatchLoader, Dataset, Preprocessing, Split, with_overrides
 from brfx.distributed import broadcast_object, broadcast_state, process_group, rank, world_size
-from brfx.errors import BrfxError, ConfigError, DataError, TrainingError, first_line
+from brfx.errors import BrfxError, ConfigError, DataError, Interrupted, TrainingError, first_line
 from brfx.export import OnnxReport, export_onnx, snap_biases
 from brfx.io.atomic import write_text_atomically
 from brfx.io.float_checkpoint import load_float, read_state_dict
@@ -38,7 +40,8 @@ from brfx.regularizers.kurtosis import KurtosisTerm
 from brfx.train import Callback, Evaluation, FitResult, Score, Task, TensorBoard, evaluate, fit, reestimate_batch_norm
 from brfx.train.batch_norm import small_batches_named
 from brfx.train.checkpoint import FOLDER, Checkpoints, has_checkpoints, written_into
-from brfx.train.loop import seed_everything
+from brfx.train.loop import Batches, seed_everything
+from brfx.train.report import Phase, Told, tell
 
 log = logging.getLogger(__name__)
 
@@ -60,13 +63,14 @@ def train_float(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: b
 
     Args:
         job: the settings. Of processes that ``torchrun`` started, each calls this; rank 0 alone writes.
-        callbacks: told of batches and epochs.
+        callbacks: told of phases, batches and epochs.
         resume: go on with the unfinished run in ``job.output_dir``.
 
     Raises:
         BrfxError: a setting, the data or the output folder is not right; nothing has been written then.
+        Interrupted: Ctrl-C or SIGTERM; says how to go on.
     """
-    job = _with_checkpoint(job)
+    job, callbacks = _with_checkpoint(job), tuple(callbacks)
     with process_group(job.train.device) as device:
         job = replace(job, train=replace(job.train, device=device))
         _require_device(device)
@@ -75,16 +79,19 @@ def train_float(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: b
         task_of(job)
         if job.ckpt is None and (published := _where_published(job.model)):
             log.info("Training from random weights%s", published)
+        tell(callbacks, Phase("reading data"))
         dataset = read_data(job)
         seed_everything(job.train.seed)
         model, _ = _float_model(job, dataset, job.ckpt, new_head=not job.strict)
-        train_data, val_data = _loaders(job, dataset)
         callbacks = _with_tensorboard(job, run_dir, callbacks)
+        train_data, val_data = _loaders(job, dataset, callbacks)
         _open_run(job, run_dir, resume)
         task = _task(job, dataset)
         where: dict[str, Any] = {"run_dir": run_dir, "resume": resume}
-        result = fit(model, train_data, val_data, job.train, task=task, callbacks=callbacks, **where)
-        return _close_run(JobResult(run_dir, result, evaluate(model, _test_loader(job, dataset), task)))
+        with _resumable(run_dir):
+            result = fit(model, train_data, val_data, job.train, task=task, callbacks=callbacks, **where)
+            test = evaluate(model, _test_loader(job, dataset, callbacks), task)
+            return _close_run(JobResult(run_dir, result, test))
 
 
 def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool = False) -> JobResult:
@@ -93,13 +100,14 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
 
     Args:
         job: the settings. Of processes that ``torchrun`` started, each calls this; rank 0 alone writes.
-        callbacks: told of batches and epochs.
+        callbacks: told of phases, batches and epochs.
         resume: go on with the unfinished run in ``job.output_dir``.
 
     Raises:
         BrfxError: a setting, the checkpoint, the data or the output folder is not right; nothing has been written then.
+        Interrupted: Ctrl-C or SIGTERM; says how to go on.
     """
-    job = _with_checkpoint(job)
+    job, callbacks = _with_checkpoint(job), tuple(callbacks)
     ckpt = _required_checkpoint(job)
     with process_group(job.train.device) as device:
         job = replace(job, train=replace(job.train, device=device))
@@ -108,51 +116,69 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
         run_dir = _run_dir(job, resume)
         require_model(job.model)
         read_state_dict(ckpt, job.ckpt_key)
+        tell(callbacks, Phase("reading data"))
         dataset = read_data(job)
         seed_everything(job.train.seed)
         model, head = _float_model(job, dataset, ckpt, new_head=not job.strict)
         _require_trained_teacher(job, head)
         teacher = _teacher(job, dataset, model)
+        tell(callbacks, Phase("rewriting the model"))
         qmodel = prepare_qat(model, job.qat, _example(dataset, 2))
         metadata = metadata_of(qmodel)
         metadata.preprocessing, metadata.classes = dataset.preprocessing, dataset.classes
-        train_data, val_data = _loaders(job, dataset)
         callbacks, task = _with_tensorboard(job, run_dir, callbacks), _task(job, dataset)
+        train_data, val_data = _loaders(job, dataset, callbacks)
         _open_run(job, run_dir, resume)
-        model.to(device)
-        qmodel.to(device)
-        if not (resume and has_checkpoints(run_dir)):
-            _calibrate(job, None if head else model, qmodel, dataset, val_data)
-        for line in banner(job):
-            log.info(line)
-        result = None
-        if job.train.epochs:
-            result = fit(
-                qmodel,
-                train_data,
-                val_data,
-                job.train,
-                task=task,
-                penalty=_penalty(job, qmodel),
-                statistics=WeightStatistics(qmodel, after=job.train.warmup_epochs or 0),
-                teacher=teacher,
-                run_dir=run_dir,
-                resume=resume,
-                callbacks=callbacks,
-            )
-        _write_model(qmodel, run_dir)
-        try:
-            snap_biases(qmodel)
-        except Exception as error:  # the network is not to be lost for the sake of a file
-            log.warning("biases stay as they are: %s", first_line(error))
-        _write_model(qmodel, run_dir)
-        onnx_report, problem = None, None
-        if rank() == 0:
-            onnx_report, problem = _write_onnx(qmodel, run_dir, _example(dataset, 8).to(device))
-        test_data = _test_loader(job, dataset)
-        test = evaluate(qmodel, test_data, task)
-        test_float = None if head else evaluate(model, test_data, task)
-        return _close_run(JobResult(run_dir, result, test, test_float, onnx_report, problem))
+        with _resumable(run_dir):
+            model.to(device)
+            qmodel.to(device)
+            if not (resume and has_checkpoints(run_dir)):
+                _calibrate(job, None if head else model, qmodel, dataset, val_data, callbacks)
+            for line in banner(job):
+                log.info(line)
+            result = None
+            if job.train.epochs:
+                result = fit(
+                    qmodel,
+                    train_data,
+                    val_data,
+                    job.train,
+                    task=task,
+                    penalty=_penalty(job, qmodel),
+                    statistics=WeightStatistics(qmodel, after=job.train.warmup_epochs or 0),
+                    teacher=teacher,
+                    run_dir=run_dir,
+                    resume=resume,
+                    callbacks=callbacks,
+                )
+            onnx_report, problem = _export(qmodel, run_dir, _example(dataset, 8).to(device), callbacks)
+            test_data = _test_loader(job, dataset, callbacks)
+            test = evaluate(qmodel, test_data, task)
+            test_float = None if head else evaluate(model, test_data, task)
+            return _close_run(JobResult(run_dir, result, test, test_float, onnx_report, problem))
+
+
+@contextmanager
+def _resumable(run_dir: Path) -> Iterator[None]:
+    """Around the work of a run whose folder there is: Ctrl-C then says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted(signal.SIGINT, f"stopped; go on with --resume {run_dir}") from error
+
+
+def _export(
+    qmodel: nn.Module, run_dir: Path, example: Tensor, callbacks: Iterable[Callback]
+) -> tuple[OnnxReport | None, str | None]:
+    """Leave ``model.pt`` and ``model.onnx``, on rank 0; the report of that, or why there is none."""
+    tell(callbacks, Phase("exporting"))
+    _write_model(qmodel, run_dir)
+    try:
+        snap_biases(qmodel)
+    except Exception as error:  # the network is not to be lost for the sake of a file
+        log.warning("biases stay as they are: %s", first_line(error))
+    _write_model(qmodel, run_dir)
+    return _write_onnx(qmodel, run_dir, example) if rank() == 0 else (None, None)
 
 
 #: Training images of which batch norms' statistics are estimated before training.
@@ -160,7 +186,12 @@ NORM_IMAGES = 4096
 
 
 def _calibrate(
-    job: JobConfig, model: nn.Module | None, qmodel: nn.Module, dataset: Dataset, val_data: BatchLoader | None
+    job: JobConfig,
+    model: nn.Module | None,
+    qmodel: nn.Module,
+    dataset: Dataset,
+    val_data: Batches | None,
+    callbacks: Iterable[Callback],
 ) -> None:
     """Start the steps and the batch norms' statistics of ``qmodel`` from whole batches, on rank 0 for all. ``model`` is
     the FP32 network, where it is trained for these classes.
@@ -170,8 +201,10 @@ def _calibrate(
     """
     task = _task(job, dataset)
     if val_data is not None and model is not None:
+        tell(callbacks, Phase("evaluating FP32"))
         log.info("FP32 on validation: %.2f %%", 100 * evaluate(model, val_data, task).value)
     whole, _ = _loaders(job, dataset, shared=False)
+    tell(callbacks, Phase("calibrating"))
     if rank() == 0:
         coarse = any(quantizer.bits < 8 for quantizer in quantizers(qmodel).values())
         norm_batches = max(job.calibration_batches, NORM_IMAGES // job.batch_size)
@@ -206,30 +239,33 @@ def _write_onnx(qmodel: nn.Module, run_dir: Path, example: Tensor) -> tuple[Onnx
         return None, str(error) if isinstance(error, BrfxError) else f"{type(error).__name__}: {first_line(error)}"
 
 
-def _with_tensorboard(job: JobConfig, run_dir: Path, callbacks: Iterable[Callback]) -> list[Callback]:
+def _with_tensorboard(job: JobConfig, run_dir: Path, callbacks: tuple[Callback, ...]) -> tuple[Callback, ...]:
     if not job.tensorboard or rank() > 0:
-        return list(callbacks)
-    return [*callbacks, TensorBoard(run_dir / "tensorboard")]
+        return callbacks
+    return (*callbacks, TensorBoard(run_dir / "tensorboard"))
 
 
-def dry_run(job: JobConfig) -> Audit:
+def dry_run(job: JobConfig, callbacks: Iterable[Callback] = ()) -> Audit:
     """What ``quantize`` would train, layer by layer; nothing is written."""
-    job = _with_checkpoint(job)
+    job, callbacks = _with_checkpoint(job), tuple(callbacks)
     ckpt = _required_checkpoint(job)
+    tell(callbacks, Phase("reading data"))
     dataset = read_data(job)
     model, _ = _float_model(job, dataset, ckpt, new_head=not job.strict)
+    tell(callbacks, Phase("rewriting the model"))
     qmodel = prepare_qat(model, job.qat, _example(dataset, 2))
     return audit(qmodel, _example(dataset, 1))
 
 
-def evaluate_file(job: JobConfig) -> tuple[str, Evaluation | Score]:
+def evaluate_file(job: JobConfig, callbacks: Iterable[Callback] = ()) -> tuple[str, Evaluation | Score]:
     """How good an FP32 checkpoint or a run's ``model.pt`` is on the test images, behind what it is: ``"FP32"``,
     ``"W2A2"`` ..."""
-    job = _with_checkpoint(job)
+    job, callbacks = _with_checkpoint(job), tuple(callbacks)
     ckpt = job.ckpt
     if ckpt is None:
         raise ConfigError("say what to evaluate: --ckpt FILE")
     _require_device(job.train.device)
+    tell(callbacks, Phase("reading data"))
     if is_brfx_file(ckpt):
         qmodel = load(ckpt, _own_model(job))
         metadata = metadata_of(qmodel)
@@ -243,12 +279,12 @@ def evaluate_file(job: JobConfig) -> tuple[str, Evaluation | Score]:
                 f"the data has {len(dataset.classes)} ({', '.join(dataset.classes[:3])} ...): give it its own data"
             )
         kind = f"W{metadata.config.weight_bits}A{metadata.config.act_bits}"
-        return kind, evaluate(qmodel.to(job.train.device), _test_loader(job, dataset), _task(job, dataset))
+        return kind, evaluate(qmodel.to(job.train.device), _test_loader(job, dataset, callbacks), _task(job, dataset))
     require_model(job.model)
     read_state_dict(ckpt, job.ckpt_key)
     dataset = read_data(job)
     model, _ = _float_model(job, dataset, ckpt)
-    return "FP32", evaluate(model.to(job.train.device), _test_loader(job, dataset), _task(job, dataset))
+    return "FP32", evaluate(model.to(job.train.device), _test_loader(job, dataset, callbacks), _task(job, dataset))
 
 
 def inspect(job: JobConfig) -> Audit:
@@ -466,8 +502,10 @@ def _example(dataset: Dataset, count: int) -> Tensor:
     return next(iter(BatchLoader(split, dataset.preprocessing, count)))[0]
 
 
-def _loaders(job: JobConfig, dataset: Dataset, *, shared: bool = True) -> tuple[BatchLoader, BatchLoader | None]:
-    """Of training and, unless every image is trained on, of validation.
+def _loaders(
+    job: JobConfig, dataset: Dataset, callbacks: Iterable[Callback] = (), *, shared: bool = True
+) -> tuple[BatchLoader, Batches | None]:
+    """Of training and, unless every image is trained on, of validation, which tells ``callbacks`` of its batches.
 
     A ``shared`` one gives each rank its part of every training batch.
     """
@@ -486,14 +524,14 @@ def _loaders(job: JobConfig, dataset: Dataset, *, shared: bool = True) -> tuple[
     )
     if not job.val_fraction:
         return train, None
-    return train, BatchLoader(
-        _limited(job, dataset.val), dataset.preprocessing, job.batch_size, device=job.train.device
-    )
+    val = BatchLoader(_limited(job, dataset.val), dataset.preprocessing, job.batch_size, device=job.train.device)
+    return train, Told(val, callbacks, "validating")
 
 
-def _test_loader(job: JobConfig, dataset: Dataset) -> BatchLoader:
+def _test_loader(job: JobConfig, dataset: Dataset, callbacks: Iterable[Callback] = ()) -> Batches:
     split = _limited(job, dataset.test)
-    return BatchLoader(split, dataset.preprocessing, job.batch_size, device=job.train.device)
+    loader = BatchLoader(split, dataset.preprocessing, job.batch_size, device=job.train.device)
+    return Told(loader, callbacks, "evaluating on test images")
 
 
 def _limited(job: JobConfig, split: Split) -> Split:

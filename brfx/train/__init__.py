@@ -5,7 +5,7 @@ from brfx.train.batch_norm import reestimate_batch_norm
 from brfx.train.evaluate import Evaluation, Score, evaluate
 from brfx.train.loop import Penalty, fit, seed_everything
 from brfx.train.optim import parameter_groups
-from brfx.train.report import Callback, EpochMetrics, FitResult, Means, Progress
+from brfx.train.report import Callback, EpochMetrics, FitResult, Means, Phase, Progress
 from brfx.train.tasks import Task, classification, detection, segmentation
 from brfx.train.tensorboard import TensorBoard
 
@@ -16,6 +16,7 @@ __all__ = [
     "FitResult",
     "Means",
     "Penalty",
+    "Phase",
     "Progress",
     "Score",
     "Task",

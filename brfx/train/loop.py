@@ -45,8 +45,9 @@ from brfx.train.evaluate import Evaluation, Score, evaluate
 from brfx.train.finite import culprit
 from brfx.train.memory import memory_kept
 from brfx.train.random_state import random_state, set_random_state
-from brfx.train.report import Callback, EpochMetrics, FitResult, Progress, Sums
+from brfx.train.report import Callback, EpochMetrics, FitResult, Phase, Progress, Sums, tell
 from brfx.train.step import (
+    COMPILING_TAKES,
     LossStep,
     Shapes,
     build_step,
@@ -64,6 +65,9 @@ log = logging.getLogger(__name__)
 
 #: Batches between two syncs of the host with the device.
 LOG_EVERY = 10
+
+#: Seconds after which callbacks are told of a batch where the host syncs after each.
+TELL_EVERY = 1.0
 
 
 def always_syncs(config: TrainConfig) -> bool:
@@ -262,6 +266,7 @@ class _Run:
         self.skipped = 0
         self.stage = ""
         self.step: LossStep | None = None
+        self.uncompiled = False  # the next batch is the first of its stage, and compiles
         self.teacher_sha256 = None if teacher is None else state_sha256(teacher)
         self.soft: Callable[[Any], Any] | None = None  # the teacher's output
 
@@ -373,18 +378,22 @@ class _Run:
         if stage != self.stage:
             self._begin(stage)
         self.model.train()
-        saved = started = monotonic()
+        saved = started = told = monotonic()
         before = self.seconds
+        self._tell_phase()
         for inputs, targets in self._remaining():
             at_end = self.batch + 1 == self.batches
             completes = at_end or (self.batch + 1) % self.config.accumulate == 0  # an update; none is saved half
-            tells = at_end or (self.batch + 1) % LOG_EVERY == 0
+            slow = self.always_syncs and monotonic() - told >= TELL_EVERY
+            tells = at_end or slow or (self.batch + 1) % LOG_EVERY == 0
             syncs = tells or self.always_syncs or (completes and self.config.accumulate > 1)
-            self._train_batch(inputs, targets, syncs)
+            with self._compiling(stop) if self.uncompiled else nullcontext():
+                self._train_batch(inputs, targets, syncs)
             self.batch += 1
             self.seconds = before + monotonic() - started
             if tells:
                 self._tell(stage)
+                told = monotonic()
             if at_end:
                 break
             if not (syncs and completes):
@@ -407,7 +416,25 @@ class _Run:
         self.step = build_step(self.model, active, self.compiled, self.config.precision, **own)
         if self.teacher is not None and self.soft is None:
             self.soft = build_teacher(self.teacher, self.compiled, self.shapes)
-        self.stage = stage
+        self.stage, self.uncompiled = stage, self.built != "none"
+
+    @contextmanager
+    def _compiling(self, stop: StopRequest) -> Iterator[None]:
+        """Around the first batch of a stage, of which a stop loses nothing: the newest checkpoint is where it began.
+        Several processes wait for the end of the batch, as one that left would take the others down."""
+        tell(self.callbacks, Phase("compiling", note=f"usually {COMPILING_TAKES[self.built]}"))
+        try:
+            with stop.at_once() if world_size() == 1 else nullcontext():
+                yield
+        except KeyboardInterrupt:
+            self.stop_if_asked(stop)
+            raise
+        self.uncompiled = False
+        self._tell_phase()
+
+    def _tell_phase(self) -> None:
+        done = (self.epoch - 1) * self.batches + self.batch
+        tell(self.callbacks, Phase("training", done, self.config.epochs * self.batches))
 
     def _remaining(self) -> Iterator[tuple[Any, Any]]:
         """The epoch's batches from ``self.batch`` on, on the device."""
@@ -503,6 +530,8 @@ class _Run:
     def end_epoch(self, stage: str, val_data: Iterable[Any] | None) -> None:
         """Validate, write, and be at the start of the next epoch."""
         broadcast_buffers(self.model)
+        if val_data is not None:
+            tell(self.callbacks, Phase("validating"))
         with self.average.applied(self.model) if self.average is not None else nullcontext():
             if self.config.reestimate_bn:
                 self._reestimate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -29,6 +30,16 @@ class Progress:
     stage: str  #: ``"warm-up"``, ``"penalty"``, or ``"plain"`` where there is no penalty
     lr: float
     means: Means
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a run is doing, told to callbacks when that begins, and as batches of it go by."""
+
+    name: str  #: such as ``"compiling"`` or ``"validating"``
+    done: int = 0  #: batches
+    total: int | None = None  #: ``None`` where nobody knows
+    note: str = ""  #: how long it usually takes
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,32 @@ class Callback:
 
     def on_epoch(self, metrics: EpochMetrics) -> None:
         """An epoch and its validation are over."""
+
+    def on_phase(self, phase: Phase) -> None:
+        """Something else began, or went on."""
+
+
+def tell(callbacks: Iterable[Callback], phase: Phase) -> None:
+    """Tell each of ``callbacks``."""
+    for callback in callbacks:
+        callback.on_phase(phase)
+
+
+class Told:
+    """``batches`` that tell ``callbacks`` how many of them went by, as a :class:`Phase` of this name."""
+
+    def __init__(self, batches: Any, callbacks: Iterable[Callback], name: str) -> None:
+        self.batches, self.callbacks, self.name = batches, tuple(callbacks), name
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        total = len(self.batches)
+        tell(self.callbacks, Phase(self.name, 0, total))
+        for done, batch in enumerate(self.batches, start=1):
+            yield batch
+            tell(self.callbacks, Phase(self.name, done, total))
 
 
 class Sums:

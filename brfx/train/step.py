@@ -138,6 +138,10 @@ def how_to_compile(choice: str, batches: int, device: str) -> str:
     return "kernels" if small or world_size() > 1 else "whole"  # bins are summed over ranks between the kernels
 
 
+#: Seconds that the first batch takes where it is compiled, on two cores (docs/benchmarks.md).
+COMPILING_TAKES = {"kernels": "30 to 110 s", "whole": "90 to 220 s"}
+
+
 def compiles_pieces(model: nn.Module, penalty: Any | None) -> bool:
     """Whether ``compile="kernels"`` compiles anything: not of FP32 models, nor where Python calls islands."""
     module: Any = model if penalty is None else penalty

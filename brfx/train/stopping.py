@@ -1,12 +1,15 @@
-"""Stop between two batches on Ctrl-C or SIGTERM."""
+"""Stop between two batches on Ctrl-C or SIGTERM, or at once where nothing would be lost."""
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+log = logging.getLogger(__name__)
 
 
 class StopRequest:
@@ -14,6 +17,30 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal = 0
+        self._waits = True
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within the block a signal does not wait for the next batch: the block ends with KeyboardInterrupt.
+
+        So does it where the signal ended a compiler that the block had started, which then failed.
+        """
+        self._waits = False
+        try:
+            yield
+        except Exception as error:
+            if self.signal:
+                raise KeyboardInterrupt from error
+            raise
+        finally:
+            self._waits = True
+
+    def ask(self, number: int) -> None:
+        """Note the signal, and say so at once."""
+        self.signal = number
+        if not self._waits:
+            raise KeyboardInterrupt
+        log.warning("Stopping when this batch or validation is over, to save it; Ctrl-C again stops at once")
 
 
 @contextmanager
@@ -29,9 +56,9 @@ def stop_requests() -> Iterator[StopRequest]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(number: int, frame: FrameType | None) -> None:
-        request.signal = number
         for each, handler in before.items():
             signal.signal(each, handler)
+        request.ask(number)
 
     for number in before:
         signal.signal(number, ask)

@@ -186,7 +186,7 @@ def test_a_segmentation_model_is_inspected_and_wants_masks(tmp_path, digits):
     arguments = ("--model", "lraspp_mobilenet_v3_large")
     done = brfx("quantize", *arguments, "--ckpt", ckpt, "--data", "digits", "--image-size", 32, cwd=tmp_path)
     assert_one_line(done, "digits: expected digits/train/images with digits/train/masks")
-    assert "QuantizedConv2d" in brfx("inspect", *arguments).stdout
+    assert "QuantizedConv2d" in brfx("inspect", *arguments, "--wide").stdout
 
 
 def assert_one_line(done: subprocess.CompletedProcess[str], message: str) -> None:
