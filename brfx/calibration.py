@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
@@ -15,7 +15,7 @@ from brfx.analysis.dead_filters import Filters, dead_at_start, described, leave_
 from brfx.analysis.dead_filters import dead_filters as found_dead
 from brfx.analysis.sqnr import LEAST_DB, lossy_at_8_bits
 from brfx.config import DEAD_FILTERS
-from brfx.errors import ConfigError, DataError, NotCalibratedError
+from brfx.errors import BrfxError, ConfigError, DataError, NotCalibratedError, first_line
 from brfx.modes import eval_mode
 from brfx.nn import Quantizer, ResidualAdd
 from brfx.quant.step_init import STEP_INIT_RULES
@@ -59,7 +59,8 @@ def calibrate(
         seed: of the new weights.
 
     Raises:
-        ConfigError: no such rule or treatment; or a filter to revive is in a layer that computes its weight.
+        ConfigError: no such rule or treatment; or a filter to revive is in a layer that computes its weight; or a batch
+            is a dict that the model does not take as it is.
         DataError: there was no batch.
         NotCalibratedError: a batch or a weight holds NaN or infinity, or a quantizer was never reached that does not
             depend on what Python code decides; one that does stays without a step until it is calibrated.
@@ -157,7 +158,18 @@ def _set(modules: Iterable[nn.Module], name: str, value: Any) -> None:
 def _first_as_input(qmodel: nn.Module, batch: Any) -> Any:
     inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
     device = next(qmodel.parameters()).device
-    return qmodel(inputs.to(device) if isinstance(inputs, torch.Tensor) else inputs)
+    try:
+        return qmodel(inputs.to(device) if isinstance(inputs, torch.Tensor) else inputs)
+    except BrfxError:
+        raise
+    except Exception as error:
+        if not isinstance(inputs, Mapping):
+            raise
+        raise ConfigError(
+            f"the model does not take a batch as it is, a {type(inputs).__name__} of {', '.join(map(repr, inputs))} "
+            f"({first_line(error)}): say how it is run with forward=, "
+            "such as forward=lambda model, batch: model(batch['image'])"
+        ) from error
 
 
 @contextmanager

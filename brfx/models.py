@@ -18,6 +18,7 @@ import torchvision.models
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from brfx.config import code_file
 from brfx.errors import ConfigError
 
 
@@ -104,8 +105,9 @@ def build_model(name: str, num_classes: int | None = None, *, cifar_stem: bool =
     """An FP32 model with random weights.
 
     Args:
-        name: one of :func:`model_names`, or ``path/to/file.py:factory``: ``factory`` is called with no argument, or
-            with ``num_classes=`` if that is given. Naming a file runs its code; nothing else that brfx reads does.
+        name: one of :func:`model_names`, or ``path/to/file.py:factory``: ``factory`` is called with ``num_classes=`` if
+            that is given and it takes it, else with no argument. Naming a file runs its code; nothing else that brfx
+            reads does.
         num_classes: classes of the last layer; default the model's own (10 for the CIFAR ResNets, 1000, 91, 21, 400).
         cifar_stem: for models with an ImageNet stem (``conv1`` of stride 2 and ``maxpool``).
 
@@ -114,8 +116,9 @@ def build_model(name: str, num_classes: int | None = None, *, cifar_stem: bool =
     """
     require_model(name)
     arguments = {} if num_classes is None else {"num_classes": num_classes}
-    if _is_file(name):
-        model = _user_factory(name)(**arguments)
+    if code_file(name):
+        factory = _user_factory(name)
+        model = factory(**(arguments if _takes_classes(factory, name) else {}))
         if not isinstance(model, nn.Module):
             raise ConfigError(f"{name} returned a {type(model).__name__}, not a torch.nn.Module")
     elif name in CIFAR_RESNETS:
@@ -175,7 +178,7 @@ def published_weights(name: str) -> PublishedWeights | None:
 
 def require_model(name: str) -> None:
     """Raise ConfigError, with the nearest names, if :func:`build_model` knows no model of this name."""
-    if _is_file(name) or name in model_names():
+    if code_file(name) or name in model_names():
         return
     if not name:
         raise ConfigError("say which model: --model NAME (`brfx models` lists them)")
@@ -186,12 +189,10 @@ def require_model(name: str) -> None:
     )
 
 
-def _is_file(name: str) -> bool:
-    return name.partition(":")[0].endswith(".py")
-
-
 def _user_factory(spec: str) -> Callable[..., Any]:
-    file, _, factory = spec.partition(":")
+    found = code_file(spec)
+    assert found is not None
+    file, factory = found
     path = Path(file)
     if not path.is_file():
         raise ConfigError(f"{file}: no such file; --model takes a name or path/to/file.py:factory")
@@ -200,10 +201,31 @@ def _user_factory(spec: str) -> Callable[..., Any]:
     spec_ = importlib.util.spec_from_file_location(path.stem, path)
     assert spec_ is not None and spec_.loader is not None
     module = importlib.util.module_from_spec(spec_)
-    spec_.loader.exec_module(module)
+    try:
+        spec_.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{file}: imports {error.name}, which is not installed here") from error
     if not callable(getattr(module, factory, None)):
         raise ConfigError(f"{file} has no function {factory!r}")
     return getattr(module, factory)  # type: ignore[no-any-return]
+
+
+def _takes_classes(factory: Callable[..., Any], name: str) -> bool:
+    """Whether a factory of the user's takes ``num_classes=``; without it, it is called as it is."""
+    parameters = signature(factory).parameters
+    wanted = [
+        parameter.name
+        for parameter in parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and parameter.name != "num_classes"
+    ]
+    if wanted:
+        raise ConfigError(
+            f"{name} takes {', '.join(wanted)}: give a function that is called with no argument, or with num_classes="
+        )
+    any_name = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
+    return any_name or "num_classes" in parameters
 
 
 def _use_cifar_stem(model: nn.Module, name: str) -> None:
@@ -220,7 +242,7 @@ def example_inputs(name: str, image_size: int, batch: int = 1, *, channels: int 
     frames for torchvision's video models, two images for its optical flow, a list of images for its detectors."""
     home = (
         ""
-        if _is_file(name) or name not in model_names() or name in CIFAR_RESNETS
+        if code_file(name) or name not in model_names() or name in CIFAR_RESNETS
         else (torchvision.models.get_model_builder(name).__module__)
     )
     generator = torch.Generator().manual_seed(0)

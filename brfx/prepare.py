@@ -171,8 +171,16 @@ def rewrite(model: nn.Module, config: QATConfig, tracing: Tracing) -> nn.Module:
         qmodel = QuantizedGraph.of(qmodel, qmodel.graph)
     keep_containers(qmodel, model)
     _follow_devices(qmodel, model)
+    _name_quantizers(qmodel)
     attach(qmodel, ModelMetadata(config, source=getattr(model, "brfx_source", None), tracing=tracing))
     return qmodel
+
+
+def _name_quantizers(qmodel: nn.Module) -> None:
+    """Let each quantizer know where it is, for its errors."""
+    for name, module in qmodel.named_modules():
+        if isinstance(module, Quantizer):
+            module.name = name
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

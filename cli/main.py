@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from brfx.config import FLOAT_TRAINING, TrainConfig
-from brfx.errors import BrfxError, Interrupted
+from brfx.errors import BrfxError, Interrupted, explained
 
 from . import render, tables
 from .options import (
@@ -225,5 +225,5 @@ def main() -> None:
     except (BrfxError, OSError) as error:
         if debug:
             raise
-        render.error(str(error))
+        render.error(explained(error) if isinstance(error, OSError) and error.errno is not None else str(error))
         sys.exit(2)

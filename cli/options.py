@@ -26,6 +26,7 @@ from brfx.config import (
     JobConfig,
     QATConfig,
     TrainConfig,
+    code_file,
     read_job_config,
 )
 from brfx.config.recipes import Settings, read_recipe, read_settings, recipe_names
@@ -365,7 +366,7 @@ def _from_files(command: str, recipe: str | None, config: Path | None, flags: Se
         raise ConfigError(f"{config}: is of `brfx {own.job['command']}`, not of `brfx {command}`")
     for name in ("model", "teacher"):
         value = own.job.get(name)
-        if value is not None and ".py" in value.partition("=")[0] and name not in flags.job:
+        if value is not None and code_file(value.partition("=")[0]) and name not in flags.job:
             raise ConfigError(f"{config}: its {name} is code, which runs only if you name it: --{name} {value}")
     return settings.under(own)
 
@@ -378,9 +379,9 @@ def _resumed_job(command: str, run_dir: Path, given: dict[str, Any]) -> JobConfi
     job = read_job_config(run_dir)
     if job.command != command:
         raise ConfigError(f"{run_dir}: was begun by `brfx {job.command}`, so resume it with that")
-    if ".py" in job.model and new.get("model") != job.model:
+    if code_file(job.model) and new.get("model") != job.model:
         raise ConfigError(f"{run_dir}: its model is code, which runs only if you name it: --model {job.model}")
-    if job.teacher is not None and ".py" in job.teacher.partition("=")[0] and "teacher" not in new:
+    if job.teacher is not None and code_file(job.teacher.partition("=")[0]) and "teacher" not in new:
         raise ConfigError(f"{run_dir}: its teacher is code, which runs only if you name it: --teacher {job.teacher}")
     names = {field.name for field in fields(TrainConfig)} & set(new)
     train = replace(job.train, **{name: new.pop(name) for name in names})

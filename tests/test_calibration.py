@@ -210,3 +210,18 @@ def test_within_quantization_disabled_and_behind_it_modes_are_what_they_were(tin
     with pytest.raises(ZeroDivisionError), brfx.quantization_disabled(qmodel):
         raise ZeroDivisionError
     assert torch.equal(qmodel(images), expected)
+
+
+def test_batches_that_are_dicts_are_told_about_forward(tiny, images):
+    qmodel = brfx.prepare_qat(tiny)
+    with pytest.raises(brfx.BrfxError, match=r"a dict of 'image', 'mask' .*: say how it is run with forward="):
+        brfx.calibrate(qmodel, [{"image": images, "mask": None}])
+    brfx.calibrate(qmodel, [{"image": images}], forward=lambda model, batch: model(batch["image"]))
+
+
+def test_a_quantizer_without_a_step_is_named(tiny, images):
+    qmodel = brfx.prepare_qat(tiny)
+    with pytest.raises(brfx.BrfxError, match=r"^conv1_input has no step yet: run brfx\.calibrate"):
+        qmodel(images)
+    with pytest.raises(brfx.BrfxError, match=r"^conv1_input met NaN or infinite values"):
+        brfx.calibrate(qmodel, [images * torch.nan])

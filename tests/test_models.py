@@ -52,6 +52,27 @@ def test_a_file_of_the_users_own(tmp_path):
             build_model(name)
 
 
+def test_a_factory_is_called_as_it_is_where_it_takes_no_number_of_classes(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from torch import nn\n"
+        "def plain(): return nn.Linear(2, 3)\n"
+        "def anything(**settings): return nn.Linear(2, settings['num_classes'])\n"
+        "def wide(width, num_classes=3): return nn.Linear(width, num_classes)\n"
+    )
+    assert build_model(f"{file}:plain", 5).out_features == 3
+    assert build_model(f"{file}:anything", 5).out_features == 5
+    with pytest.raises(BrfxError, match="wide takes width: give a function that is called with no argument"):
+        build_model(f"{file}:wide", 5)
+
+
+def test_a_package_that_a_file_misses_is_named(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("import no_such_package.inner\n")
+    with pytest.raises(BrfxError, match=r"mine\.py: imports no_such_package, which is not installed here"):
+        build_model(f"{file}:make")
+
+
 def test_published_weights_are_named_and_not_downloaded(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     found = published_weights("resnet18")

@@ -8,6 +8,7 @@ from brfx.config.job import (
     TASKS,
     TEACHER_SHARE,
     JobConfig,
+    code_file,
     read_job_config,
     read_job_json,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "JobConfig",
     "QATConfig",
     "TrainConfig",
+    "code_file",
     "matches",
     "read_job_config",
     "read_job_json",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from brfx.config.checks import check_types, shown
 from brfx.config.qat import QATConfig
 from brfx.config.train import TrainConfig
-from brfx.errors import ConfigError
+from brfx.errors import ConfigError, first_line
 
 STARTS = ("lsq", "mse")
 DEAD_FILTERS = ("keep", "revive", "ignore")
@@ -153,6 +154,15 @@ class JobConfig:
                 object.__setattr__(self, name, default)
 
 
+def code_file(name: str) -> tuple[str, str] | None:
+    """File and factory of a model's name ``path/to/file.py:factory``; ``None`` where the name is not of a file.
+
+    The file may stand on a drive, ``C:\\models\\mine.py:make``; without a factory that is empty.
+    """
+    found = re.fullmatch(r"(.*\.py)(?::([^:]*))?", name, re.DOTALL)
+    return None if found is None else (found[1], found[2] or "")
+
+
 def read_job_config(run_dir: Path) -> JobConfig:
     """The settings of a run from its ``config.json``; its folder is ``run_dir``, whatever the file says.
 
@@ -172,7 +182,8 @@ def read_job_json(path: Path) -> JobConfig:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot read the settings of a run ({error})") from error
+        why = first_line(error).removeprefix(f"{path}: ")
+        raise ConfigError(f"{path}: cannot read the settings of a run ({why})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: not the settings of a run")
     for beside in ("versions", "python", "command_line"):

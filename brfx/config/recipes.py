@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from brfx.config import TEACHER_SHARE, JobConfig, QATConfig, TrainConfig, read_job_json
-from brfx.errors import ConfigError
+from brfx.errors import ConfigError, explained, first_line
 
 _FOLDER = files("brfx") / "recipes"
 
@@ -91,8 +91,10 @@ def read_settings(path: Path) -> Settings:
         return Settings(own, dict(vars(job["qat"])), dict(vars(job["train"])))
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot read it as TOML ({error})") from error
+    except OSError as error:
+        raise ConfigError(explained(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot read it as TOML ({first_line(error)})") from error
     return _sorted(content, str(path))
 
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from brfx.data.image_files import IMAGE_SUFFIXES, ImageFiles, require_readable
 from brfx.data.preprocessing import DEFAULTS, Preprocessing
 from brfx.errors import DataError
+from brfx.extras import needed
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +167,7 @@ def _digits(size: int) -> _Source:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError("the digits come with scikit-learn: pip install 'brfx[demo]'") from error
+        raise DataError(needed("the data set digits", "demo", error)) from error
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)
     images = F.interpolate(images, size=(size, size), mode="bilinear").round().to(torch.uint8).expand(-1, 3, -1, -1)

@@ -24,6 +24,7 @@ from brfx.export.integer import IntegerModel, integer_model
 from brfx.export.operators import translations
 from brfx.export.parity import SiteParity, compare_codes
 from brfx.export.proto import own_zero_points, share_codes, store_quantized, store_weights, strip
+from brfx.extras import needed
 from brfx.graph.dataflow import operation
 from brfx.metadata import metadata_entries
 from brfx.modes import eval_mode
@@ -110,7 +111,7 @@ def export_onnx(
         import onnx
         import onnxscript  # noqa: F401  (the exporter needs it)
     except ImportError as error:
-        raise ExportError("ONNX export needs the extra: pip install 'brfx[onnx]'") from error
+        raise ExportError(needed("ONNX export", "onnx", error)) from error
     integer = integer_model(qmodel)
     trained = _trained(qmodel, inputs)
     expected = _reference(integer, inputs)

@@ -17,6 +17,7 @@ from brfx.errors import ExportError, first_line
 from brfx.export.destination import as_inputs, destination, replacing
 from brfx.export.layers import store_transformed_weights
 from brfx.export.onnx import quiet
+from brfx.extras import needed
 from brfx.graph.trace import pruned
 from brfx.graph.utils import attribute, set_module, step_read
 from brfx.metadata import metadata_entries
@@ -108,7 +109,7 @@ def export_qonnx(qmodel: nn.Module, path: str | Path, example_inputs: Tensor | t
         import onnx
         import onnxscript  # noqa: F401  (the exporter needs it)
     except ImportError as error:
-        raise ExportError("QONNX export needs the extra: pip install 'brfx[onnx]'") from error
+        raise ExportError(needed("QONNX export", "onnx", error)) from error
     model = _with_quant(qmodel)
     try:
         with quiet(), torch.no_grad():

@@ -13,6 +13,7 @@ from brfx.errors import ExportError
 from brfx.export.integer import integer_model
 from brfx.export.onnx import distance, onnx_runner, tensors
 from brfx.export.parity import SiteParity, compare_codes
+from brfx.extras import needed
 
 #: How many images with another decision are listed.
 LISTED = 20
@@ -54,12 +55,12 @@ def runner(path: Path, load: Callable[[Path], nn.Module], *, integer: bool = Fal
         ExportError: no such file, or no reader for it.
     """
     if not path.is_file():
-        raise ExportError(f"{path}: there is no such file")
+        raise ExportError(f"{path}: no such file")
     if path.suffix == ".onnx":
         try:
             return onnx_runner(path)
         except ImportError as error:
-            raise ExportError("running an ONNX file needs the extra: pip install 'brfx[onnx]'") from error
+            raise ExportError(needed("running an ONNX file", "onnx", error)) from error
     if path.suffix not in (".pt", ".pth"):
         raise ExportError(f"{path}: verify reads .onnx and brfx's .pt files")
     model = load(path).eval()

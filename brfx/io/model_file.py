@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from brfx.calibration import require_calibrated
-from brfx.config import QATConfig
+from brfx.config import QATConfig, code_file
 from brfx.data import Preprocessing
 from brfx.errors import CheckpointError, ConfigError
 from brfx.graph.call_arguments import Calls
@@ -100,7 +100,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             f"{path}: a brfx file with something missing or changed ({_first_line(error)})"
         ) from error
     if model is None:
-        if source is None or ".py" in source.name:
+        if source is None or code_file(source.name):
             whose = f"was built by {source.name}" if source else "is of a class of your own"
             raise CheckpointError(
                 f"{path}: the model {whose}, and no code is run from a file: brfx.load(path, model=...)"

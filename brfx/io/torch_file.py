@@ -42,6 +42,16 @@ class Placeholder:
         pass
 
 
+def require_file(path: Path) -> None:
+    """Raise CheckpointError if there is no such file; of a run's folder it names the file that is meant."""
+    if path.is_file():
+        return
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such file")
+    inside = next((path / name for name in ("model.pt", "best.pth") if (path / name).is_file()), None)
+    raise CheckpointError(f"{path}: is a folder, not a checkpoint{'' if inside is None else f': give {inside}'}")
+
+
 def read_file(path: Path) -> Any:
     """The content of a checkpoint: tensors, plain containers and values, and a :class:`Placeholder` for anything else,
     such as a numpy scalar, an ``argparse.Namespace`` or a date. No file can run code.
@@ -52,8 +62,7 @@ def read_file(path: Path) -> Any:
     Raises:
         CheckpointError: absent, empty, truncated; or it names a function that would run code, which is refused.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: {'is a folder, not a checkpoint' if path.is_dir() else 'no such file'}")
+    require_file(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,13 +9,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from brfx.config import DATA_DIR
+from brfx.config import DATA_DIR, code_file
 from brfx.data import DEFAULTS, BatchLoader, Preprocessing, load_dataset
 from brfx.errors import ExportError
 from brfx.export import OnnxReport
 from brfx.export.benchmark import Timing, benchmark, float_onnx, int8_onnx
 from brfx.export.table import exporter_for
 from brfx.export.verify import Verification, runner, verify
+from brfx.extras import missing, needed
 from brfx.io.model_file import load
 from brfx.metadata import metadata_of
 from brfx.models import build_model
@@ -72,14 +72,14 @@ def verify_files(
 
 def benchmark_files(files: list[Path], batch_size: int, rounds: int, threads: int, size: int | None) -> list[Timing]:
     """Time ONNX files; a ``model.pt`` among them adds its FP32 export and ONNX Runtime's INT8 of that, in front."""
-    if importlib.util.find_spec("onnxruntime") is None:
-        raise ExportError("timing needs the extra: pip install 'brfx[onnx]'")
+    if missing("onnx"):
+        raise ExportError(needed("timing", "onnx"))
     with tempfile.TemporaryDirectory() as folder:
         named: list[tuple[str, Path]] = []
         channels = 3
         for path in files:
             if not path.is_file():
-                raise ExportError(f"{path}: there is no such file")
+                raise ExportError(f"{path}: no such file")
             if path.suffix != ".pt":
                 named.append((str(path), path))
                 continue
@@ -93,7 +93,7 @@ def benchmark_files(files: list[Path], batch_size: int, rounds: int, threads: in
 
 
 def _load_own(path: Path, model: str = "") -> nn.Module:
-    return load(path, build_model(model) if ".py" in model else None)
+    return load(path, build_model(model) if code_file(model) else None)
 
 
 def _image_size(qmodel: nn.Module) -> int:

@@ -20,14 +20,16 @@ from torch import Tensor, nn
 from brfx.analysis.audit import Audit, audit
 from brfx.analysis.weight_statistics import WeightStatistics
 from brfx.calibration import calibrate, quantizers
-from brfx.config import JobConfig
+from brfx.config import JobConfig, code_file
 from brfx.data import DEFAULTS, BatchLoader, Dataset, Preprocessing, Split, with_overrides
 from brfx.distributed import broadcast_object, broadcast_state, process_group, rank, world_size
 from brfx.errors import BrfxError, ConfigError, DataError, Interrupted, TrainingError, first_line
 from brfx.export import OnnxReport, export_onnx, snap_biases
+from brfx.extras import missing, needed
 from brfx.io.atomic import write_text_atomically
 from brfx.io.float_checkpoint import load_float, read_state_dict
 from brfx.io.model_file import is_brfx_file, load, save
+from brfx.io.torch_file import require_file
 from brfx.jobs.tasks import task_of
 from brfx.metadata import metadata_of
 from brfx.models import CIFAR_RESNETS, build_model, example_inputs, published_weights, require_model
@@ -116,6 +118,8 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
         run_dir = _run_dir(job, resume)
         require_model(job.model)
         read_state_dict(ckpt, job.ckpt_key)
+        if missing("onnx") and rank() == 0:
+            log.warning("There will be no model.onnx: %s", needed("ONNX export", "onnx"))
         tell(callbacks, Phase("reading data"))
         dataset = read_data(job)
         seed_everything(job.train.seed)
@@ -393,7 +397,7 @@ def _own_image_size(model: str) -> int:
 
 
 def _own_model(job: JobConfig) -> nn.Module | None:
-    return build_model(job.model, job.num_classes, cifar_stem=job.cifar_stem) if ".py" in job.model else None
+    return build_model(job.model, job.num_classes, cifar_stem=job.cifar_stem) if code_file(job.model) else None
 
 
 def _classes(job: JobConfig, dataset: Dataset) -> int:
@@ -433,8 +437,10 @@ def _found_checkpoint(model: str, ckpt: Path) -> Path:
 
     Raises:
         ConfigError: torchvision has none, or they are not on disk; nothing is downloaded.
+        CheckpointError: there is no such file.
     """
     if ckpt != Path("torchvision"):
+        require_file(ckpt)
         return ckpt
     require_model(model)
     published = published_weights(model)
@@ -565,7 +571,8 @@ def _free_run_dir(job: JobConfig) -> Path:
     run_dir = job.output_dir
     if run_dir is None:
         bits = "fp32" if job.command == "train" else f"w{job.qat.weight_bits}a{job.qat.act_bits}"
-        name = f"runs/{Path(job.model.partition(':')[0]).stem}-{bits}"
+        code = code_file(job.model)
+        name = f"runs/{job.model if code is None else Path(code[0]).stem}-{bits}"
         return next(path for i in count(1) if not (path := Path(name if i == 1 else f"{name}-{i}")).exists())
     begun = {"config.json.partial"}  # all that a run leaves that is killed while it is opened
     if rank() == 0 and run_dir.exists() and (not run_dir.is_dir() or {p.name for p in run_dir.iterdir()} - begun):

@@ -49,6 +49,8 @@ class Quantizer(nn.Module):
     prepared: bool = False
     #: Whether Python code decides if it is reached at all: calibration may then leave it without a step.
     optional: bool = False
+    #: The dotted name in the model that :func:`brfx.prepare_qat` put it into.
+    name: str = ""
 
     def __init__(self, grid: Grid) -> None:
         super().__init__()
@@ -79,7 +81,9 @@ class Quantizer(nn.Module):
         if not self.calibrated and not self.has_step():
             if not values.numel():  # no box was found, say: nothing to quantize, nothing to learn a step from
                 return self.prepare(values)
-            raise NotCalibratedError("a quantizer has no step yet: run brfx.calibrate(qmodel, batches) first")
+            raise NotCalibratedError(
+                f"{self.name or 'a quantizer'} has no step yet: run brfx.calibrate(qmodel, batches) first"
+            )
         return self.quantize(values)
 
     def prepare(self, values: Tensor) -> Tensor:
@@ -139,7 +143,9 @@ class Quantizer(nn.Module):
         start = self._joined(estimate)
         self.calibrated = bool(torch.isfinite(start).all())
         if not self.calibrated:
-            raise NotCalibratedError("calibration met NaN or infinite values: check the model's weights and the data")
+            raise NotCalibratedError(
+                f"{self.name or 'a quantizer'} met NaN or infinite values: check the model's weights and the data"
+            )
         self.set_step(torch.where(start > 0, start, 1.0))  # all zeros: any step will do until values come
 
     def _joined(self, estimate: Tensor) -> Tensor:

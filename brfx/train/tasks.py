@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from brfx.errors import ConfigError, DataError, TrainingError
+from brfx.extras import needed
 from brfx.modes import eval_mode
 from brfx.train.evaluate import Evaluation, Score, evaluate_classifier
 
@@ -164,7 +165,7 @@ def segmentation(num_classes: int, ignore_index: int = 255, aux_weight: float = 
     try:
         from torchmetrics.classification import MulticlassJaccardIndex
     except ImportError as error:
-        raise ConfigError("mIoU is measured by torchmetrics, which is not here: pip install 'brfx[tasks]'") from error
+        raise ConfigError(needed("mIoU", "tasks", error)) from error
     mean_iou = MulticlassJaccardIndex(num_classes, average="macro", ignore_index=ignore_index, validate_args=False)
 
     def loss(output: Any, masks: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -216,8 +217,7 @@ def detection() -> Task:
 
         precision = MeanAveragePrecision(iou_thresholds=[0.5])
     except ImportError as error:
-        what = "mAP50 is measured by torchmetrics with pycocotools, which are not both here"
-        raise ConfigError(f"{what}: pip install 'brfx[tasks]'") from error
+        raise ConfigError(needed("mAP50", "tasks", error)) from error
     precision.warn_on_many_detections = False  # it counts the 100 of an image that score highest, as COCO does
 
     def with_targets(batch: Any) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from brfx.errors import ConfigError
+from brfx.extras import needed
 from brfx.train.report import Callback, EpochMetrics, Progress
 
 
@@ -26,7 +27,7 @@ class TensorBoard(Callback):
         try:
             import torch.utils.tensorboard  # noqa: F401
         except ImportError as error:
-            raise ConfigError("TensorBoard needs the extra: pip install 'brfx[tensorboard]'") from error
+            raise ConfigError(needed("TensorBoard", "tensorboard", error)) from error
 
     def on_batch(self, progress: Progress) -> None:
         before = (progress.epoch - 1) * progress.batches

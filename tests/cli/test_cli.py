@@ -207,6 +207,12 @@ def test_mistakes_are_one_line_with_exit_code_2_and_touch_nothing(float_run, tmp
     cases = [
         ((*base,), "--ckpt FILE"),
         ((*base, "--ckpt", tmp_path / "absent.pth"), "no such file"),
+        (("inspect", "--ckpt", tmp_path / "absent.pth"), "absent.pth: no such file"),
+        (("evaluate", "--ckpt", tmp_path / "absent.pth"), "absent.pth: no such file"),
+        (("evaluate", "--ckpt", float_run), f"is a folder, not a checkpoint: give {ckpt}"),
+        (("verify", ckpt, tmp_path / "absent.onnx"), "absent.onnx: no such file"),
+        ((*base, "--config", tmp_path / "absent.toml"), "absent.toml: no such file or folder"),
+        ((*base, "--ckpt", ckpt, "--output-dir", "/proc/x"), "/proc/x: no such file or folder"),
         ((*base, "--ckpt", half), "truncated"),
         ((*base, "--ckpt", other), "layer1.3.conv1.weight"),
         (("quantize", "--model", "resnet21", "--ckpt", ckpt, "--data", "digits"), "did you mean resnet32, resnet20"),

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import brfx
-from brfx.config import JobConfig, QATConfig, TrainConfig
+from brfx.config import JobConfig, QATConfig, TrainConfig, code_file
 from brfx.errors import ConfigError
 from brfx.nn import QuantizedClippedReLU, QuantizedLayer, StreamQuantizer
 from brfx.quant.grid import Grid
@@ -203,3 +203,10 @@ def test_lambdas_that_are_not_given_are_those_of_the_form():
         JobConfig(command="quantize", dead_filters="cut")
     with pytest.raises(ConfigError, match="--br-form per_value trains no step"):
         JobConfig(command="quantize", br_form="per_value", br_backprop_to_alpha_act=True)
+
+
+def test_a_models_file_may_stand_on_a_drive():
+    assert code_file("mine.py:make") == ("mine.py", "make")
+    assert code_file("C:\\models\\mine.py:make") == ("C:\\models\\mine.py", "make")
+    assert code_file("D:/mine.py") == ("D:/mine.py", "")
+    assert code_file("resnet20") is code_file("my.python") is code_file("") is None
