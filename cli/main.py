@@ -12,7 +12,8 @@ import click
 from brfx.config import FLOAT_TRAINING, TrainConfig
 from brfx.errors import BrfxError, Interrupted, explained
 
-from . import render, tables
+from . import render, summary, tables
+from .help import Group
 from .options import (
     build_job,
     data_dir_option,
@@ -25,17 +26,26 @@ from .options import (
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="brfx")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
     """Take an FP32 network to 1-4 bits: learned steps (LSQ), bin regularization, and files to ship.
 
-    brfx quantize --model resnet20 --ckpt best.pth --bits 2
+    \b
+    brfx train --model resnet20 --data digits --epochs 8 --output-dir fp32
+    brfx quantize --model resnet20 --data digits --ckpt fp32/best.pth --bits 2
     """
 
 
-@cli.command()
+@cli.command(
+    examples=[
+        "brfx quantize --model resnet20 --ckpt best.pth --data DIR --bits 2",
+        "brfx quantize --model mine.py:make --ckpt mine.pth --data DIR --bits 4",
+        "brfx quantize --model resnet20 --ckpt best.pth --data DIR --dry-run",
+        "brfx quantize --resume runs/resnet20-w2a2",
+    ]
+)
 @model_options
 @quantizer_options
 @penalty_options
@@ -59,16 +69,24 @@ def quantize(dry_run: bool, table: str, **given: Any) -> None:
         return
     with progress(render.console) as callback:
         result = jobs.quantize(job, [callback], resume=resume)
-    render.job_result(result, f"W{job.qat.weight_bits}A{job.qat.act_bits}")
+    summary.show(result, job)
 
 
-@cli.command()
+@cli.command(
+    examples=[
+        "brfx train --model resnet20 --data digits --epochs 8 --output-dir fp32",
+        "brfx train --model resnet18 --ckpt imagenet.pth --data DIR --epochs 20",
+    ]
+)
 @model_options
 @click.option("--epochs", type=int, default=FLOAT_TRAINING.epochs, show_default=True, help="Passes over the images.")
 @train_options(FLOAT_TRAINING)
 @data_options
 def train(**given: Any) -> None:
-    """Train an FP32 baseline (best.pth is what `quantize --ckpt` takes)."""
+    """Train an FP32 baseline.
+
+    Its best.pth is what `brfx quantize --ckpt` takes.
+    """
     resume = given["resume"] is not None
     job = build_job("train", given)
     from brfx.jobs import job as jobs
@@ -78,14 +96,24 @@ def train(**given: Any) -> None:
     render.show_log()
     with progress(render.console) as callback:
         result = jobs.train_float(job, [callback], resume=resume)
-    render.job_result(result, "FP32")
+    summary.show(result, job)
 
 
-@cli.command()
+@cli.command(
+    examples=[
+        "brfx evaluate --model resnet20 --ckpt best.pth --data DIR",
+        "brfx evaluate --ckpt runs/resnet20-w2a2/model.pt --data DIR",
+        "brfx evaluate --ckpt runs/resnet20-w2a2/model.onnx --data DIR",
+    ]
+)
 @model_options
 @data_options
 def evaluate(**given: Any) -> None:
-    """Test accuracy, or another task's metric, of an FP32 checkpoint (with --model) or of a run's model.pt."""
+    """Measure a checkpoint or a file on the test images.
+
+    An FP32 checkpoint needs --model. A run's model.pt knows its own preprocessing, and so does a .onnx, .pt2 or
+    .safetensors that was exported from it.
+    """
     job = build_job("evaluate", given)
     from brfx.jobs import job as jobs
 
@@ -98,22 +126,32 @@ def evaluate(**given: Any) -> None:
     render.console.print(f"{kind} {what}: {render.evaluation(result)}")
 
 
-@cli.command()
-@click.option("--ckpt", required=True, type=click.Path(path_type=Path), help="model.pt of a run.")
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="File to write; must not exist.")
-@click.option("--model", default="", help="path/to/file.py:factory, for a model of your own.")
+@cli.command(
+    examples=[
+        "brfx export --ckpt model.pt --output model.onnx --profile portable",
+        "brfx export --ckpt model.pt --output model.safetensors",
+    ]
+)
+@click.option("--ckpt", required=True, type=click.Path(path_type=Path), help="The model.pt of a run.")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="The file to write; it must not exist.")
+@click.option("--model", default="", help="A model of your own that it is of: path/to/file.py:factory.")
 @click.option(
     "--profile",
     type=click.Choice(["compact", "fast", "portable"]),
     default="compact",
     show_default=True,
-    help="Smallest file (opset 25), INT8 weights, or INT4 for older runtimes (opset 21).",
+    help="Write the smallest file (opset 25), INT8 weights (fast), or INT4 for older runtimes (portable, opset 21).",
 )
 def export(ckpt: Path, output: Path, model: str, profile: str) -> None:
-    """Write a run's model.pt for other runtimes; the suffix of --output says how.
+    """Write a run's model.pt for other runtimes.
 
-    .onnx: integer kernels, compared with the model.  .safetensors: packed codes and a header (docs/packed-format.md).
-    .pt2: torch.export, loads without brfx.  .qonnx.onnx: QONNX.
+    The suffix of --output says how.
+
+    \b
+    .onnx         integer kernels, compared with the model
+    .safetensors  packed codes and a header (docs/packed-format.md)
+    .pt2          torch.export, loads without brfx
+    .qonnx.onnx   QONNX
     """
     from brfx.jobs import files
 
@@ -124,40 +162,76 @@ def export(ckpt: Path, output: Path, model: str, profile: str) -> None:
         render.exported(report)
 
 
-@cli.command()
+@cli.command(
+    examples=[
+        "brfx verify model.pt model.onnx",
+        "brfx verify model.pt model.onnx --data DIR --images 500",
+    ]
+)
 @click.argument("first", type=click.Path(path_type=Path))
 @click.argument("second", type=click.Path(path_type=Path))
-@click.option("--data", default="", help="Test images to compare on.  [default: random images]")
+@click.option("--data", default="", help="Compare on these test images, a name or a folder.  [default: random ones]")
 @data_dir_option
-@click.option("--images", type=click.IntRange(0), default=0, help="At most so many.  [default: all, or 64 random ones]")
+@click.option(
+    "--images",
+    type=click.IntRange(0),
+    default=0,
+    help="Compare on so many images.  [default: all, or 64 random ones]",
+)
+@click.option("--model", default="", help="A model of your own that a .pt is of: path/to/file.py:factory.")
 @click.option("--integer", is_flag=True, help="Run a model.pt in its integer form, the reference interpreter.")
-def verify(first: Path, second: Path, data: str, data_dir: Path, images: int, integer: bool) -> None:
-    """Compare two files of one model (.onnx, or brfx's .pt): outputs, decisions, accuracy, codes by layer."""
+def verify(first: Path, second: Path, data: str, data_dir: Path, images: int, model: str, integer: bool) -> None:
+    """Compare two files of one model, image by image.
+
+    They are .onnx, .pt2, .safetensors or brfx's .pt. Outputs, decisions and accuracy are compared, and of a .pt the
+    codes by layer. A .pt2 is read by torch itself, which may run code in it: give only one that you trust.
+    """
     from brfx.jobs import files
 
-    render.verification(files.verify_files(first, second, data, data_dir, images, integer))
+    render.verification(files.verify_files(first, second, data, data_dir, images, integer, model))
 
 
-@cli.command()
+@cli.command(
+    examples=[
+        "brfx benchmark model.pt model.onnx --threads 4",
+    ]
+)
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=50, show_default=True, help="How often each is timed.")
-@click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="Of ONNX Runtime.")
-@click.option("--image-size", type=click.IntRange(1), help="Pixels a side.  [default: the model's own, or 224]")
-def benchmark(paths: tuple[Path, ...], batch_size: int, rounds: int, threads: int, image_size: int | None) -> None:
-    """Time ONNX files in ONNX Runtime, in turns.
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Time batches of so many images."
+)
+@click.option("--rounds", type=click.IntRange(1), default=50, show_default=True, help="Time each so many times.")
+@click.option(
+    "--threads", type=click.IntRange(1), default=2, show_default=True, help="Let ONNX Runtime have so many threads."
+)
+@click.option(
+    "--image-size", type=click.IntRange(1), help="Use images of so many pixels a side.  [default: what the files say]"
+)
+@click.option("--model", default="", help="A model of your own that a .pt is of: path/to/file.py:factory.")
+def benchmark(
+    paths: tuple[Path, ...], batch_size: int, rounds: int, threads: int, image_size: int | None, model: str
+) -> None:
+    """Time files in ONNX Runtime, in turns.
 
     A model.pt among them adds its FP32 export and ONNX Runtime's own INT8 of that, to compare with.
     """
     from brfx.jobs import files
 
-    render.timings(files.benchmark_files(list(paths), batch_size, rounds, threads, image_size))
+    render.timings(files.benchmark_files(list(paths), batch_size, rounds, threads, image_size, model))
 
 
-@cli.command()
+@cli.command(
+    examples=[
+        "brfx models",
+        "brfx models 'resnet*'",
+    ]
+)
 @click.argument("pattern", default="*")
 def models(pattern: str) -> None:
-    """List what --model accepts, or the names that match PATTERN."""
+    """List what --model accepts.
+
+    With a PATTERN, such as 'resnet*', the names that match.
+    """
     from fnmatch import fnmatch
 
     from brfx.models import model_names
@@ -167,13 +241,23 @@ def models(pattern: str) -> None:
             click.echo(name)
 
 
-@cli.command()
+@cli.command(
+    examples=[
+        "brfx inspect --model resnet20 --bits 2",
+        "brfx inspect --ckpt model.pt --wide",
+        "brfx inspect --ckpt model.pt --json > layers.json",
+    ]
+)
 @model_options
 @quantizer_options
-@click.option("--image-size", type=int, help="Pixels a side of the example.  [default: the model's own]")
+@click.option("--image-size", type=int, help="Use an example of so many pixels a side.  [default: the model's own]")
 @table_options
 def inspect(table: str, **given: Any) -> None:
-    """Show each layer of a rewritten model, or of a run's model.pt: bits, signs, steps, MACs."""
+    """Show what is quantized, layer by layer.
+
+    Of a model by its name as it would be rewritten, or of a run's model.pt. Layers that are alike share a line:
+    layer1.{0,1}.conv1 x2 is layer1.0.conv1 and layer1.1.conv1, with the sum of their parameters and MACs.
+    """
     from brfx.jobs import job as jobs
 
     job = build_job("inspect", given)
@@ -181,20 +265,36 @@ def inspect(table: str, **given: Any) -> None:
     tables.audit(render.console, jobs.inspect(job), table)
 
 
-@cli.command()
+@cli.command(
+    examples=[
+        "brfx recipes",
+        "brfx recipes lsq-paper > mine.toml",
+    ]
+)
 @click.argument("name", required=False)
 def recipes(name: str | None) -> None:
-    """List what --recipe accepts, or print the recipe NAME, to begin a --config of your own with."""
+    """List what --recipe accepts, or print one.
+
+    What `brfx recipes NAME` prints is a file for --config to begin your own with.
+    """
     from brfx.config.recipes import recipe_names, recipe_text
 
     click.echo("\n".join(recipe_names()) if name is None else recipe_text(name).rstrip())
 
 
-@cli.command()
+@cli.command(
+    examples=[
+        "brfx runs runs",
+        "brfx runs runs --csv > runs.csv",
+    ]
+)
 @click.argument("folder", metavar="DIR", default="runs", type=click.Path(path_type=Path))
 @table_options
 def runs(folder: Path, table: str) -> None:
-    """List the runs in DIR and below side by side.  [default: runs]"""
+    """List the runs in a folder side by side.
+
+    DIR and all below it is read; without it, runs. What all runs share is said once above the table.
+    """
     from brfx.jobs.runs import read_runs
 
     tables.runs(render.console, read_runs(folder), table)

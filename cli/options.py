@@ -71,7 +71,7 @@ class PerChannel(click.ParamType):  # type: ignore[type-arg]
 
 def _job(flag: str, name: str, **settings: Any) -> Callable[[F], F]:
     settings.setdefault("default", default_of(JobConfig, name))
-    return click.option(flag, name, show_default=settings["default"] is not None, **settings)
+    return click.option(flag, name, show_default=settings["default"] not in (None, ""), **settings)
 
 
 def _train(*flags: str, name: str, **settings: Any) -> Callable[[F], F]:
@@ -91,53 +91,84 @@ def combine(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 model_options = combine(
-    _job("--model", "model", help="A name that `brfx models` lists, or path/to/file.py:factory."),
-    _job("--task", "task", type=click.Choice(TASKS), help="What is trained.  [default: the model's own]"),
+    _job(
+        "--model", "model", help="The network: a name that `brfx models` lists, or your own as path/to/file.py:factory."
+    ),
+    _job(
+        "--task", "task", type=click.Choice(TASKS), help="What the network is trained for.  [default: the model's own]"
+    ),
     click.option(
         "--ckpt",
         "--pretrained-baseline",
         "ckpt",
         type=click.Path(path_type=Path),
-        help="Checkpoint to start from; the word torchvision: its weights of the model, where its download puts them.",
+        help="The checkpoint to start from, such as best.pth. The word torchvision means its own weights of the model.",
     ),
-    _job("--ckpt-key", "ckpt_key", help="Which of its state dicts, such as model_ema.  [default: state_dict, ...]"),
-    _job("--strict", "strict", is_flag=True, help="Refuse a checkpoint of other classes; else its head is made anew."),
-    _job("--num-classes", "num_classes", type=int, help="Default: as many as the data has."),
-    _job("--cifar-stem", "cifar_stem", is_flag=True, help="3x3 stem without pooling, for small images."),
+    _job(
+        "--ckpt-key",
+        "ckpt_key",
+        help="Take this state dict of the checkpoint, such as model_ema.  [default: state_dict, ...]",
+    ),
+    _job(
+        "--strict",
+        "strict",
+        is_flag=True,
+        help="Refuse a checkpoint of other classes. Without this its last layer is made anew.",
+    ),
+    _job("--num-classes", "num_classes", type=int, help="The number of classes.  [default: as many as the data has]"),
+    _job(
+        "--cifar-stem",
+        "cifar_stem",
+        is_flag=True,
+        help="Give the model a 3x3 stem without pooling, for images of 32 pixels or so.",
+    ),
 )
 
-data_dir_option = _job("--data-dir", "data_dir", type=click.Path(path_type=Path), help="Where named data sets lie.")
+data_dir_option = _job(
+    "--data-dir", "data_dir", type=click.Path(path_type=Path), help="The folder where named data sets lie."
+)
 
 data_options = combine(
     _job(
         "--data",
         "data",
-        help="digits, cifar10, cifar100, or a folder with train/ and test/ (or val/).  [default: the model's own]",
+        help="The images: digits, cifar10, cifar100, or a folder with train/ and test/ (or val/).  "
+        "[default: the model's own]",
     ),
     data_dir_option,
-    _job("--download", "download", is_flag=True, help="Let torchvision download a named data set."),
+    _job("--download", "download", is_flag=True, help="Let torchvision download a named data set that is not there."),
     _job(
         "--image-size",
         "image_size",
         type=int,
-        help="Pixels a side.  [default: 16 digits, 32 CIFAR and its ResNets, 224 else]",
+        help="Resize images to so many pixels a side.  [default: 16 digits, 32 CIFAR and its ResNets, 224 else]",
     ),
     _job(
         "--mean",
         "mean",
         type=PerChannel(),
-        help="Of images in 0..1; one number: grey.  [default: ImageNet's; digits 0.5]",
+        help="Subtract these from images in 0..1. One number makes images grey.  [default: ImageNet's; digits 0.5]",
     ),
     _job(
         "--std",
         "std",
         type=PerChannel(),
-        help="Of images in 0..1; one number: grey.  [default: ImageNet's; digits 0.5]",
+        help="Divide images by these, after --mean. One number makes images grey.  [default: ImageNet's; digits 0.5]",
     ),
-    _job("--batch-size", "batch_size", type=int, help="Images a batch."),
-    _job("--workers", "workers", type=int, help="Processes that decode a folder's images; 0 for none."),
-    _job("--skip-bad-images", "skip_bad_images", is_flag=True, help="Leave out images of a folder that are damaged."),
-    _train("--device", name="device", help="cpu, cuda, cuda:1 ..."),
+    _job("--batch-size", "batch_size", type=int, help="How many images a batch has."),
+    _job(
+        "--workers",
+        "workers",
+        type=int,
+        help="How many processes decode the images of a folder; 0 decodes them in the training process.",
+    ),
+    _job(
+        "--skip-bad-images",
+        "skip_bad_images",
+        is_flag=True,
+        help="Leave out images of a folder that are damaged, and name them.",
+    ),
+    _train("--device", name="device", help="Where to compute: cpu, cuda, cuda:1 ..."),
 )
 
 
@@ -148,35 +179,114 @@ def train_options(preset: TrainConfig) -> Callable[[F], F]:
         return click.option(flag, name, default=getattr(preset, name), show_default=True, **settings)
 
     return combine(
-        option("--accumulate", "accumulate", type=int, help="Batches an update, as if they were one large batch."),
-        option("--lr", "lr", type=float, help="Peak learning rate."),
-        click.option("--step-lr", "step_lr", type=float, help="Of the quantizers' steps.  [default: --lr]"),
-        option("--weight-decay", "weight_decay", type=float, help="Of weights; steps, biases and norms get none."),
-        option("--momentum", "momentum", type=float, help="Of SGD."),
-        option("--optimizer", "optimizer", type=click.Choice(OPTIMIZERS), help="What updates the weights."),
-        option("--seed", "seed", type=int, help="Of order, augmentation, initialization and the validation split."),
-        option("--compile", "compile", type=click.Choice(COMPILE), help="torch.compile the training step."),
-        option("--precision", "precision", type=click.Choice(PRECISION), help="Autocast the model's forward."),
-        option("--label-smoothing", "label_smoothing", type=float, help="Share of the target for all classes alike."),
-        option("--clip-grad", "clip_grad", type=float, help="Scale gradients down to this norm."),
-        option("--ema", "ema", type=float, help="Decay of a moving average of the weights, such as 0.999; 0: none."),
-        option("--reestimate-bn", "reestimate_bn", type=int, help="Batches to estimate batch norms from, each epoch."),
-        option("--on-nonfinite", "on_nonfinite", type=click.Choice(ON_NONFINITE), help="At a NaN: stop, or skip it."),
-        option("--checkpoint-minutes", "checkpoint_minutes", type=float, help="Time between checkpoints in an epoch."),
-        option("--keep-checkpoints", "keep_checkpoints", type=int, help="How many of the newest stay."),
-        _job("--tensorboard", "tensorboard", is_flag=True, help="Write TensorBoard event files too."),
-        click.option(
-            "--resume", type=click.Path(path_type=Path), help="Go on with this unfinished run, with its own settings."
+        option(
+            "--accumulate",
+            "accumulate",
+            type=int,
+            help="Update the weights once in so many batches, as one large batch would.",
         ),
-        option("--keep", "keep", type=click.Choice(KEEP), help="The epoch to ship; best is on validation images."),
-        click.option("--patience", type=int, help="End after so many epochs that are none better.  [default: never]"),
-        _job("--limit-batches", "limit_batches", type=int, help="Use so few batches of each split, to try a run out."),
-        _job("--val-fraction", "val_fraction", type=float, help="Share of training images for validation; 0: none."),
+        option("--lr", "lr", type=float, help="The highest learning rate of the schedule."),
+        click.option(
+            "--step-lr", "step_lr", type=float, help="The learning rate of the quantizers' steps.  [default: --lr]"
+        ),
+        option(
+            "--weight-decay", "weight_decay", type=float, help="The decay of weights. Steps, biases and norms get none."
+        ),
+        option("--momentum", "momentum", type=float, help="The momentum of SGD."),
+        option(
+            "--optimizer", "optimizer", type=click.Choice(OPTIMIZERS), help="The optimizer that updates the weights."
+        ),
+        option(
+            "--seed", "seed", type=int, help="The seed of order, augmentation, new weights and the validation split."
+        ),
+        option(
+            "--compile",
+            "compile",
+            type=click.Choice(COMPILE),
+            help="Compile the training step. auto does where the run is long enough to gain by it.",
+        ),
+        option(
+            "--precision",
+            "precision",
+            type=click.Choice(PRECISION),
+            help="Run the model's forward in this precision. The loss stays in FP32.",
+        ),
+        option(
+            "--label-smoothing",
+            "label_smoothing",
+            type=float,
+            help="Spread this share of the target over all classes, such as 0.1.",
+        ),
+        option(
+            "--clip-grad",
+            "clip_grad",
+            type=float,
+            help="Scale gradients down to this norm, such as 1.  [default: as they are]",
+        ),
+        option(
+            "--ema",
+            "ema",
+            type=float,
+            help="Ship a moving average of the weights with this decay, such as 0.999; 0 switches it off.",
+        ),
+        option(
+            "--reestimate-bn",
+            "reestimate_bn",
+            type=int,
+            help="Estimate batch norms from so many batches before each validation, such as 50.",
+        ),
+        option(
+            "--on-nonfinite",
+            "on_nonfinite",
+            type=click.Choice(ON_NONFINITE),
+            help="At a loss or gradient that is not finite, stop, or skip the batch.",
+        ),
+        option(
+            "--checkpoint-minutes",
+            "checkpoint_minutes",
+            type=float,
+            help="Write a checkpoint after so many minutes within an epoch.",
+        ),
+        option("--keep-checkpoints", "keep_checkpoints", type=int, help="Keep so many of the newest checkpoints."),
+        _job(
+            "--tensorboard",
+            "tensorboard",
+            is_flag=True,
+            help="Write TensorBoard's event files into the run folder too.",
+        ),
+        click.option(
+            "--resume",
+            type=click.Path(path_type=Path),
+            help="Go on with the unfinished run in this folder, with its own settings.",
+        ),
+        option(
+            "--keep",
+            "keep",
+            type=click.Choice(KEEP),
+            help="Ship the last epoch, or the one that was best on validation images.",
+        ),
+        click.option(
+            "--patience",
+            type=int,
+            help="End after so many epochs that are none better on validation.  [default: never]",
+        ),
+        _job(
+            "--limit-batches",
+            "limit_batches",
+            type=int,
+            help="Use so few batches of each split, to see in seconds whether a run works.  [default: all]",
+        ),
+        _job(
+            "--val-fraction",
+            "val_fraction",
+            type=float,
+            help="Hold out this share of the training images for validation; 0 trains on all.",
+        ),
         click.option(
             "--output-dir",
             "output_dir",
             type=click.Path(path_type=Path),
-            help="New or empty folder.  [default: a free name under runs/]",
+            help="Write the run into this folder, new or empty.  [default: a free name under runs/]",
         ),
     )
 
@@ -185,112 +295,158 @@ _BITS = default_of(QATConfig, "bits")
 
 quantizer_options = combine(
     click.option(
-        "--bits", "--num-bits", "bits", type=int, help=f"1 to 8, weights and activations.  [default: {_BITS}]"
+        "--bits",
+        "--num-bits",
+        "bits",
+        type=int,
+        help=f"Quantize weights and activations to 1 to 8 bits.  [default: {_BITS}]",
     ),
-    click.option("--weight-bits", type=int, help="1 to 8, or 32 for FP32.  [default: --bits]"),
-    click.option("--act-bits", type=int, help="1 to 8, or 32 for FP32.  [default: --bits]"),
-    click.option("--clip-value", type=OptionalFloat(), help="Ceiling of ReLUs: a number, or None.  [default: None]"),
-    click.option("--per-channel", is_flag=True, default=None, help="One weight step per output channel."),
-    click.option("--input-bits", type=int, help="Of the image.  [default: 8]"),
-    click.option("--residual-bits", type=int, help="Of branches into residual adds; 32 for FP32.  [default: 8]"),
+    click.option("--weight-bits", type=int, help="Quantize weights to 1 to 8 bits; 32 leaves FP32.  [default: --bits]"),
     click.option(
-        "--stream-bits", type=int, help="Of residual streams; at --act-bits as narrow as layers' inputs.  [default: 8]"
+        "--act-bits", type=int, help="Quantize activations to 1 to 8 bits; 32 leaves FP32.  [default: --bits]"
+    ),
+    click.option(
+        "--clip-value", type=OptionalFloat(), help="Clip ReLUs at this number, such as 6, or None.  [default: None]"
+    ),
+    click.option("--per-channel", is_flag=True, default=None, help="Give each output channel a step of its own."),
+    click.option("--input-bits", type=int, help="Quantize the image to so many bits.  [default: 8]"),
+    click.option(
+        "--residual-bits",
+        type=int,
+        help="Quantize branches into residual adds to so many bits; 32 leaves them in FP32.  [default: 8]",
+    ),
+    click.option(
+        "--stream-bits",
+        type=int,
+        help="Keep residual streams at so many bits; at --act-bits they are as narrow as layers' inputs.  [default: 8]",
     ),
     click.option(
         "--weight-grid",
         type=click.Choice(WEIGHT_GRIDS),
-        help="Levels of weights: with a zero, or symmetric without one.  [default: symmetric at 2 bits, else signed]",
+        help="Put weights on levels with a zero (signed), or on symmetric ones without.  "
+        "[default: symmetric at 2 bits, else signed]",
     ),
     click.option(
-        "--weight-quantizer", type=click.Choice(list(WEIGHT_QUANTIZERS)), help="Method for weights.  [default: lsq]"
+        "--weight-quantizer",
+        type=click.Choice(list(WEIGHT_QUANTIZERS)),
+        help="The method by which weights are quantized.  [default: lsq]",
     ),
     click.option(
         "--act-quantizer",
         type=click.Choice(list(ACT_QUANTIZERS)),
-        help="Method for activations that are never negative.  [default: lsq]",
+        help="The method by which activations that are never negative are quantized.  [default: lsq]",
     ),
     click.option(
         "--placement",
         type=click.Choice(PLACEMENTS),
-        help="Quantize every input of a layer, or weights and ReLUs alone.  [default: deploy]",
+        help="Quantize every input of a layer (deploy), or weights and ReLUs alone (paper).  [default: deploy]",
     ),
-    click.option("--skip", multiple=True, help="Leave layers of this name (or pattern, type:Linear) in FP32."),
-    click.option("--first-last-8bit", is_flag=True, default=None, help="8 bits for the first and the last layer."),
+    click.option(
+        "--skip",
+        multiple=True,
+        help="Leave layers of this name in FP32, or of a pattern: 'classifier.*', type:Linear. May be repeated.",
+    ),
+    click.option("--first-last-8bit", is_flag=True, default=None, help="Give the first and the last layer 8 bits."),
     click.option(
         "--config",
         type=click.Path(path_type=Path),
-        help="Settings as TOML, with [[overrides]] by layer, or a run's config.json; flags win over it.",
+        help="Read settings from TOML, with [[overrides]] by layer, or from a run's config.json. Flags win over it.",
     ),
 )
 
 penalty_options = combine(
     click.option(
-        "--recipe", type=click.Choice(recipe_names()), help="Complete settings (`brfx recipes NAME` shows them)."
+        "--recipe",
+        type=click.Choice(recipe_names()),
+        help="Begin with complete settings; `brfx recipes` lists them, `brfx recipes NAME` shows one.",
     ),
     _job(
         "--lambda-br",
         "lambda_br",
         type=float,
-        help="Weight of the weights' bin regularizer; 0: off.  [default: 0.1, per value 0.001]",
+        help="The weight of the weights' bin regularizer; 0 switches it off.  [default: 0.1, per value 0.001]",
     ),
     _job(
         "--lambda-br-act",
         "lambda_br_act",
         type=float,
-        help="Weight of the activations' bin regularizer; 0: off.  [default: 0.01, per value 0]",
+        help="The weight of the activations' bin regularizer; 0 switches it off.  [default: 0.01, per value 0]",
     ),
     _job(
         "--br-form",
         "br_form",
         type=click.Choice(list(BR_FORMS)),
-        help="Bins count equally, as published, or each value is pulled alike whatever its bin holds.",
+        help="Count bins alike, as published (mean), or pull each value alike whatever its bin holds (per_value).",
     ),
     _job(
         "--lambda-kurtosis",
         "lambda_kurtosis",
         type=float,
-        help="Weight of the weights' kurtosis regularizer (KURE); 0: off.",
+        help="The weight of the weights' kurtosis regularizer (KURE); 0 switches it off.",
     ),
-    _train("--qat-epochs", name="epochs", type=int, help="Epochs, warm-up included; 0: calibrate and export only."),
+    _train(
+        "--qat-epochs",
+        name="epochs",
+        type=int,
+        help="Train for so many epochs, warm-up included; 0 calibrates and exports only.",
+    ),
     _train(
         "--warmup-epochs",
         name="warmup_epochs",
         type=int,
-        help="Epochs with LSQ alone.  [default: 30 % of --qat-epochs]",
+        help="Train so many of them with LSQ alone.  [default: 30 % of --qat-epochs]",
     ),
     _train(
         "--distill",
         name="distill",
         type=float,
-        help=f"Share of the loss that is distilled from the FP32 model, or --teacher's ({TEACHER_SHARE:g} then).",
+        help=f"Distill this share of the loss from the FP32 model, or from --teacher ({TEACHER_SHARE:g} then).",
     ),
-    _job("--teacher", "teacher", metavar="NAME=FILE", help="Another FP32 model to distill from, and its checkpoint."),
-    _train("--temperature", name="temperature", type=float, help="Of distillation."),
     _job(
-        "--start", "start", type=click.Choice(STARTS), help="Steps start by LSQ's formula, or at least squared error."
+        "--teacher",
+        "teacher",
+        metavar="NAME=FILE",
+        help="Distill from another FP32 model and its checkpoint, such as resnet56=resnet56.pth.",
+    ),
+    _train("--temperature", name="temperature", type=float, help="The temperature of distillation."),
+    _job(
+        "--start",
+        "start",
+        type=click.Choice(STARTS),
+        help="Start steps at LSQ's formula, or at the least squared error.",
     ),
     _job(
         "--dead-filters",
         "dead_filters",
         type=click.Choice(DEAD_FILTERS),
-        help="Filters that let nothing pass: keep, revive (new weights), or ignore where steps are fitted.",
+        help="Keep filters that let nothing pass, revive them with new weights, or ignore them where steps are fitted.",
     ),
-    click.option("--freeze-alpha", is_flag=True, help="Freeze all steps when regularization starts."),
-    _job("--freeze-weight-alpha", "freeze_weight_alpha", is_flag=True, help="Only the weights' steps."),
-    _job("--freeze-act-alpha", "freeze_act_alpha", is_flag=True, help="Only the activations' steps."),
+    click.option("--freeze-alpha", is_flag=True, help="Freeze all steps when regularization begins."),
+    _job(
+        "--freeze-weight-alpha",
+        "freeze_weight_alpha",
+        is_flag=True,
+        help="Freeze the weights' steps when regularization begins.",
+    ),
+    _job(
+        "--freeze-act-alpha",
+        "freeze_act_alpha",
+        is_flag=True,
+        help="Freeze the activations' steps when regularization begins.",
+    ),
     _job(
         "--br-backprop-to-alpha-act",
         "br_backprop_to_alpha_act",
         is_flag=True,
-        help="Let the activations' regularizer train their steps.",
+        help="Let the activations' regularizer train the activations' steps.",
     ),
 )
 
 
 table_options = combine(
-    click.option("--wide", "table", flag_value="wide", help="A line for each, nothing folded or left out."),
-    click.option("--json", "table", flag_value="json", help="For programs."),
-    click.option("--csv", "table", flag_value="csv", help="For spreadsheets."),
+    click.option("--wide", "table", flag_value="wide", help="Print a line for each, nothing folded or left out."),
+    click.option("--json", "table", flag_value="json", help="Print JSON, for programs."),
+    click.option("--csv", "table", flag_value="csv", help="Print CSV, for spreadsheets."),
     click.option("--folded", "table", flag_value="folded", default=True, hidden=True),
 )
 

@@ -15,22 +15,10 @@ from rich.text import Text
 
 from brfx.train import Callback, EpochMetrics, Phase, Progress
 
-from .render import epoch_line, stage_mark
+from .render import duration, epoch_line, stage_mark
 
 #: Seconds between two lines where there is no terminal.
 LINE_EVERY = 60.0
-
-
-def duration(seconds: float) -> str:
-    """``38 s``, ``12 min``, ``2 h 05 min``, ``3 d 4 h``."""
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 100:
-        return f"{minutes} min"
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60:02} min"
-    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
 
 
 def figures(where: Progress, room: int) -> str:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from brfx.export import OnnxReport
     from brfx.export.benchmark import Timing
     from brfx.export.verify import Verification
-    from brfx.jobs.job import JobResult
     from brfx.train import EpochMetrics, Evaluation, Means, Score
 
 console = Console(highlight=False, soft_wrap=True)
@@ -71,27 +71,6 @@ def _terms(terms: dict[str, float], separator: str = " ") -> str:
     return "".join(f"{separator}{names.get(name, name)}={value:.3g}" for name, value in terms.items())
 
 
-def job_result(result: JobResult, kind: str) -> None:
-    if result.fit is not None:
-        how = {"whole": "compiled", "kernels": "compiled kernels", "none": "eager"}[result.fit.compiled]
-        kept, epochs = result.fit, len(result.fit.history)
-        on_validation = "no validation" if kept.val_metric is None else f"{kept.val_metric:.2%} on validation"
-        console.print(
-            f"Shipped: epoch {kept.epoch} of {epochs}{stage_mark(kept.stage)}, {on_validation} ({how} training)",
-            markup=False,
-        )
-    if result.test_float is not None:
-        console.print(f"Test: FP32 {evaluation(result.test_float)}")
-    console.print(f"Test: {kind} {evaluation(result.test)}")
-    if result.onnx_problem:
-        console.print(f"No model.onnx: {result.onnx_problem}", style="yellow", markup=False)
-    if result.onnx is not None:
-        exported(result.onnx)
-    console.print("Files:")
-    for path in sorted(path for path in result.run_dir.iterdir() if path.is_file()):
-        console.print(f"  {path}  {size(path.stat().st_size)}", markup=False)
-
-
 def exported(report: OnnxReport) -> None:
     """What was written, what runs in integers, and how it compares."""
     console.print(f"{report.path}  {size(report.bytes)}", markup=False)
@@ -125,21 +104,24 @@ def verification(result: Verification) -> None:
     flipped, codes = sum(site.flipped for site in result.sites), sum(site.codes for site in result.sites)
     if codes:
         console.print(f"PyTorch against integers: {flipped:,} of {codes:,} codes differ ({flipped / codes:.4%})")
+        differ = [site for site in result.sites if site.flipped]
+        console.print(f"{len(result.sites) - len(differ)} of {len(result.sites)} quantizers give the same codes")
         table = Table(box=None, pad_edge=False)
         for name in ("quantizer", "codes", "differ", "by at most"):
-            table.add_column(name, justify="left" if name == "quantizer" else "right")
-        for site in result.sites:
-            table.add_row(site.site, f"{site.codes:,}", f"{site.flipped:,}", str(site.largest))
-        console.print(table)
+            table.add_column(name, justify="left" if name == "quantizer" else "right", overflow="fold")
+        for site in differ:
+            table.add_row(Text(site.site), f"{site.codes:,}", f"{site.flipped:,}", str(site.largest))
+        if differ:
+            console.print(table)
 
 
 def timings(rows: list[Timing]) -> None:
     table = Table(box=None, pad_edge=False)
-    for name in ("file", "size", "ms a batch", "images/s", "times as fast as the first"):
-        table.add_column(name, justify="left" if name == "file" else "right")
+    for name in ("file", "size", "ms/batch", "images/s", "x the first"):
+        table.add_column(name, justify="left" if name == "file" else "right", no_wrap=name != "file", overflow="fold")
     for row in rows:
         speed = f"{row.speed:.2f}"
-        table.add_row(row.name, size(row.bytes), f"{row.milliseconds:.2f}", f"{row.images_per_second:.0f}", speed)
+        table.add_row(Text(row.name), size(row.bytes), f"{row.milliseconds:.2f}", f"{row.images_per_second:.0f}", speed)
     console.print(table)
 
 
@@ -157,3 +139,15 @@ def evaluation(result: Evaluation | Score) -> str:
 
 def size(count: int) -> str:
     return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
+def duration(seconds: float) -> str:
+    """``38 s``, ``12 min``, ``2 h 05 min``, ``3 d 4 h``."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"

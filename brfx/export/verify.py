@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from brfx.errors import ExportError
 from brfx.export.integer import integer_model
-from brfx.export.onnx import distance, onnx_runner, tensors
+from brfx.export.onnx import distance
 from brfx.export.parity import SiteParity, compare_codes
-from brfx.extras import needed
 
 #: How many images with another decision are listed.
 LISTED = 20
@@ -43,32 +41,6 @@ class Verification:
     sites: tuple[SiteParity, ...]
 
 
-def runner(path: Path, load: Callable[[Path], nn.Module], *, integer: bool = False) -> Callable[..., list[Tensor]]:
-    """A file as a function of tensors: ``.onnx`` in ONNX Runtime, ``.pt`` in PyTorch.
-
-    Args:
-        path: the file.
-        load: reads a ``.pt``.
-        integer: run a ``.pt`` in its integer form, the reference interpreter.
-
-    Raises:
-        ExportError: no such file, or no reader for it.
-    """
-    if not path.is_file():
-        raise ExportError(f"{path}: no such file")
-    if path.suffix == ".onnx":
-        try:
-            return onnx_runner(path)
-        except ImportError as error:
-            raise ExportError(needed("running an ONNX file", "onnx", error)) from error
-    if path.suffix not in (".pt", ".pth"):
-        raise ExportError(f"{path}: verify reads .onnx and brfx's .pt files")
-    model = load(path).eval()
-    if integer:
-        model = integer_model(model).model
-    return lambda *inputs: tensors(model(*inputs))
-
-
 @torch.no_grad()
 def verify(
     first: Callable[..., list[Tensor]],
@@ -79,7 +51,7 @@ def verify(
     """Run both on ``batches`` of ``(images, labels)``, labels ``None`` where there are none.
 
     Args:
-        first, second: see :func:`runner`.
+        first, second: see :func:`brfx.export.reading.runner`.
         batches: images ``(N, 3, H, W)`` and class numbers ``(N,)``.
         trained: a trained model whose codes are compared with its integer form's too.
     """

@@ -14,8 +14,9 @@ from brfx.data import DEFAULTS, BatchLoader, Preprocessing, load_dataset
 from brfx.errors import ExportError
 from brfx.export import OnnxReport
 from brfx.export.benchmark import Timing, benchmark, float_onnx, int8_onnx
+from brfx.export.reading import preprocessing_of, runner
 from brfx.export.table import exporter_for
-from brfx.export.verify import Verification, runner, verify
+from brfx.export.verify import Verification, verify
 from brfx.extras import missing, needed
 from brfx.io.model_file import load
 from brfx.metadata import metadata_of
@@ -44,18 +45,33 @@ def export_file(ckpt: Path, output: Path, model: str = "", profile: str = "compa
 
 
 def verify_files(
-    first: Path, second: Path, data: str = "", data_dir: Path = DATA_DIR, images: int = 0, integer: bool = False
+    first: Path,
+    second: Path,
+    data: str = "",
+    data_dir: Path = DATA_DIR,
+    images: int = 0,
+    integer: bool = False,
+    model: str = "",
 ) -> Verification:
     """Compare two files of one model, on the test images of ``data`` or, where none is named, on random ones.
 
+    Images are preprocessed as the files say.
+
     Args:
-        first, second: ``.onnx`` or brfx's ``.pt``.
+        first, second: ``.onnx``, ``.pt2``, packed ``.safetensors`` or brfx's ``.pt``.
         data, data_dir: as in :class:`~brfx.config.JobConfig`.
         images: how many at most; 0 for all there are, or 64 random ones.
         integer: run a ``.pt`` in its integer form.
+        model: of the user's own, ``path/to/file.py:factory``.
+
+    Raises:
+        ExportError: no such file; or the two want images of different preprocessing.
     """
-    trained = next((_load_own(path) for path in (first, second) if path.suffix == ".pt" and path.is_file()), None)
-    preprocessing = metadata_of(trained).preprocessing if trained is not None else None
+    for path in (first, second):
+        _require(path)
+    own = {path: _load_own(path, model) for path in dict.fromkeys((first, second)) if path.suffix in (".pt", ".pth")}
+    trained = next(iter(own.values()), None)
+    preprocessing = _common_preprocessing((first, second), own)
     if data:
         preprocessing = preprocessing or DEFAULTS.get(data) or Preprocessing(224)
         split = load_dataset(data, data_dir=data_dir.expanduser(), preprocessing=preprocessing).test
@@ -66,24 +82,47 @@ def verify_files(
         size = preprocessing.image_size if preprocessing else 224
         channels = preprocessing.channels if preprocessing else 3
         batches = [(_random_images(size, images or 64, channels), None)]
-    runners = [runner(path, _load_own, integer=integer) for path in (first, second)]
+    runners = [runner(path, own.__getitem__, integer=integer) for path in (first, second)]
     return verify(runners[0], runners[1], batches, trained)
 
 
-def benchmark_files(files: list[Path], batch_size: int, rounds: int, threads: int, size: int | None) -> list[Timing]:
-    """Time ONNX files; a ``model.pt`` among them adds its FP32 export and ONNX Runtime's INT8 of that, in front."""
+def _common_preprocessing(files: tuple[Path, ...], own: dict[Path, nn.Module]) -> Preprocessing | None:
+    """What the files say that images go through; ``None`` where none says."""
+    said = {path: found for path in files if (found := preprocessing_of(path, own.get(path))) is not None}
+    if len(set(said.values())) > 1:
+        (one, first), (other, second) = said.items()
+        raise ExportError(f"{one} wants images of {first}, {other} of {second}: these are not files of one model")
+    return next(iter(said.values()), None)
+
+
+def _require(path: Path) -> None:
+    if not path.is_file():
+        raise ExportError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
+
+
+def benchmark_files(
+    files: list[Path], batch_size: int, rounds: int, threads: int, size: int | None, model: str = ""
+) -> list[Timing]:
+    """Time ONNX files; a ``model.pt`` among them adds its FP32 export and ONNX Runtime's INT8 of that, in front.
+
+    ``size`` is that of the images, by default what the files say; ``model`` is as in :func:`verify_files`.
+    """
     if missing("onnx"):
         raise ExportError(needed("timing", "onnx"))
     with tempfile.TemporaryDirectory() as folder:
         named: list[tuple[str, Path]] = []
         channels = 3
         for path in files:
-            if not path.is_file():
-                raise ExportError(f"{path}: no such file")
-            if path.suffix != ".pt":
+            _require(path)
+            if path.suffix not in (".pt", ".onnx"):
+                raise ExportError(f"{path}: is not timed; give .onnx files, and a model.pt to compare them with")
+            if path.suffix == ".onnx":
+                said = preprocessing_of(path)
+                if said is not None:
+                    size, channels = size or said.image_size, said.channels
                 named.append((str(path), path))
                 continue
-            qmodel = _load_own(path)
+            qmodel = _load_own(path, model)
             size, channels = size or _image_size(qmodel), _channels(qmodel)
             fp32, int8 = Path(folder) / f"{len(named)}-fp32.onnx", Path(folder) / f"{len(named)}-int8.onnx"
             float_onnx(qmodel, fp32, _random_images(size, 2, channels))

@@ -25,6 +25,7 @@ from brfx.data import DEFAULTS, BatchLoader, Dataset, Preprocessing, Split, with
 from brfx.distributed import broadcast_object, broadcast_state, process_group, rank, world_size
 from brfx.errors import BrfxError, ConfigError, DataError, Interrupted, TrainingError, first_line
 from brfx.export import OnnxReport, export_onnx, snap_biases
+from brfx.export.reading import AsModule, entries_of, is_exported, preprocessing_in, runner
 from brfx.extras import missing, needed
 from brfx.io.atomic import write_text_atomically
 from brfx.io.float_checkpoint import load_float, read_state_dict
@@ -58,6 +59,7 @@ class JobResult:
     test_float: Evaluation | Score | None = None
     onnx: OnnxReport | None = None
     onnx_problem: str | None = None
+    float_bytes: int = 0  #: of the FP32 network's weights and buffers
 
 
 def train_float(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool = False) -> JobResult:
@@ -159,7 +161,8 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
             test_data = _test_loader(job, dataset, callbacks)
             test = evaluate(qmodel, test_data, task)
             test_float = None if head else evaluate(model, test_data, task)
-            return _close_run(JobResult(run_dir, result, test, test_float, onnx_report, problem))
+            weighs = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+            return _close_run(JobResult(run_dir, result, test, test_float, onnx_report, problem, weighs))
 
 
 @contextmanager
@@ -262,14 +265,16 @@ def dry_run(job: JobConfig, callbacks: Iterable[Callback] = ()) -> Audit:
 
 
 def evaluate_file(job: JobConfig, callbacks: Iterable[Callback] = ()) -> tuple[str, Evaluation | Score]:
-    """How good an FP32 checkpoint or a run's ``model.pt`` is on the test images, behind what it is: ``"FP32"``,
-    ``"W2A2"`` ..."""
+    """How good an FP32 checkpoint, a run's ``model.pt`` or a file exported from it is on the test images, behind what
+    it is: ``"FP32"``, ``"W2A2"`` ..."""
     job, callbacks = _with_checkpoint(job), tuple(callbacks)
     ckpt = job.ckpt
     if ckpt is None:
         raise ConfigError("say what to evaluate: --ckpt FILE")
     _require_device(job.train.device)
     tell(callbacks, Phase("reading data"))
+    if is_exported(ckpt):
+        return _evaluate_exported(job, ckpt, callbacks)
     if is_brfx_file(ckpt):
         qmodel = load(ckpt, _own_model(job))
         metadata = metadata_of(qmodel)
@@ -277,11 +282,7 @@ def evaluate_file(job: JobConfig, callbacks: Iterable[Callback] = ()) -> tuple[s
         classes = None if metadata.classes is None else len(metadata.classes)
         job = replace(job, model=name, num_classes=classes)
         dataset = read_data(job, metadata.preprocessing)
-        if metadata.classes is not None and metadata.classes != dataset.classes:
-            raise DataError(
-                f"{ckpt} knows {len(metadata.classes)} classes ({', '.join(metadata.classes[:3])} ...), "
-                f"the data has {len(dataset.classes)} ({', '.join(dataset.classes[:3])} ...): give it its own data"
-            )
+        _require_classes(ckpt, metadata.classes, dataset)
         kind = f"W{metadata.config.weight_bits}A{metadata.config.act_bits}"
         return kind, evaluate(qmodel.to(job.train.device), _test_loader(job, dataset, callbacks), _task(job, dataset))
     require_model(job.model)
@@ -289,6 +290,26 @@ def evaluate_file(job: JobConfig, callbacks: Iterable[Callback] = ()) -> tuple[s
     dataset = read_data(job)
     model, _ = _float_model(job, dataset, ckpt)
     return "FP32", evaluate(model.to(job.train.device), _test_loader(job, dataset, callbacks), _task(job, dataset))
+
+
+def _evaluate_exported(job: JobConfig, path: Path, callbacks: Iterable[Callback]) -> tuple[str, Evaluation | Score]:
+    """:func:`evaluate_file` of a file that was exported; what images go through, and the classes, it says itself."""
+    entries = entries_of(path)
+    classes, config = entries.get("classes"), entries.get("config")
+    job = replace(job, num_classes=None if classes is None else len(classes), train=replace(job.train, device="cpu"))
+    dataset = read_data(job, preprocessing_in(path, entries))
+    _require_classes(path, None if classes is None else tuple(classes), dataset)
+    kind = f"W{config['weight_bits']}A{config['act_bits']}" if config else path.suffix.removeprefix(".").upper()
+    model = AsModule(runner(path, load))
+    return kind, evaluate(model, _test_loader(job, dataset, callbacks), _task(job, dataset))
+
+
+def _require_classes(path: Path, classes: tuple[str, ...] | None, dataset: Dataset) -> None:
+    if classes is not None and classes != dataset.classes:
+        raise DataError(
+            f"{path} knows {len(classes)} classes ({', '.join(classes[:3])} ...), "
+            f"the data has {len(dataset.classes)} ({', '.join(dataset.classes[:3])} ...): give it its own data"
+        )
 
 
 def inspect(job: JobConfig) -> Audit:

@@ -5,7 +5,8 @@ import time
 
 import pytest
 from brfx_cli import progress as shown
-from brfx_cli.progress import Status, duration, figures
+from brfx_cli.progress import Status, figures
+from brfx_cli.render import duration
 from rich.console import Console
 
 from brfx.train import EpochMetrics, Means, Phase, Progress
