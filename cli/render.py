@@ -134,7 +134,8 @@ def evaluation(result: Evaluation | Score) -> str:
 
     if isinstance(result, Evaluation):
         return f"{100 * result.accuracy:.2f} % ({result.correct} of {result.count})"
-    return f"{100 * result.value:.2f} % {result.metric} ({result.count} images)"
+    further = "".join(f", {100 * value:.2f} % {name}" for name, value in result.further.items())
+    return f"{100 * result.value:.2f} % {result.metric}{further} ({result.count} images)"
 
 
 def size(count: int) -> str:

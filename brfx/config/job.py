@@ -17,7 +17,7 @@ DEAD_FILTERS = ("keep", "revive", "ignore")
 #: Forms of the bin regularizers, each with the lambdas of weights and activations where none are given. The paper's are
 #: published; 0.001 for each value closes some 95 % of the distances in the 70 last of 100 epochs of 700 batches.
 BR_FORMS = {"mean": (0.1, 0.01), "per_value": (0.001, 0.0)}
-TASKS = ("classification", "segmentation")
+TASKS = ("classification", "segmentation", "detection")
 
 #: Where named data sets lie.
 DATA_DIR = Path("~/.cache/brfx")
@@ -33,7 +33,8 @@ class JobConfig:
     Attributes:
         command: ``"train"``, ``"quantize"`` or ``"evaluate"``.
         model: a name that ``brfx models`` lists, or ``path/to/file.py:factory``.
-        task: ``"classification"`` or ``"segmentation"``; default the model's own, of a file's classification.
+        task: ``"classification"``, ``"segmentation"`` or ``"detection"``; default the model's own, of a file's
+            classification.
         ckpt: the FP32 checkpoint, or for ``evaluate`` also a run's ``model.pt``; ``Path("torchvision")``: the model's
             published weights, where torchvision's own download puts them.
         ckpt_key: which state dict of the checkpoint, where it has several.
@@ -120,7 +121,7 @@ class JobConfig:
             if getattr(self, name) is not None and not getattr(self, name) >= 1:
                 raise ConfigError(f"{name}={shown(getattr(self, name))}: takes 1 or more")
         if self.task not in (None, *TASKS):
-            raise ConfigError(f"task={shown(self.task)}: takes {' or '.join(TASKS)}, or None for the model's own")
+            raise ConfigError(f"task={shown(self.task)}: takes {', '.join(TASKS)}, or None for the model's own")
         self._check_quantization()
         for name in ("lambda_br", "lambda_br_act", "lambda_kurtosis", "workers"):
             if not getattr(self, name) >= 0:

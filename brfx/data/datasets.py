@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -52,7 +53,7 @@ class Dataset:
     Attributes:
         name: as the user gave it.
         classes: in the order of the labels.
-        preprocessing: size, mean and std.
+        preprocessing: size, mean and std; ``None`` where the model sees images as they are.
         flip: whether a mirrored image is still of its class.
     """
 
@@ -60,8 +61,8 @@ class Dataset:
         self,
         name: str,
         classes: tuple[str, ...],
-        preprocessing: Preprocessing,
-        read: Callable[[str], Split],
+        preprocessing: Preprocessing | None,
+        read: Callable[[str], Any],
         *,
         flip: bool,
         val_fraction: float,
@@ -71,9 +72,9 @@ class Dataset:
         self._read, self._val_fraction, self._seed = read, val_fraction, seed
 
     @cached_property
-    def _training(self) -> tuple[Split, Split]:
+    def _training(self) -> tuple[Any, Any]:
         split = self._read("train")
-        if split.labels.dim() > 1:  # a mask has many classes
+        if not isinstance(split, Split) or split.labels.dim() > 1:  # boxes and masks are of many classes
             if self._val_fraction and len(split) < 2:
                 raise DataError(f"{self.name}: too few training images (1) to leave one for validation: add some")
             keep, held = _cut(torch.zeros(len(split), dtype=torch.long), self._val_fraction, self._seed)
@@ -89,15 +90,16 @@ class Dataset:
         return split.take(keep), split.take(held)
 
     @property
-    def train(self) -> Split:
+    def train(self) -> Any:
+        """A :class:`Split`, or what else the data's reader has for one."""
         return self._training[0]
 
     @property
-    def val(self) -> Split:
+    def val(self) -> Any:
         return self._training[1]
 
     @cached_property
-    def test(self) -> Split:
+    def test(self) -> Any:
         return self._read("test")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,24 +50,41 @@ class ImageFiles:
 
     def attempts(self, order: Sequence[Tensor], *, pin: bool = False) -> Iterator[tuple[Tensor, dict[Path, str]]]:
         """As :meth:`batches`, beside why files among them cannot be read; what is in their place means nothing."""
-        workers = self.workers if len(order) > 1 else 0
-        loader: DataLoader[Any] = DataLoader(
-            self.paths,  # type: ignore[arg-type]  # any sequence will do
-            batch_sampler=map(Tensor.tolist, order),
-            collate_fn=partial(_read, size=self.size),
-            num_workers=workers,
-            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-            pin_memory=pin,
-            generator=torch.Generator(),  # its seeds for the workers would come out of the global one
-        )
-        try:
-            yield from _start(loader)
-        except (RuntimeError, EOFError, OSError) as error:  # a worker that dies may leave its pipe half read
-            why = (str(error).strip().splitlines() or ["DataLoader worker process exited unexpectedly"])[-1]
-            raise DataError(f"decoding images in worker processes failed ({why}): try fewer --workers") from error
+        return decode_ahead(self.paths, partial(_read, size=self.size), order, self.workers, pin=pin)
 
     def take(self, indices: Tensor) -> ImageFiles:
         return ImageFiles([self.paths[i] for i in indices.tolist()], self.size, self.workers)
+
+
+def decode_ahead(
+    paths: Sequence[Path],
+    read: Callable[[Sequence[Path]], Any],
+    order: Sequence[Tensor],
+    workers: int,
+    *,
+    pin: bool = False,
+) -> Iterator[Any]:
+    """What ``read`` makes of the paths at each of ``order``'s indices, ahead of time by ``workers`` processes (0: by
+    this one, when asked for); with ``pin`` in pinned memory.
+
+    Raises:
+        DataError: a worker process died.
+    """
+    workers = workers if len(order) > 1 else 0
+    loader: DataLoader[Any] = DataLoader(
+        paths,  # type: ignore[arg-type]  # any sequence will do
+        batch_sampler=map(Tensor.tolist, order),
+        collate_fn=read,
+        num_workers=workers,
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        pin_memory=pin,
+        generator=torch.Generator(),  # its seeds for the workers would come out of the global one
+    )
+    try:
+        yield from _start(loader)
+    except (RuntimeError, EOFError, OSError) as error:  # a worker that dies may leave its pipe half read
+        why = (str(error).strip().splitlines() or ["DataLoader worker process exited unexpectedly"])[-1]
+        raise DataError(f"decoding images in worker processes failed ({why}): try fewer --workers") from error
 
 
 def _read(paths: Sequence[Path], size: int) -> tuple[Tensor, dict[Path, str]]:
@@ -118,6 +135,16 @@ def _square(path: Path, size: int) -> Tensor:
         image = transforms.center_crop(transforms.resize(image, [size], antialias=True), [size, size])
     pixels: Tensor = transforms.pil_to_tensor(image)
     return pixels
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image as :func:`upright_rgb` turns it; of the file its head alone is read."""
+    from PIL import ExifTags, Image
+
+    with Image.open(path) as image:
+        width, height = image.size
+        on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return (height, width) if on_its_side else (width, height)
 
 
 def upright_rgb(image: Image) -> Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +13,55 @@ from brfx.data.datasets import Split
 from brfx.data.image_files import ImageFiles
 from brfx.data.preprocessing import Preprocessing
 from brfx.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where the batches of an epoch lie in its order, and in each this rank's equal part.
+
+    Attributes:
+        samples: of the epoch.
+        batch_size, drop_last, rank, world_size: as in :class:`BatchLoader`.
+
+    Raises:
+        ConfigError: ``batch_size`` does not split evenly, or there is no such rank.
+    """
+
+    samples: int
+    batch_size: int
+    drop_last: bool = False
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        rank, world_size = self.rank, self.world_size
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank={rank!r}, world_size={world_size!r}: takes a rank below world_size")
+        if self.batch_size % world_size:
+            raise ConfigError(
+                f"batch_size={self.batch_size!r}: takes a multiple of world_size={world_size!r}, an equal part for each"
+            )
+
+    def __len__(self) -> int:
+        """Batches an epoch, those of all ranks together."""
+        whole, rest = divmod(self.samples, self.batch_size)
+        return whole + (1 if rest and not self.drop_last and rest % self.world_size == 0 else 0)
+
+    def starting_at(self, batch: int) -> list[slice]:
+        """This rank's part of each batch from the ``batch``-th on, counted from 0."""
+        if batch < 0:
+            raise ConfigError(f"batch={batch!r}: takes 0 or more")
+        starts = range(batch * self.batch_size, len(self) * self.batch_size, self.batch_size)
+        sizes = [min(self.batch_size, self.samples - start) // self.world_size for start in starts]
+        return [
+            slice(start + self.rank * size, start + (self.rank + 1) * size)
+            for start, size in zip(starts, sizes, strict=True)
+        ]
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """What an epoch's order and augmentation are drawn from."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
 
 
 class BatchLoader:
@@ -50,15 +100,9 @@ class BatchLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if not 0 <= rank < world_size:
-            raise ConfigError(f"rank={rank!r}, world_size={world_size!r}: takes a rank below world_size")
-        if batch_size % world_size:
-            raise ConfigError(
-                f"batch_size={batch_size!r}: takes a multiple of world_size={world_size!r}, an equal part for each"
-            )
-        self.split, self.preprocessing, self.batch_size = split, preprocessing, batch_size
-        self.augment, self.flip, self.drop_last, self.seed = augment, flip, drop_last, seed
-        self.device, self.rank, self.world_size = torch.device(device), rank, world_size
+        self.parts = Parts(len(split), batch_size, drop_last, rank, world_size)
+        self.split, self.preprocessing, self.device = split, preprocessing, torch.device(device)
+        self.augment, self.flip, self.seed = augment, flip, seed
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -66,27 +110,23 @@ class BatchLoader:
 
     def __len__(self) -> int:
         """Batches an epoch, those of all ranks together."""
-        whole, rest = divmod(len(self.split), self.batch_size)
-        return whole + (1 if rest and not self.drop_last and rest % self.world_size == 0 else 0)
+        return len(self.parts)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.starting_at(0)
 
     def starting_at(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The epoch from its ``batch``-th on, counted from 0; what goes before is neither decoded nor augmented."""
-        if batch < 0:
-            raise ConfigError(f"batch={batch!r}: takes 0 or more")
-        samples = len(self.split)
+        parts, samples = self.parts.starting_at(batch), len(self.split)
         order = torch.arange(samples)
         if self.augment:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            generator = epoch_generator(self.seed, self.epoch)
             order = torch.randperm(samples, generator=generator)
             reach = max(1, self.preprocessing.image_size // 8)
             shifts = torch.randint(0, 2 * reach + 1, (samples, 2), generator=generator)
             mirrored = torch.rand(samples, generator=generator) < (0.5 if self.flip else 0.0)
             shifts, mirrored = self._copy(shifts[order]), self._copy(mirrored[order])
         labels = self._copy(self.split.labels[order])
-        parts = [self._part(number) for number in range(batch, len(self))]
         for part, images in zip(parts, self._images([order[part] for part in parts]), strict=True):
             images, targets = self._copy(images), labels[part]
             if self.augment:
@@ -94,12 +134,6 @@ class BatchLoader:
             if self.augment and targets.dim() > 1:
                 targets = _shift_and_mirror(targets[:, None], shifts[part], mirrored[part], reach, fill=255)[:, 0]
             yield self.preprocessing.normalize(images), targets.long()
-
-    def _part(self, batch: int) -> slice:
-        """This rank's part of a batch, in the epoch's order."""
-        start = batch * self.batch_size
-        size = min(self.batch_size, len(self.split) - start) // self.world_size
-        return slice(start + self.rank * size, start + (self.rank + 1) * size)
 
     def _images(self, order: Sequence[Tensor]) -> Iterator[Tensor]:
         """The uint8 batches of these indices."""

@@ -21,7 +21,7 @@ from brfx.analysis.audit import Audit, audit
 from brfx.analysis.weight_statistics import WeightStatistics
 from brfx.calibration import calibrate, quantizers
 from brfx.config import JobConfig, code_file
-from brfx.data import DEFAULTS, BatchLoader, Dataset, Preprocessing, Split, with_overrides
+from brfx.data import DEFAULTS, BatchLoader, Dataset, DetectionLoader, Preprocessing, with_overrides
 from brfx.distributed import broadcast_object, broadcast_state, process_group, rank, world_size
 from brfx.errors import BrfxError, ConfigError, DataError, Interrupted, TrainingError, first_line
 from brfx.export import OnnxReport, export_onnx, snap_biases
@@ -87,10 +87,9 @@ def train_float(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: b
         dataset = read_data(job)
         seed_everything(job.train.seed)
         model, _ = _float_model(job, dataset, job.ckpt, new_head=not job.strict)
-        callbacks = _with_tensorboard(job, run_dir, callbacks)
+        callbacks, task = _with_tensorboard(job, run_dir, callbacks), _task(job, dataset)
         train_data, val_data = _loaders(job, dataset, callbacks)
         _open_run(job, run_dir, resume)
-        task = _task(job, dataset)
         where: dict[str, Any] = {"run_dir": run_dir, "resume": resume}
         with _resumable(run_dir):
             result = fit(model, train_data, val_data, job.train, task=task, callbacks=callbacks, **where)
@@ -129,7 +128,7 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
         _require_trained_teacher(job, head)
         teacher = _teacher(job, dataset, model)
         tell(callbacks, Phase("rewriting the model"))
-        qmodel = prepare_qat(model, job.qat, _example(dataset, 2))
+        qmodel = prepare_qat(model, job.qat, _example(job, dataset, 2))
         metadata = metadata_of(qmodel)
         metadata.preprocessing, metadata.classes = dataset.preprocessing, dataset.classes
         callbacks, task = _with_tensorboard(job, run_dir, callbacks), _task(job, dataset)
@@ -142,6 +141,9 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
                 _calibrate(job, None if head else model, qmodel, dataset, val_data, callbacks)
             for line in banner(job):
                 log.info(line)
+            no_onnx = task_of(job).no_onnx
+            if no_onnx:
+                log.info("No model.onnx will be written: %s", no_onnx)
             result = None
             if job.train.epochs:
                 result = fit(
@@ -157,7 +159,10 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
                     resume=resume,
                     callbacks=callbacks,
                 )
-            onnx_report, problem = _export(qmodel, run_dir, _example(dataset, 8).to(device), callbacks)
+            _export_weights(qmodel, run_dir, callbacks)
+            onnx_report, problem = None, no_onnx
+            if rank() == 0 and not no_onnx:
+                onnx_report, problem = _write_onnx(qmodel, run_dir, _example(job, dataset, 8).to(device))
             test_data = _test_loader(job, dataset, callbacks)
             test = evaluate(qmodel, test_data, task)
             test_float = None if head else evaluate(model, test_data, task)
@@ -174,10 +179,8 @@ def _resumable(run_dir: Path) -> Iterator[None]:
         raise Interrupted(signal.SIGINT, f"stopped; go on with --resume {run_dir}") from error
 
 
-def _export(
-    qmodel: nn.Module, run_dir: Path, example: Tensor, callbacks: Iterable[Callback]
-) -> tuple[OnnxReport | None, str | None]:
-    """Leave ``model.pt`` and ``model.onnx``, on rank 0; the report of that, or why there is none."""
+def _export_weights(qmodel: nn.Module, run_dir: Path, callbacks: Iterable[Callback]) -> None:
+    """Leave ``model.pt``, with biases that integer kernels have."""
     tell(callbacks, Phase("exporting"))
     _write_model(qmodel, run_dir)
     try:
@@ -185,7 +188,6 @@ def _export(
     except Exception as error:  # the network is not to be lost for the sake of a file
         log.warning("biases stay as they are: %s", first_line(error))
     _write_model(qmodel, run_dir)
-    return _write_onnx(qmodel, run_dir, example) if rank() == 0 else (None, None)
 
 
 #: Training images of which batch norms' statistics are estimated before training.
@@ -216,12 +218,13 @@ def _calibrate(
         coarse = any(quantizer.bits < 8 for quantizer in quantizers(qmodel).values())
         norm_batches = max(job.calibration_batches, NORM_IMAGES // job.batch_size)
 
-        def batches(count: int) -> Iterator[Tensor]:
-            return (images.to(job.train.device) for images, _ in islice(iter(whole), count))
+        def batches(count: int) -> Iterator[Any]:
+            return (images for images, _ in islice(iter(whole), count))
 
         with small_batches_named("calibration"):
-            settings: dict[str, Any] = {"dead_filters": job.dead_filters, "seed": job.train.seed}
-            calibrate(qmodel, batches(job.calibration_batches), start=job.start, batch_statistics=coarse, **settings)
+            settings: dict[str, Any] = {"dead_filters": job.dead_filters, "seed": job.train.seed, "start": job.start}
+            settings["forward"] = lambda qmodel, images: qmodel(images)  # a list of images is one input
+            calibrate(qmodel, batches(job.calibration_batches), batch_statistics=coarse, **settings)
             if coarse:
                 reestimate_batch_norm(qmodel, batches(norm_batches))
     broadcast_state(qmodel)
@@ -260,8 +263,8 @@ def dry_run(job: JobConfig, callbacks: Iterable[Callback] = ()) -> Audit:
     dataset = read_data(job)
     model, _ = _float_model(job, dataset, ckpt, new_head=not job.strict)
     tell(callbacks, Phase("rewriting the model"))
-    qmodel = prepare_qat(model, job.qat, _example(dataset, 2))
-    return audit(qmodel, _example(dataset, 1))
+    qmodel = prepare_qat(model, job.qat, _example(job, dataset, 2))
+    return audit(qmodel, _example(job, dataset, 1))
 
 
 def evaluate_file(job: JobConfig, callbacks: Iterable[Callback] = ()) -> tuple[str, Evaluation | Score]:
@@ -484,10 +487,10 @@ def _where_published(model: str) -> str:
     return f"; torchvision's are at {published.url}"
 
 
-def _compare_normalization(name: str, model: nn.Module, ckpt: Path, preprocessing: Preprocessing) -> None:
+def _compare_normalization(name: str, model: nn.Module, ckpt: Path, preprocessing: Preprocessing | None) -> None:
     """Warn where a file of torchvision's weights gets images of another mean or std than they were trained on."""
     published = published_weights(name)
-    if published is None or ckpt.name != published.path.name:
+    if published is None or preprocessing is None or ckpt.name != published.path.name:
         return
     for flag, wanted, given in zip(
         ("mean", "std"), published.normalization(model), (preprocessing.mean, preprocessing.std), strict=True
@@ -523,21 +526,24 @@ def _teacher(job: JobConfig, dataset: Dataset, model: nn.Module) -> nn.Module | 
     return teacher
 
 
-def _example(dataset: Dataset, count: int) -> Tensor:
+def _example(job: JobConfig, dataset: Dataset, count: int) -> Any:
     """The first images of validation, or of training where there is none, as the model sees them."""
     split = dataset.val if len(dataset.val) else dataset.train
-    return next(iter(BatchLoader(split, dataset.preprocessing, count)))[0]
+    return next(iter(task_of(job).loader(split, dataset.preprocessing, count)))[0]
+
+
+_Loader = BatchLoader | DetectionLoader
 
 
 def _loaders(
     job: JobConfig, dataset: Dataset, callbacks: Iterable[Callback] = (), *, shared: bool = True
-) -> tuple[BatchLoader, Batches | None]:
+) -> tuple[_Loader, Batches | None]:
     """Of training and, unless every image is trained on, of validation, which tells ``callbacks`` of its batches.
 
     A ``shared`` one gives each rank its part of every training batch.
     """
-    split = _limited(job, dataset.train)
-    train = BatchLoader(
+    split, loader = _limited(job, dataset.train), task_of(job).loader
+    train = loader(
         split,
         dataset.preprocessing,
         job.batch_size,
@@ -551,17 +557,17 @@ def _loaders(
     )
     if not job.val_fraction:
         return train, None
-    val = BatchLoader(_limited(job, dataset.val), dataset.preprocessing, job.batch_size, device=job.train.device)
+    val = loader(_limited(job, dataset.val), dataset.preprocessing, job.batch_size, device=job.train.device)
     return train, Told(val, callbacks, "validating")
 
 
 def _test_loader(job: JobConfig, dataset: Dataset, callbacks: Iterable[Callback] = ()) -> Batches:
     split = _limited(job, dataset.test)
-    loader = BatchLoader(split, dataset.preprocessing, job.batch_size, device=job.train.device)
+    loader = task_of(job).loader(split, dataset.preprocessing, job.batch_size, device=job.train.device)
     return Told(loader, callbacks, "evaluating on test images")
 
 
-def _limited(job: JobConfig, split: Split) -> Split:
+def _limited(job: JobConfig, split: Any) -> Any:
     """``split``, or as many of its images as ``limit_batches`` has: from all over it, where classes are in order."""
     if job.limit_batches is None or len(split) <= job.limit_batches * job.batch_size:
         return split

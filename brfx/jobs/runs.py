@@ -159,9 +159,9 @@ def _epoch(line: bytes, where: str) -> tuple[int, dict[str, Any], float]:
 
 
 def _validation(content: Any) -> dict[str, Any]:
-    """The task's metric on validation (``None``: there is none), and its name."""
+    """The task's metric on validation (``None``: there is none), and its name; it is the first of the figures."""
     names = [name for name in content if name.startswith("val_") and name != "val_loss"]
-    name = names[0] if len(names) == 1 else "val_accuracy"
+    name = names[0] if names else "val_accuracy"
     return {"val_accuracy": _share_or_none(content, name), "metric": name.removeprefix("val_")}
 
 

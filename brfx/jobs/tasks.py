@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,20 @@ import torchvision.models
 from torch import nn
 
 from brfx.config import JobConfig
-from brfx.data import Dataset, Preprocessing, load_dataset, load_segmentation
-from brfx.errors import ConfigError, DataError
+from brfx.data import (
+    BatchLoader,
+    Dataset,
+    DetectionLoader,
+    DetectionSplit,
+    Preprocessing,
+    load_dataset,
+    load_detection,
+    load_segmentation,
+)
+from brfx.errors import ConfigError, DataError, first_line
 from brfx.models import CIFAR_RESNETS, model_names
 from brfx.modes import eval_mode
-from brfx.train.tasks import Task, classification, pixel_logits, segmentation
+from brfx.train.tasks import Task, classification, detection, pixel_logits, segmentation
 
 
 @dataclass(frozen=True)
@@ -24,61 +34,56 @@ class JobTask:
     """A task of the command line.
 
     Attributes:
-        read: ``read(job, source, preprocessing)``, the data set.
-        of: the task for so many classes.
-        logits: the ``(batch, classes, ...)`` in a model's output, ``None`` where there are none.
         model: what a model of the task is called.
+        read: ``read(job, source, preprocessing)``, the data set.
+        loader: ``loader(split, preprocessing, batch_size, ..)``, batches as :class:`~brfx.data.BatchLoader` gives them.
+        of: the task for so many classes.
+        require: ``require(model, name, dataset)``, which raises ConfigError or DataError unless the model is one for
+            the data's classes and images.
+        refused: ``refused(job)``, flags that were given and that this task has no use for, each with the reason.
+        no_onnx: why no ``model.onnx`` is written; ``None``: one is.
     """
 
-    read: Callable[[JobConfig, str, Preprocessing], Dataset]
-    of: Callable[[int], Task]
-    logits: Callable[[Any], torch.Tensor | None]
     model: str
-
-    def require(self, model: nn.Module, name: str, dataset: Dataset) -> None:
-        """Raise ConfigError or DataError unless ``model`` gives logits for the data's classes and images."""
-        size, channels = dataset.preprocessing.image_size, dataset.preprocessing.channels
-        try:
-            with eval_mode(model), torch.no_grad():
-                output: Any = model(torch.zeros(2, channels, size, size))
-        except Exception as error:
-            first = (str(error).splitlines() or [repr(error)])[0]
-            raise ConfigError(
-                f"{name} does not run on images of {channels}x{size}x{size} ({first}); see --image-size, and --mean, "
-                "whose numbers are the channels: three for colour or one for grey"
-            ) from error
-        logits = self.logits(output)
-        if logits is None:
-            raise ConfigError(
-                f"{name} is no {self.model} (its output is a {type(output).__name__}): the command line trains "
-                "classifiers and segmenters (--task); use brfx.fit with a loss= and a metric= of your own"
-            )
-        if logits.shape[1] != len(dataset.classes):
-            raise DataError(f"{name} has {logits.shape[1]} classes, {dataset.name} has {len(dataset.classes)}")
+    read: Callable[[JobConfig, str, Preprocessing], Dataset]
+    loader: Callable[..., BatchLoader | DetectionLoader]
+    of: Callable[[int], Task]
+    require: Callable[[nn.Module, str, Dataset], None]
+    refused: Callable[[JobConfig], dict[str, str]] = lambda job: {}
+    no_onnx: str | None = None
 
 
 def task_of(job: JobConfig) -> JobTask:
     """The task that ``--task`` names, or else the model's own.
 
     Raises:
-        ConfigError: the model is of a task that the command line does not train.
+        ConfigError: the model is of a task that the command line does not train, or a flag is not for the task.
     """
-    return TASKS[job.task or _own_task(job.model)]
+    own = _own_task(job.model)
+    task = TASKS[job.task or own]
+    for flag, why in task.refused(job).items():
+        raise ConfigError(f"{flag}: {why}; leave it out")
+    return task
+
+
+#: Where torchvision has models that the command line does not train: what they are, and what to train them with.
+_OTHERS = {
+    ".keypoint_rcnn": ("a keypoint detector", "task=brfx.train.detection() and targets that have keypoints"),
+    ".mask_rcnn": ("a detector of boxes and masks", "task=brfx.train.detection() and targets that have masks"),
+    ".optical_flow.": ("an optical flow model", "a loss= and a metric= of your own"),
+    ".video.": ("a video classifier", "batches of clips"),
+}
 
 
 def _own_task(model: str) -> str:
     if model in CIFAR_RESNETS or model not in model_names():
         return "classification"
     home: str = torchvision.models.get_model_builder(model).__module__
-    for part, what, instead in (
-        (".detection.", "a detector", "task=brfx.train.detection()"),
-        (".optical_flow.", "an optical flow model", "a loss= and a metric= of your own"),
-    ):
+    for part, (what, instead) in _OTHERS.items():
         if part in home:
-            raise ConfigError(
-                f"{model} is {what}: the command line trains classifiers and segmenters; use brfx.fit with {instead}"
-            )
-    return "segmentation" if ".segmentation." in home else "classification"
+            trained = "classifiers, segmenters and detectors of boxes"
+            raise ConfigError(f"{model} is {what}: the command line trains {trained}; use brfx.fit with {instead}")
+    return next((task for task in ("detection", "segmentation") if f".{task}." in home), "classification")
 
 
 def _read_classes(job: JobConfig, source: str, preprocessing: Preprocessing) -> Dataset:
@@ -102,6 +107,83 @@ def _read_masks(job: JobConfig, source: str, preprocessing: Preprocessing) -> Da
     return load_segmentation(Path(source), preprocessing, num_classes=job.num_classes, **settings)
 
 
+def _read_boxes(job: JobConfig, source: str, preprocessing: Preprocessing) -> Dataset:
+    settings: dict[str, Any] = {"val_fraction": job.val_fraction, "seed": job.train.seed, "workers": job.workers}
+    return load_detection(Path(source), num_classes=job.num_classes, **settings)
+
+
+def _box_batches(
+    split: DetectionSplit, preprocessing: None, batch_size: int, *, augment: bool = False, **settings: Any
+) -> DetectionLoader:
+    """Of what mAP50 is measured on there must be a box; detectors preprocess images themselves."""
+    if not augment and not split.num_boxes:
+        raise DataError(
+            f"mAP50 needs a box: there is none in {len(split)} images: raise --val-fraction, --limit-batches"
+        )
+    return DetectionLoader(split, batch_size, augment=augment, **settings)
+
+
+def _without_flags_of_detectors(job: JobConfig) -> dict[str, str]:
+    own, train = "a detector resizes and normalizes images itself", job.train
+    given = {
+        "--image-size": (job.image_size is not None, own),
+        "--mean": (job.mean is not None, own),
+        "--std": (job.std is not None, own),
+        "--label-smoothing": (train.label_smoothing, "a detector has its own losses"),
+        "--teacher": (job.teacher is not None, "nothing can be distilled into a detector"),
+        "--distill": (train.distill, "nothing can be distilled into a detector"),
+        f"--compile {train.compile}": (train.compile in ("on", "kernels"), "a detector's batches are no one graph"),
+        "--skip-bad-images": (job.skip_bad_images, "take the image out of the annotations"),
+    }
+    return {flag: why for flag, (is_given, why) in given.items() if is_given}
+
+
+def _require_logits(logits: Callable[[Any], torch.Tensor | None], kind: str) -> Callable[..., None]:
+    """What raises unless a model gives ``logits``, ``(batch, classes, ...)`` in its output, for the data's classes."""
+
+    def require(model: nn.Module, name: str, dataset: Dataset) -> None:
+        assert dataset.preprocessing is not None
+        size, channels = dataset.preprocessing.image_size, dataset.preprocessing.channels
+        try:
+            with eval_mode(model), torch.no_grad():
+                output: Any = model(torch.zeros(2, channels, size, size))
+        except Exception as error:
+            raise ConfigError(
+                f"{name} does not run on images of {channels}x{size}x{size} ({first_line(error)}); see --image-size, "
+                "and --mean, whose numbers are the channels: three for colour or one for grey"
+            ) from error
+        found = logits(output)
+        if found is None:
+            raise ConfigError(
+                f"{name} is no {kind} (its output is a {type(output).__name__}): the command line trains classifiers, "
+                "segmenters and detectors (--task); use brfx.fit with a loss= and a metric= of your own"
+            )
+        if found.shape[1] != len(dataset.classes):
+            raise DataError(f"{name} has {found.shape[1]} classes, {dataset.name} has {len(dataset.classes)}")
+
+    return require
+
+
+def _require_detector(model: nn.Module, name: str, dataset: Dataset) -> None:
+    """Raise ConfigError unless a copy of ``model`` gives losses of the last class in training, and boxes in eval."""
+    images, _ = next(iter(DetectionLoader(dataset.train.take(torch.zeros(2, dtype=torch.long)), 2)))
+    height, width = images[0].shape[1:]
+    target = {"boxes": torch.tensor([[0.0, 0.0, width, height]]), "labels": torch.tensor([len(dataset.classes) - 1])}
+    detector = deepcopy(model)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            losses: Any = detector.train()(images, [target, target])
+            found: Any = detector.eval()(images)
+    except Exception as error:
+        raise ConfigError(
+            f"{name} does not train as a detector ({first_line(error)}): it takes a list of images and one of targets, "
+            f"as torchvision's do, and {len(dataset.classes)} classes, the background included"
+        ) from error
+    if not isinstance(losses, Mapping) or not isinstance(found, list) or not all("boxes" in of for of in found):
+        what = f"a {type(losses).__name__} in training and a {type(found).__name__} in eval"
+        raise ConfigError(f"{name} is no detector (it gives {what}, not losses and boxes by name): see --task")
+
+
 def _class_logits(output: Any) -> torch.Tensor | None:
     return output if isinstance(output, torch.Tensor) and output.dim() == 2 else None
 
@@ -112,6 +194,28 @@ def _mask_logits(output: Any) -> torch.Tensor | None:
 
 
 TASKS = {
-    "classification": JobTask(_read_classes, lambda classes: classification(), _class_logits, "classifier"),
-    "segmentation": JobTask(_read_masks, segmentation, _mask_logits, "segmenter"),
+    "classification": JobTask(
+        model="classifier",
+        read=_read_classes,
+        loader=BatchLoader,
+        of=lambda classes: classification(),
+        require=_require_logits(_class_logits, "classifier"),
+    ),
+    "segmentation": JobTask(
+        model="segmenter",
+        read=_read_masks,
+        loader=BatchLoader,
+        of=segmentation,
+        require=_require_logits(_mask_logits, "segmenter"),
+        refused=lambda job: {"--skip-bad-images": "remove the image and its mask"} if job.skip_bad_images else {},
+    ),
+    "detection": JobTask(
+        model="detector",
+        read=_read_boxes,
+        loader=_box_batches,
+        of=lambda classes: detection(),
+        require=_require_detector,
+        refused=_without_flags_of_detectors,
+        no_onnx="a detector chooses its boxes in Python code, which no exporter takes (docs/export.md)",
+    ),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
@@ -49,6 +49,7 @@ class Score:
     metric: str  #: its name
     count: int | None = None  #: of samples, where it is known
     loss: float | None = None  #: a mean over these, where the task has one in eval mode
+    further: dict[str, float] = field(default_factory=dict)  #: other figures by name, which nothing is chosen by
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -597,6 +597,7 @@ class _Run:
             images_per_second=world_size() * self.sums.images / self.seconds if self.seconds else 0.0,
             weights={} if self.statistics is None else self.statistics(self.epoch, self.batches),
             metric=self.task.metric,
+            further=dict(result.further) if isinstance(result, Score) else {},
         )
 
     def result(self) -> FitResult:

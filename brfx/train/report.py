@@ -56,6 +56,7 @@ class EpochMetrics:
     images_per_second: float
     weights: dict[str, dict[str, float | None]] = field(default_factory=dict)  #: what ``statistics`` told of each
     metric: str = "accuracy"  #: the task's
+    further: dict[str, float] = field(default_factory=dict)  #: other figures on validation, written as ``val_mAP`` ...
 
     @property
     def val_accuracy(self) -> float | None:
@@ -65,16 +66,18 @@ class EpochMetrics:
     def as_dict(self) -> dict[str, Any]:
         """The line: plain data, with the metric under its name."""
         found = asdict(self)
-        del found["metric"]
-        return {f"val_{self.metric}" if name == "val_metric" else name: value for name, value in found.items()}
+        del found["metric"], found["further"]
+        line = {f"val_{self.metric}" if name == "val_metric" else name: value for name, value in found.items()}
+        return line | {f"val_{name}": value for name, value in self.further.items()}
 
     @classmethod
     def from_dict(cls, line: dict[str, Any]) -> EpochMetrics:
         """What :meth:`as_dict` gave."""
-        (name,) = (name for name in line if name.startswith("val_") and name != "val_loss")
-        rest = {key: value for key, value in line.items() if key not in (name, "train")}
-        metric = name.removeprefix("val_")
-        return cls(**rest, train=Means(**line["train"]), val_metric=line[name], metric=metric)
+        measured = {key.removeprefix("val_"): line[key] for key in line if key.startswith("val_") and key != "val_loss"}
+        metric, *others = measured
+        rest = {key: value for key, value in line.items() if key == "val_loss" or not key.startswith("val_")}
+        rest |= {"train": Means(**line["train"]), "further": {name: measured[name] for name in others}}
+        return cls(**rest, val_metric=measured[metric], metric=metric)
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,9 @@ def detection() -> Task:
     ``labels``.
 
     A batch is ``(images, targets)``. The loss is the sum of theirs, the metric mAP50: average precision at an overlap
-    of one half, a mean over the classes of the targets. Nothing can be distilled, and nothing is compiled.
+    of one half, a mean over the classes of the targets; beside it is told mAP, a mean over overlaps of 0.5 to 0.95. At
+    most 100 boxes of an image count, those of the highest scores, and boxes with ``iscrowd`` as COCO has it. Nothing
+    can be distilled, and nothing is compiled.
 
     Raises:
         ConfigError: torchmetrics or pycocotools is not installed.
@@ -215,7 +217,7 @@ def detection() -> Task:
     try:
         from torchmetrics.detection import MeanAveragePrecision
 
-        precision = MeanAveragePrecision(iou_thresholds=[0.5])
+        precision = MeanAveragePrecision()
     except ImportError as error:
         raise ConfigError(needed("mAP50", "tasks", error)) from error
     precision.warn_on_many_detections = False  # it counts the 100 of an image that score highest, as COCO does
@@ -234,10 +236,10 @@ def detection() -> Task:
                 count += len(images)
         if not count:
             raise DataError("there is nothing to evaluate on: the data gave no batch")
-        found = float(metric.compute()["map_50"])
-        if found < 0:
+        found = metric.compute()
+        if found["map_50"] < 0:
             raise DataError("mAP50 needs a box: there is none in all the images that are evaluated on")
-        return Score(found, "mAP50", count)
+        return Score(float(found["map_50"]), "mAP50", count, further={"mAP": float(found["map"])})
 
     return Task(
         loss=lambda losses, targets: sum_of(losses),

@@ -42,7 +42,8 @@ class TensorBoard(Callback):
 
     def on_epoch(self, metrics: EpochMetrics) -> None:
         writer = self._open()
-        for name, value in (("loss", metrics.val_loss), (metrics.metric, metrics.val_metric)):
+        main = ("loss", metrics.val_loss), (metrics.metric, metrics.val_metric)
+        for name, value in (*main, *metrics.further.items()):
             if value is not None:
                 writer.add_scalar(f"val/{name}", value, metrics.epoch)
         writer.flush()

@@ -1,17 +1,28 @@
-"""The command line's tasks: which one a model is of, and a segmenter from training to its exported file."""
+"""The command line's tasks: which one a model is of, and a segmenter and a detector from training to their files."""
 
 import json
+import logging
+import os
+import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from brfx.config import JobConfig, QATConfig, TrainConfig
-from brfx.errors import BrfxError
-from brfx.jobs.job import evaluate_file, quantize, train_float
+from brfx.errors import BrfxError, CheckpointError, ExportError, Interrupted
+from brfx.io.float_checkpoint import load_float
+from brfx.io.model_file import load
+from brfx.jobs.files import export_file
+from brfx.jobs.job import dry_run, evaluate_file, inspect, quantize, train_float
 from brfx.jobs.runs import read_runs
-from brfx.jobs.tasks import TASKS, task_of
+from brfx.jobs.tasks import _class_logits, _mask_logits, task_of
+from brfx.metadata import metadata_of
+from brfx.models import build_model
+from brfx.train import Callback
 
 NUCLEI = Path(__file__).resolve().parents[3] / "shared" / "data" / "nuclei"
 
@@ -35,8 +46,9 @@ def test_the_task_is_the_models_own_unless_it_is_named():
 
     assert of(model="lraspp_mobilenet_v3_large") == of(model="fcn_resnet50") == "segmenter"
     assert of(model="resnet20") == of(model="resnet18") == of(model="net.py:net") == "classifier"
+    assert of(model="ssdlite320_mobilenet_v3_large") == of(model="fasterrcnn_resnet50_fpn_v2") == "detector"
     assert of(model="net.py:net", task="segmentation") == "segmenter"
-    with pytest.raises(BrfxError, match="task='depth': takes classification or segmentation, or None"):
+    with pytest.raises(BrfxError, match="task='depth': takes classification, segmentation, detection, or None"):
         of(task="depth")
 
 
@@ -79,15 +91,21 @@ def test_a_segmenter_is_trained_quantized_exported_and_evaluated(nuclei):
     assert listed["quantize"].val_accuracy == run.fit.val_metric
 
 
+@pytest.mark.parametrize("task", [None, "detection"])
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("ssdlite320_mobilenet_v3_large", r"is a detector: .*use brfx.fit with task=brfx.train.detection\(\)"),
+        (
+            "keypointrcnn_resnet50_fpn",
+            r"is a keypoint detector: .*brfx.train.detection\(\) and targets that have keypoints",
+        ),
+        ("maskrcnn_resnet50_fpn_v2", r"is a detector of boxes and masks: .* and targets that have masks"),
         ("raft_small", "is an optical flow model: .*a loss= and a metric= of your own"),
+        ("r3d_18", "is a video classifier: .*use brfx.fit with batches of clips"),
     ],
 )
-def test_a_model_of_another_task_is_refused_before_anything_is_read(tmp_path, model, message):
-    job = JobConfig(command="train", model=model, data="nowhere", output_dir=tmp_path / "run")
+def test_a_model_of_another_task_is_refused_before_anything_is_read(tmp_path, model, message, task):
+    job = JobConfig(command="train", model=model, task=task, data="nowhere", output_dir=tmp_path / "run")
     with pytest.raises(BrfxError, match=message):
         train_float(job)
 
@@ -103,6 +121,186 @@ def test_a_model_that_is_not_of_the_task_is_refused(nuclei):
 
 @pytest.mark.parametrize("output", [torch.zeros(2, 3), [torch.zeros(2, 3, 4, 4)], {"boxes": torch.zeros(2, 4)}])
 def test_logits_of_pixels_are_told_from_other_outputs(output):
-    assert TASKS["segmentation"].logits(output) is None
-    assert TASKS["segmentation"].logits({"out": torch.zeros(2, 3, 4, 4)}).shape == (2, 3, 4, 4)
-    assert TASKS["classification"].logits(nn.Identity()(torch.zeros(2, 3, 4, 4))) is None
+    assert _mask_logits(output) is None
+    assert _mask_logits({"out": torch.zeros(2, 3, 4, 4)}).shape == (2, 3, 4, 4)
+    assert _class_logits(nn.Identity()(torch.zeros(2, 3, 4, 4))) is None
+
+
+DETECTOR = """
+from torch import nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.ops import MultiScaleRoIAlign
+
+def net(num_classes=2):
+    body = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU())
+    body.out_channels = 8
+    return FasterRCNN(
+        body, rpn_anchor_generator=AnchorGenerator(((24,),), ((1.0,),)), box_roi_pool=MultiScaleRoIAlign(["0"], 3, 2),
+        box_head=TwoMLPHead(8 * 3 * 3, 16), box_predictor=FastRCNNPredictor(16, num_classes), min_size=64, max_size=64,
+    )
+
+def small(num_classes=2):
+    return net(num_classes - 1)
+"""
+
+
+@pytest.fixture
+def squares(tmp_path):
+    """Twelve images for training and three for the test, with a white square each but for one; returns a job on them."""
+    for package in ("torchmetrics", "pycocotools"):
+        pytest.importorskip(package, reason="mAP50 is measured by torchmetrics with pycocotools")
+    random = np.random.default_rng(0)
+    for part, count in (("train", 12), ("test", 3)):
+        (tmp_path / "data" / part).mkdir(parents=True)
+        images, annotations = [], []
+        for number in range(count):
+            pixels = random.integers(0, 64, (48, 64, 3), dtype=np.uint8)
+            left, top = (int(value) for value in random.integers(4, 20, 2))
+            if number:
+                pixels[top : top + 24, left : left + 24] = 255
+                box = [left, top, 24, 24]
+                annotations.append({"id": number, "image_id": number, "category_id": number % 2, "bbox": box})
+            Image.fromarray(pixels).save(tmp_path / "data" / part / f"{number}.png")
+            images.append({"id": number, "file_name": f"{number}.png", "width": 64, "height": 48})
+        content = {
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": 0, "name": "a"}, {"id": 1, "name": "b"}],
+        }
+        (tmp_path / "data" / f"{part}.json").write_text(json.dumps(content))
+    (tmp_path / "net.py").write_text(DETECTOR)
+
+    def job(command, *, train=None, **settings):
+        common = {"model": f"{tmp_path}/net.py:net", "task": "detection", "data": str(tmp_path / "data"), "workers": 0}
+        common |= {"batch_size": 1, "val_fraction": 0.15, "lambda_br_act": 0.001, "output_dir": tmp_path / command}
+        quantizes = command == "quantize"
+        best = tmp_path / "train" / "best.pth"
+        defaults = {"epochs": 2, "warmup_epochs": int(quantizes), "keep": "best", "lr": 0.001}
+        if quantizes:
+            common |= {"ckpt": best, "qat": QATConfig(bits=4), "calibration_batches": 2}
+        return JobConfig(command=command, train=TrainConfig(**defaults | (train or {})), **common | settings)
+
+    return job
+
+
+def test_a_detector_is_trained_quantized_and_evaluated(squares, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "brfx")
+    first = train_float(squares("train"))
+    run = quantize(squares("quantize"))
+    assert first.test.metric == run.test.metric == "mAP50" and run.test.count == 3
+    assert run.test_float == first.test and set(run.test.further) == {"mAP"} and 0 <= run.test.value <= 1
+    assert run.onnx is None and "chooses its boxes in Python code" in run.onnx_problem
+    told, trained = (
+        caplog.text.index(text) for text in ("No model.onnx will be written: a detector", "Calibrated on 2")
+    )
+    assert told > trained and (tmp_path / "quantize" / "model.pt").is_file()
+    for ckpt, kind, expected in (("train/best.pth", "FP32", first), ("quantize/model.pt", "W4A4", run)):
+        assert evaluate_file(squares("evaluate", ckpt=tmp_path / ckpt)) == (kind, expected.test)
+    lines = [json.loads(line) for line in (tmp_path / "quantize" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= line["val_mAP"] <= 1 for line in lines) and lines[-1]["train"]["terms"]["act"] > 0
+    result = json.loads((tmp_path / "quantize" / "result.json").read_text())
+    assert result["test"]["further"] == run.test.further and result["val_mAP50"] == run.fit.val_metric
+    (listed,) = (found for found in read_runs(tmp_path) if found.name == "quantize")
+    assert (listed.metric, listed.val_accuracy) == ("mAP50", run.fit.val_metric) and not listed.why
+    assert metadata_of(load(tmp_path / "quantize" / "model.pt", build_model(f"{tmp_path}/net.py:net", 3))).classes == (
+        "background", "a", "b",
+    )  # fmt: skip
+
+
+class Stop(Callback):
+    """Ask for a stop, as Ctrl-C does, at the tenth batch of the second epoch."""
+
+    def on_batch(self, progress):
+        if (progress.epoch, progress.batch) == (2, 10):
+            assert progress.batch < progress.batches
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("command", ["train", "quantize"])
+def test_a_detectors_run_that_is_cut_off_in_an_epoch_goes_on_bit_for_bit(squares, tmp_path, command):
+    if command == "quantize":
+        train_float(squares("train", train={"epochs": 1}))
+    run = {"train": train_float, "quantize": quantize}[command]
+    settings = {"val_fraction": 0.05, "train": {"epochs": 3, "warmup_epochs": 1}}
+    whole = squares(command, **settings, output_dir=tmp_path / "whole")
+    cut = squares(command, **settings, output_dir=tmp_path / "cut")
+    run(whole)
+    with pytest.raises(Interrupted, match="stopped at epoch 2, batch 10"):
+        run(cut, [Stop()])
+    run(cut, resume=True)
+    states = [torch.load(tmp_path / name / "last.pth", weights_only=True)["state_dict"] for name in ("whole", "cut")]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "cut")]
+    for one, other in zip(*lines, strict=True):
+        timed = ("seconds", "images_per_second")
+        assert [{k: v for k, v in json.loads(line).items() if k not in timed} for line in (one, other)][0] == {
+            key: value for key, value in json.loads(other).items() if key not in timed
+        }
+
+
+def test_so_few_batches_and_a_dry_run_of_a_detector(squares, tmp_path):
+    run = train_float(squares("train", limit_batches=2, val_fraction=0.3))
+    assert run.test.count == 2 and run.fit.history[0].further.keys() == {"mAP"}
+    before = sorted(tmp_path.rglob("*"))
+    assert dry_run(squares("quantize")).mac_share > 0.9
+    report = inspect(squares("inspect", ckpt=None, qat=QATConfig(bits=4), num_classes=3, image_size=64))
+    assert report.mac_share > 0.9 and sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_size": 64}, "--image-size: a detector resizes and normalizes images itself; leave it out"),
+        ({"mean": (0.5,) * 3}, "--mean: a detector resizes"),
+        ({"std": (0.5,) * 3}, "--std: a detector resizes"),
+        ({"skip_bad_images": True}, "--skip-bad-images: take the image out of the annotations"),
+        ({"train": {"label_smoothing": 0.1}}, "--label-smoothing: a detector has its own losses"),
+        ({"train": {"distill": 0.5}}, "--distill: nothing can be distilled into a detector"),
+        ({"train": {"distill": 0.5}, "teacher": "a=b"}, "--teacher: nothing can be distilled"),
+        ({"train": {"compile": "on"}}, "--compile on: a detector's batches are no one graph"),
+        ({"num_classes": 7}, "--num-classes 7: .* has 3, background included: a, b"),
+        (
+            {"model": "net.py:small"},
+            r"net.py:small does not train as a detector \(.*\): .* and 3 classes, the background",
+        ),
+        ({"model": "resnet20"}, r"resnet20 does not train as a detector \(.*\): it takes a list of images"),
+        (
+            {"val_fraction": 0.01, "train": {"seed": 3}},
+            "mAP50 needs a box: there is none in 1 images: raise --val-fraction",
+        ),
+    ],
+)
+def test_what_is_not_for_a_detector_is_refused_before_anything_is_written(squares, tmp_path, settings, message):
+    if settings.get("model") == "net.py:small":
+        settings = settings | {"model": f"{tmp_path}/net.py:small"}
+    with pytest.raises(BrfxError, match=message) as caught:
+        train_float(squares("train", **settings))
+    assert "\n" not in str(caught.value) and not (tmp_path / "train").exists()
+
+
+def test_a_detectors_model_file_is_refused_by_exporters_by_name(squares, tmp_path):
+    train_float(squares("train", train={"epochs": 1}))
+    quantize(squares("quantize", train={"epochs": 0, "warmup_epochs": 0}))
+    model = f"{tmp_path}/net.py:net"
+    for suffix in ("onnx", "qonnx.onnx", "pt2", "safetensors"):
+        with pytest.raises(ExportError, match=r"model.pt is a detector, which chooses its boxes in Python code: .*"):
+            export_file(tmp_path / "quantize" / "model.pt", tmp_path / f"model.{suffix}", model)
+
+
+@pytest.mark.parametrize(
+    "name", ["ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn", "fcos_resnet50_fpn"]
+)
+def test_a_detectors_heads_are_made_anew_for_the_datas_classes(tmp_path, name, caplog):
+    caplog.set_level(logging.INFO, "brfx")
+    torch.save(build_model(name).state_dict(), tmp_path / "coco.pth")
+    model = build_model(name, 2)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match="has 91 classes, 2 are wanted"):
+        load_float(model, tmp_path / "coco.pth")
+    head = load_float(model, tmp_path / "coco.pth", new_head=True)
+    assert 0 < len(head) < 40 and "made anew, from 91 to 2 classes" in caplog.text
+    assert all(torch.equal(model.state_dict()[key], before[key]) for key in head)
+    weights = [key for key, value in before.items() if value.dim() == 4 and key not in head]
+    assert not any(torch.equal(model.state_dict()[key], before[key]) for key in weights)
