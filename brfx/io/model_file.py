@@ -70,6 +70,16 @@ def is_brfx_file(path: Path) -> bool:
     return isinstance(content, Mapping) and content.get("format") == "brfx"
 
 
+def source_of(path: Path) -> ModelSource | None:
+    """How the float model of a file that :func:`save` wrote was built; ``None`` where the file does not say."""
+    content = read_file(path)
+    source = content.get("source") if isinstance(content, Mapping) else None
+    try:
+        return ModelSource(**source) if source else None
+    except TypeError as error:
+        raise CheckpointError(f"{path}: a brfx file with something changed ({_first_line(error)})") from error
+
+
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Read what :func:`save` wrote, on the CPU and in eval mode.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 from brfx.config import DATA_DIR, code_file
 from brfx.data import DEFAULTS, BatchLoader, Preprocessing, load_dataset
@@ -18,9 +19,10 @@ from brfx.export.reading import preprocessing_of, runner
 from brfx.export.table import exporter_for
 from brfx.export.verify import Verification, verify
 from brfx.extras import missing, needed
-from brfx.io.model_file import load
+from brfx.io.model_file import load, source_of
 from brfx.metadata import metadata_of
-from brfx.models import build_model
+from brfx.models import ModelSource, build_model
+from brfx.modes import eval_mode
 
 
 def export_file(ckpt: Path, output: Path, model: str = "", profile: str = "compact") -> OnnxReport | None:
@@ -131,8 +133,31 @@ def benchmark_files(
         return benchmark(named, _random_images(size or 224, batch_size, channels), rounds, threads)
 
 
+def load_built(path: Path, model: str = "") -> nn.Module:
+    """A ``model.pt``, on what ``model`` builds if that is ``path/to/file.py:factory``, for the classes of the file."""
+    if not code_file(model):
+        return load(path)
+    source = source_of(path) or ModelSource(model)
+    return load(path, build_model(model, source.num_classes, cifar_stem=source.cifar_stem))
+
+
 def _load_own(path: Path, model: str = "") -> nn.Module:
-    return load(path, build_model(model) if code_file(model) else None)
+    qmodel = load_built(path, model)
+    if not isinstance(qmodel, GraphModule) and _gives_boxes(qmodel):
+        raise ExportError(
+            f"{path} is a detector, which chooses its boxes in Python code: that is in no file but model.pt, which "
+            "brfx.load reads and `brfx evaluate` measures; its backbone and head alone can be exported (docs/export.md)"
+        )
+    return qmodel
+
+
+def _gives_boxes(qmodel: nn.Module) -> bool:
+    try:
+        with eval_mode(qmodel), torch.no_grad():
+            found = qmodel(list(_random_images(_image_size(qmodel), 1, _channels(qmodel))))
+    except Exception:  # it takes something else than a list of images
+        return False
+    return isinstance(found, list) and all(isinstance(of, dict) and "boxes" in of for of in found)
 
 
 def _image_size(qmodel: nn.Module) -> int:

@@ -31,6 +31,7 @@ from brfx.io.atomic import write_text_atomically
 from brfx.io.float_checkpoint import load_float, read_state_dict
 from brfx.io.model_file import is_brfx_file, load, save
 from brfx.io.torch_file import require_file
+from brfx.jobs.files import load_built
 from brfx.jobs.tasks import task_of
 from brfx.metadata import metadata_of
 from brfx.models import CIFAR_RESNETS, build_model, example_inputs, published_weights, require_model
@@ -279,7 +280,7 @@ def evaluate_file(job: JobConfig, callbacks: Iterable[Callback] = ()) -> tuple[s
     if is_exported(ckpt):
         return _evaluate_exported(job, ckpt, callbacks)
     if is_brfx_file(ckpt):
-        qmodel = load(ckpt, _own_model(job))
+        qmodel = load_built(ckpt, job.model)
         metadata = metadata_of(qmodel)
         name = metadata.source.name if metadata.source else job.model
         classes = None if metadata.classes is None else len(metadata.classes)
@@ -319,7 +320,7 @@ def inspect(job: JobConfig) -> Audit:
     """What runs quantized, and what not, of a run's ``model.pt``, or of ``--model`` as ``job.qat`` would rewrite it."""
     job = _with_checkpoint(job)
     if job.ckpt is not None and is_brfx_file(job.ckpt):
-        qmodel = load(job.ckpt, _own_model(job))
+        qmodel = load_built(job.ckpt, job.model)
         preprocessing = metadata_of(qmodel).preprocessing
         size = job.image_size or (preprocessing.image_size if preprocessing else _own_image_size(job.model))
         channels = preprocessing.channels if preprocessing else 3
@@ -418,10 +419,6 @@ def _own_dataset(model: str) -> str:
 
 def _own_image_size(model: str) -> int:
     return 32 if model in CIFAR_RESNETS else 224
-
-
-def _own_model(job: JobConfig) -> nn.Module | None:
-    return build_model(job.model, job.num_classes, cifar_stem=job.cifar_stem) if code_file(job.model) else None
 
 
 def _classes(job: JobConfig, dataset: Dataset) -> int:

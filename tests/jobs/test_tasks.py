@@ -148,7 +148,7 @@ def small(num_classes=2):
 
 @pytest.fixture
 def squares(tmp_path):
-    """Twelve images for training and three for the test, with a white square each but for one; returns a job on them."""
+    """Twelve images for training, three for the test, with a white square each but for one; returns a job on them."""
     for package in ("torchmetrics", "pycocotools"):
         pytest.importorskip(package, reason="mAP50 is measured by torchmetrics with pycocotools")
     random = np.random.default_rng(0)
@@ -232,12 +232,11 @@ def test_a_detectors_run_that_is_cut_off_in_an_epoch_goes_on_bit_for_bit(squares
     run(cut, resume=True)
     states = [torch.load(tmp_path / name / "last.pth", weights_only=True)["state_dict"] for name in ("whole", "cut")]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
-    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "cut")]
-    for one, other in zip(*lines, strict=True):
-        timed = ("seconds", "images_per_second")
-        assert [{k: v for k, v in json.loads(line).items() if k not in timed} for line in (one, other)][0] == {
-            key: value for key, value in json.loads(other).items() if key not in timed
-        }
+    whole_lines, cut_lines = (
+        [json.loads(line) | {"seconds": 0, "images_per_second": 0} for line in path.read_text().splitlines()]
+        for path in (tmp_path / "whole" / "metrics.jsonl", tmp_path / "cut" / "metrics.jsonl")
+    )
+    assert len(whole_lines) == 3 and whole_lines == cut_lines
 
 
 def test_so_few_batches_and_a_dry_run_of_a_detector(squares, tmp_path):
@@ -267,7 +266,7 @@ def test_so_few_batches_and_a_dry_run_of_a_detector(squares, tmp_path):
         ),
         ({"model": "resnet20"}, r"resnet20 does not train as a detector \(.*\): it takes a list of images"),
         (
-            {"val_fraction": 0.01, "train": {"seed": 3}},
+            {"val_fraction": 0.01, "train": {"seed": 2}},
             "mAP50 needs a box: there is none in 1 images: raise --val-fraction",
         ),
     ],
