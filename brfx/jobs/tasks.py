@@ -68,7 +68,10 @@ def task_of(job: JobConfig) -> JobTask:
 
 #: Where torchvision has models that the command line does not train: what they are, and what to train them with.
 _OTHERS = {
-    ".keypoint_rcnn": ("a keypoint detector", "task=brfx.train.detection() and targets that have keypoints"),
+    ".keypoint_rcnn": (
+        "a keypoint detector",
+        "task=brfx.train.detection(), targets that have keypoints, and channels_last=False, as its loss wants it",
+    ),
     ".mask_rcnn": ("a detector of boxes and masks", "task=brfx.train.detection() and targets that have masks"),
     ".optical_flow.": ("an optical flow model", "a loss= and a metric= of your own"),
     ".video.": ("a video classifier", "batches of clips"),
@@ -87,7 +90,9 @@ def _own_task(model: str) -> str:
 
 
 def _read_classes(job: JobConfig, source: str, preprocessing: Preprocessing) -> Dataset:
-    train = Path(source) / "train"
+    train, boxes = Path(source) / "train", Path(source) / "train.json"
+    if boxes.is_file():
+        raise DataError(f"{boxes}: has boxes of the images in {train}, not a folder a class: add --task detection")
     if train.is_dir() and {path.name for path in train.iterdir() if path.is_dir()} == {"images", "masks"}:
         raise DataError(f"{train}: has images/ and masks/, not a folder a class: add --task segmentation")
     return load_dataset(

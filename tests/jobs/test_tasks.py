@@ -97,7 +97,7 @@ def test_a_segmenter_is_trained_quantized_exported_and_evaluated(nuclei):
     [
         (
             "keypointrcnn_resnet50_fpn",
-            r"is a keypoint detector: .*brfx.train.detection\(\) and targets that have keypoints",
+            r"is a keypoint detector: .*brfx.train.detection\(\), targets that have keypoints",
         ),
         ("maskrcnn_resnet50_fpn_v2", r"is a detector of boxes and masks: .* and targets that have masks"),
         ("raft_small", "is an optical flow model: .*a loss= and a metric= of your own"),
@@ -264,6 +264,10 @@ def test_so_few_batches_and_a_dry_run_of_a_detector(squares, tmp_path):
             {"model": "net.py:small"},
             r"net.py:small does not train as a detector \(.*\): .* and 3 classes, the background",
         ),
+        (
+            {"model": "resnet20", "task": None},
+            r"train.json: has boxes of the images in .*train, .*: add --task detection",
+        ),
         ({"model": "resnet20"}, r"resnet20 does not train as a detector \(.*\): it takes a list of images"),
         (
             {"val_fraction": 0.01, "train": {"seed": 2}},
@@ -303,3 +307,18 @@ def test_a_detectors_heads_are_made_anew_for_the_datas_classes(tmp_path, name, c
     assert all(torch.equal(model.state_dict()[key], before[key]) for key in head)
     weights = [key for key, value in before.items() if value.dim() == 4 and key not in head]
     assert not any(torch.equal(model.state_dict()[key], before[key]) for key in weights)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"precision": "bf16"},
+        {"accumulate": 4, "ema": 0.5, "reestimate_bn": 2},
+        {"on_nonfinite": "skip", "clip_grad": 1.0},
+    ],
+)
+def test_settings_of_training_hold_for_a_detector(squares, settings):
+    train_float(squares("train", train={"epochs": 1}))
+    run = quantize(squares("quantize", val_fraction=0.3, train=settings | {"patience": 1}))
+    assert run.fit.history[-1].train.loss > 0 and run.fit.skipped == 0
+    assert run.fit.compiled == "none" and run.test.count == 3
