@@ -24,6 +24,7 @@ from .options import (
     table_options,
     train_options,
 )
+from .report import report, report_of_finished
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -69,6 +70,7 @@ def quantize(dry_run: bool, table: str, **given: Any) -> None:
         return
     with progress(render.console) as callback:
         result = jobs.quantize(job, [callback], resume=resume)
+    report_of_finished(result.run_dir)
     summary.show(result, job)
 
 
@@ -298,6 +300,9 @@ def runs(folder: Path, table: str) -> None:
     from brfx.jobs.runs import read_runs
 
     tables.runs(render.console, read_runs(folder), table)
+
+
+cli.add_command(report)
 
 
 def main() -> None:

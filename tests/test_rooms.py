@@ -23,6 +23,8 @@ FORBIDDEN = {
     "io": ("brfx.train", "brfx.jobs", "brfx.fast", "brfx.export"),
     "metadata": ("brfx.data", "brfx.train", "brfx.models"),
     "export": ("brfx.train", "brfx.fast", "brfx.jobs", "brfx.regularizers"),
+    "jobs": ("brfx.report",),
+    "report": ("torch", "brfx.nn", "brfx.quant", "brfx.graph", "brfx.train", "brfx.analysis", "brfx.export"),
 }
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from brfx.analysis.audit import Audit, audit
-from brfx.analysis.weight_statistics import WeightStatistics
+from brfx.analysis.network import network
 from brfx.calibration import calibrate, quantizers
 from brfx.config import JobConfig, code_file
 from brfx.data import DEFAULTS, BatchLoader, Dataset, DetectionLoader, Preprocessing, with_overrides
@@ -32,6 +32,8 @@ from brfx.io.float_checkpoint import load_float, read_state_dict
 from brfx.io.model_file import is_brfx_file, load, save
 from brfx.io.torch_file import require_file
 from brfx.jobs.files import load_built
+from brfx.jobs.machine import machine
+from brfx.jobs.statistics import RunStatistics
 from brfx.jobs.tasks import task_of
 from brfx.metadata import metadata_of
 from brfx.models import CIFAR_RESNETS, build_model, example_inputs, published_weights, require_model
@@ -46,6 +48,7 @@ from brfx.train.batch_norm import small_batches_named
 from brfx.train.checkpoint import FOLDER, Checkpoints, has_checkpoints, written_into
 from brfx.train.loop import Batches, seed_everything
 from brfx.train.report import Phase, Told, tell
+from brfx.train.tasks import to_device
 
 log = logging.getLogger(__name__)
 
@@ -140,13 +143,17 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
             qmodel.to(device)
             if not (resume and has_checkpoints(run_dir)):
                 _calibrate(job, None if head else model, qmodel, dataset, val_data, callbacks)
+            _write_network(model, qmodel, run_dir, to_device(_example(job, dataset, 1), device))
+            statistics = _statistics(job, qmodel, dataset, run_dir, len(train_data))
             for line in banner(job):
                 log.info(line)
             no_onnx = task_of(job).no_onnx
             if no_onnx:
                 log.info("No model.onnx will be written: %s", no_onnx)
             result = None
-            if job.train.epochs:
+            if not job.train.epochs:
+                statistics.begin()
+            else:
                 result = fit(
                     qmodel,
                     train_data,
@@ -154,7 +161,7 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
                     job.train,
                     task=task,
                     penalty=_penalty(job, qmodel),
-                    statistics=WeightStatistics(qmodel, after=job.train.warmup_epochs or 0),
+                    statistics=statistics,
                     teacher=teacher,
                     run_dir=run_dir,
                     resume=resume,
@@ -163,7 +170,7 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
             _export_weights(qmodel, run_dir, callbacks)
             onnx_report, problem = None, no_onnx
             if rank() == 0 and not no_onnx:
-                onnx_report, problem = _write_onnx(qmodel, run_dir, _example(job, dataset, 8).to(device))
+                onnx_report, problem = _write_onnx(qmodel, run_dir, to_device(_example(job, dataset, 8), device))
             test_data = _test_loader(job, dataset, callbacks)
             test = evaluate(qmodel, test_data, task)
             test_float = None if head else evaluate(model, test_data, task)
@@ -231,6 +238,32 @@ def _calibrate(
     broadcast_state(qmodel)
     came_to = "" if val_data is None else f": {100 * evaluate(qmodel, val_data, task).value:.2f} % on validation"
     log.info("Calibrated on %d batches%s", min(job.calibration_batches, len(whole)), came_to)
+
+
+def _statistics(job: JobConfig, qmodel: nn.Module, dataset: Dataset, run_dir: Path, batches: int) -> RunStatistics:
+    """Those of a run with so many batches an epoch; activations are of few images, to take under 1 % of its time."""
+    images = max(4, min(64, job.batch_size, batches * job.batch_size * world_size() // 256))
+    return RunStatistics(qmodel, job.train.warmup_epochs or 0, run_dir, _example(job, dataset, images))
+
+
+def _write_network(model: nn.Module, qmodel: nn.Module, run_dir: Path, example: Any) -> None:
+    """Write ``network.json``, the graph with its bits, which the report draws; none where the audit fails. ``model`` is
+    in FP32."""
+    if rank() > 0 or (run_dir / "network.json").exists():
+        return
+    try:
+        found = audit(qmodel, example)
+        content = {
+            "footer": found.footer,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "exceptions": found.exceptions,
+            "places": [asdict(place) for place in network(qmodel, found)],
+        }
+    except Exception as error:  # a picture is no reason to lose a run
+        log.warning("no network.json: %s", first_line(error))
+        return
+    with written_into(run_dir):
+        write_text_atomically(run_dir / "network.json", json.dumps(content) + "\n")
 
 
 def _write_model(qmodel: nn.Module, run_dir: Path) -> None:
@@ -616,6 +649,7 @@ def _open_run(job: JobConfig, run_dir: Path, resume: bool) -> None:
         "versions": {name: version(name) for name in ("brfx", "torch", "torchvision")},
         "python": sys.version.split()[0],
         "command_line": sys.argv,
+        "machine": machine(job.train.device),
     }
     write_text_atomically(run_dir / "config.json", json.dumps(settings, indent=2, default=str) + "\n")
 

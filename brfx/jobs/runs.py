@@ -85,6 +85,22 @@ def read_runs(folder: Path) -> list[Run]:
     return runs
 
 
+def read_run(path: Path) -> Run:
+    """The run in a folder.
+
+    Raises:
+        ConfigError: there is no such folder, it holds no run, or a file of it is damaged.
+    """
+    if not path.is_dir():
+        raise ConfigError(f"{path}: there is no such folder; give a run's")
+    run = _read_run(path, path) if (path / "config.json").is_file() else None
+    if run is None:
+        raise ConfigError(f"{path}: this is no run's folder (`brfx train` and `brfx quantize` leave a config.json)")
+    if run.state == "unreadable":
+        raise ConfigError(f"{path}: {run.why}")
+    return run
+
+
 def _read_run(folder: Path, path: Path) -> Run | None:
     """One run; ``None`` where ``config.json`` is not of brfx."""
     known: dict[str, Any] = {} if os.path.isfile(path / "metrics.jsonl") else {"epochs_done": 0}

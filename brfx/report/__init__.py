@@ -1,0 +1,1 @@
+"""A page and figures of runs, from the files in their folders."""

@@ -1,0 +1,100 @@
+"""``brfx report``: a page, figures, or a short form on the terminal, of runs."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.table import Table
+
+from brfx.errors import BrfxError
+
+from . import render
+
+if TYPE_CHECKING:
+    from brfx.report.run_files import RunFiles
+
+
+@click.command()
+@click.argument("folders", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Page to write.  [default: report.html in RUN, or here]"
+)
+@click.option(
+    "--figures", type=click.Path(path_type=Path), help="Write every figure as SVG, PDF and PNG to this folder."
+)
+@click.option("--terminal", is_flag=True, help="Print a short form; write a page only with --output.")
+def report(folders: tuple[Path, ...], output: Path | None, figures: Path | None, terminal: bool) -> None:
+    """Show what became of runs: one HTML page with their curves, histograms, network, files and settings.
+
+    Several runs are laid over each other, with a table of where they differ.
+    """
+    from brfx.report.write import read, write_figures, write_page
+
+    runs = read(folders)
+    if terminal:
+        for run in runs:
+            _short_form(run)
+    if figures is not None:
+        count = write_figures(runs, figures)
+        render.console.print(f"{figures}  {count} figures", markup=False)
+    if output is None and not terminal and figures is None:
+        output = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
+    if output is not None:
+        write_page(runs, output)
+        render.console.print(f"{output}  {render.size(output.stat().st_size)}", markup=False)
+
+
+def report_of_finished(run_dir: Path) -> None:
+    """Write ``report.html`` into a run's folder, or say in a line why not; a run is not lost for it."""
+    from brfx.distributed import rank
+
+    if rank() > 0:
+        return
+    again = f"`brfx report {run_dir}` makes it from the run's files"
+    if importlib.util.find_spec("matplotlib") is None:
+        render.console.print(
+            f"No report.html: it needs matplotlib (pip install 'matplotlib>=3.9'); {again}", markup=False
+        )
+        return
+    from brfx.report.write import read, write_page
+
+    try:
+        write_page(read([run_dir]), run_dir / "report.html")
+    except (BrfxError, OSError) as error:
+        render.console.print(f"No report.html: {error}; {again}", style="yellow", markup=False)
+
+
+def _short_form(run: RunFiles) -> None:
+    """The result, each curve in a line, and a line a layer."""
+    from brfx.report import text
+
+    render.console.print(text.sentence(run), markup=False)
+    for name, epochs, values in text.curves(run):
+        first, last = (f"{value:.4g}" for value in (values[0], values[-1]))
+        render.console.print(
+            f"  {name:<22.22} {_spark(values)}  {first} → {last}  (epochs {epochs[0]} to {epochs[-1]})", markup=False
+        )
+    for kind in ("weights", "activations"):
+        found = text.layers(run, kind) or (text.weights_only(run) if kind == "weights" else None)
+        if found is None:
+            continue
+        names, rows = found
+        table = Table(box=None, pad_edge=False)
+        for number, name in enumerate(names):
+            table.add_column(kind if number == 0 else name, justify="right" if number else "left")
+        for row in rows:
+            table.add_row(*row)
+        render.console.print(table)
+
+
+def _spark(values: Sequence[float], most: int = 24) -> str:
+    """A line of bars, each the mean of its share of ``values``."""
+    count = min(most, len(values))
+    parts = [values[place * len(values) // count : (place + 1) * len(values) // count] for place in range(count)]
+    means = [sum(part) / len(part) for part in parts]
+    low, high = min(means), max(means)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (mean - low) / (high - low)) if high > low else 3] for mean in means)
