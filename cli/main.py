@@ -24,7 +24,7 @@ from .options import (
     table_options,
     train_options,
 )
-from .report import report, report_of_finished
+from .report import report, report_of_finished, write_graph
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -253,8 +253,11 @@ def models(pattern: str) -> None:
 @model_options
 @quantizer_options
 @click.option("--image-size", type=int, help="Use an example of so many pixels a side.  [default: the model's own]")
+@click.option(
+    "--graph", type=click.Path(path_type=Path), help="Write a picture of the graph before and after, an .svg."
+)
 @table_options
-def inspect(table: str, **given: Any) -> None:
+def inspect(table: str, graph: Path | None, **given: Any) -> None:
     """Show what is quantized, layer by layer.
 
     Of a model by its name as it would be rewritten, or of a run's model.pt. Layers that are alike share a line:
@@ -264,7 +267,12 @@ def inspect(table: str, **given: Any) -> None:
 
     job = build_job("inspect", given)
     render.show_log(beside=table in ("json", "csv"))
-    tables.audit(render.console, jobs.inspect(job), table)
+    if graph is None:
+        tables.audit(render.console, jobs.inspect(job), table)
+        return
+    found, before, after = jobs.inspect_graphs(job)
+    tables.audit(render.console, found, table)
+    write_graph(before, after, graph)
 
 
 @cli.command(

@@ -15,6 +15,7 @@ from brfx.errors import BrfxError
 from . import render
 
 if TYPE_CHECKING:
+    from brfx.analysis.network import Place
     from brfx.report.run_files import RunFiles
 
 
@@ -66,6 +67,14 @@ def report_of_finished(run_dir: Path) -> None:
         write_page(read([run_dir]), run_dir / "report.html")
     except (BrfxError, OSError) as error:
         render.console.print(f"No report.html: {error}; {again}", style="yellow", markup=False)
+
+
+def write_graph(before: Sequence[Place], after: Sequence[Place], path: Path) -> None:
+    """A picture of a model's graph beside that of what it was rewritten to."""
+    from brfx.report.write import write_network
+
+    write_network({"before": before, "after": after}, path)
+    render.console.print(f"{path}  {render.size(path.stat().st_size)}", markup=False)
 
 
 def _short_form(run: RunFiles) -> None:

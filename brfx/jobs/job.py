@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from brfx.analysis.audit import Audit, audit
-from brfx.analysis.network import network
+from brfx.analysis.network import Place, network
 from brfx.calibration import calibrate, quantizers
 from brfx.config import JobConfig, code_file
 from brfx.data import DEFAULTS, BatchLoader, Dataset, DetectionLoader, Preprocessing, with_overrides
@@ -27,6 +27,7 @@ from brfx.errors import BrfxError, ConfigError, DataError, Interrupted, Training
 from brfx.export import OnnxReport, export_onnx, snap_biases
 from brfx.export.reading import AsModule, entries_of, is_exported, preprocessing_in, runner
 from brfx.extras import missing, needed
+from brfx.graph.trace import trace_islands
 from brfx.io.atomic import write_text_atomically
 from brfx.io.float_checkpoint import load_float, read_state_dict
 from brfx.io.model_file import is_brfx_file, load, save
@@ -36,7 +37,7 @@ from brfx.jobs.machine import machine
 from brfx.jobs.statistics import RunStatistics
 from brfx.jobs.tasks import task_of
 from brfx.metadata import metadata_of
-from brfx.models import CIFAR_RESNETS, build_model, example_inputs, published_weights, require_model
+from brfx.models import CIFAR_RESNETS, ModelSource, build_model, example_inputs, published_weights, require_model
 from brfx.prepare import prepare_qat
 from brfx.quant.factory import about_activations, about_weights
 from brfx.quant.grid import Grid
@@ -351,21 +352,37 @@ def _require_classes(path: Path, classes: tuple[str, ...] | None, dataset: Datas
 
 def inspect(job: JobConfig) -> Audit:
     """What runs quantized, and what not, of a run's ``model.pt``, or of ``--model`` as ``job.qat`` would rewrite it."""
+    _, qmodel, example = _inspected(job)
+    return audit(qmodel, *example)
+
+
+def inspect_graphs(job: JobConfig) -> tuple[Audit, list[Place], list[Place]]:
+    """:func:`inspect`, and the graphs of the model before and after it is rewritten."""
+    model, qmodel, example = _inspected(job)
+    found = audit(qmodel, *example)
+    return found, network(trace_islands(model, metadata_of(qmodel).tracing).model), network(qmodel, found)
+
+
+def _inspected(job: JobConfig) -> tuple[nn.Module, nn.Module, tuple[Any, ...]]:
+    """The float model, the rewritten one, and an example of its inputs."""
     job = _with_checkpoint(job)
     if job.ckpt is not None and is_brfx_file(job.ckpt):
         qmodel = load_built(job.ckpt, job.model)
-        preprocessing = metadata_of(qmodel).preprocessing
+        metadata = metadata_of(qmodel)
+        preprocessing, source = metadata.preprocessing, metadata.source or ModelSource(job.model)
         size = job.image_size or (preprocessing.image_size if preprocessing else _own_image_size(job.model))
         channels = preprocessing.channels if preprocessing else 3
-    else:
-        if not job.model:
-            raise ConfigError("say what to inspect: --model NAME, or --ckpt with a run's model.pt")
-        model = build_model(job.model, job.num_classes, cifar_stem=job.cifar_stem)
-        if job.ckpt is not None:
-            load_float(model, job.ckpt, key=job.ckpt_key)
-        size, channels = job.image_size or _own_image_size(job.model), _input_channels(model)
-        qmodel = prepare_qat(model, job.qat, example_inputs(job.model, size, 2, channels=channels))
-    return audit(qmodel, *example_inputs(job.model, size, channels=channels))
+        name = job.model if code_file(job.model) else source.name
+        own = build_model(name, source.num_classes, cifar_stem=source.cifar_stem)
+        return own, qmodel, example_inputs(job.model, size, channels=channels)
+    if not job.model:
+        raise ConfigError("say what to inspect: --model NAME, or --ckpt with a run's model.pt")
+    model = build_model(job.model, job.num_classes, cifar_stem=job.cifar_stem)
+    if job.ckpt is not None:
+        load_float(model, job.ckpt, key=job.ckpt_key)
+    size, channels = job.image_size or _own_image_size(job.model), _input_channels(model)
+    qmodel = prepare_qat(model, job.qat, example_inputs(job.model, size, 2, channels=channels))
+    return model, qmodel, example_inputs(job.model, size, channels=channels)
 
 
 def _input_channels(model: nn.Module) -> int:

@@ -72,10 +72,13 @@ def _metric(runs: Sequence[RunFiles]) -> tuple[str, str, Figure] | None:
         look = {"color": SERIES[number % len(SERIES)], "ls": DASHES[number % len(DASHES)], **_dots(epochs)}
         axes.plot(epochs, values, label="validation" if alone else run.label, **look)
     star: dict[str, Any] = {"marker": "*", "ms": 11, "mec": "none", "ls": "none", "zorder": 5}
-    tested = [(number, run) for number, run in enumerate(runs) if run.run.epoch and run.run.test_accuracy is not None]
-    for number, run in tested:
-        colour = SERIES[1] if alone else SERIES[number % len(SERIES)]
-        axes.plot([run.run.epoch], [100 * (run.run.test_accuracy or 0)], color=colour, **star)
+    tested = [
+        (run.run.epoch, run.run.test_accuracy, SERIES[1] if alone else SERIES[number % len(SERIES)])
+        for number, run in enumerate(runs)
+        if run.run.epoch and run.run.test_accuracy is not None
+    ]
+    for epoch, accuracy, colour in tested:
+        axes.plot([epoch], [100 * accuracy], color=colour, **star)
     if tested:
         axes.plot([], [], color=SERIES[1] if alone else MUTED, label="test, epoch shipped", **star)
     tests = {value for run in runs if (value := run.float_test) is not None}
@@ -93,6 +96,8 @@ def _curve(
     if not any(epochs for epochs, _ in found):
         return None
     for number, (run, (epochs, values)) in enumerate(zip(runs, found, strict=True)):
+        if not epochs:
+            continue
         style: dict[str, Any] = {"color": SERIES[number % len(SERIES)], "ls": DASHES[number % len(DASHES)]}
         axes.plot(epochs, values, label=run.label if len(runs) > 1 else None, **_dots(epochs), **style)
     _finish(axes, runs)
@@ -200,7 +205,7 @@ def _series(runs: Sequence[RunFiles], kind: str) -> list[_Series]:
     for number, run in enumerate(runs):
         if run.after is not None:
             name = f"after epoch {run.after['epoch']}" if len(runs) == 1 else run.label
-            look = {"colour": SERIES[number % len(SERIES)], "dashes": DASHES[number % len(DASHES)]}
+            look: dict[str, Any] = {"colour": SERIES[number % len(SERIES)], "dashes": DASHES[number % len(DASHES)]}
             found.append(_Series(name, run.after[kind], fill=0.22 if len(runs) == 1 else 0.12, **look))
     return found
 
@@ -382,11 +387,12 @@ def _finish(axes: Axes, runs: Sequence[RunFiles]) -> None:
     """The epochs' axis, the stage boundary, a legend where something has a name."""
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(_whole_epochs(8))
-    boundaries = {run.boundary for run in runs if run.boundary}
-    for boundary in boundaries:
-        axes.axvline(boundary + 0.5, color=MUTED, lw=0.9, ls=(0, (2, 2)), zorder=0.5)
+    boundaries = {run.boundary: number for number, run in enumerate(runs) if run.boundary}
+    for boundary, number in boundaries.items():
+        colour = MUTED if len(boundaries) == 1 else SERIES[number % len(SERIES)]
+        axes.axvline(boundary + 0.5, color=colour, lw=0.9, ls=(0, (2, 2)), zorder=0.5)
     if len(boundaries) == 1:
-        at = (boundaries.pop() + 0.5, 1.0)
+        at = (next(iter(boundaries)) + 0.5, 1.0)
         where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top", "fontsize": 7.5}
         box = {"fc": PAPER, "ec": "none", "pad": 0.6}
         whose = "" if len(runs) == 1 or all(run.boundary for run in runs) else _labels_of(runs)

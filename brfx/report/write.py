@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from brfx.errors import ConfigError
 from brfx.io.atomic import write_text_atomically
 from brfx.report.run_files import RunFiles, read_run_files
 from brfx.report.style import figure_style, require_matplotlib
+
+if TYPE_CHECKING:
+    from brfx.analysis.network import Place
 
 #: What a figure is written as: for the web, for LaTeX, for slides.
 SUFFIXES = (".svg", ".pdf", ".png")
@@ -51,6 +56,22 @@ def write_page(runs: Sequence[RunFiles], path: Path) -> None:
     with _damage_named(runs):
         content = page(runs)
     write_text_atomically(path, content)
+
+
+def write_network(panels: Mapping[str, Sequence[Place]], path: Path) -> None:
+    """A picture of graphs side by side, ``{heading: places}``, as an SVG file.
+
+    Raises:
+        ConfigError: ``path`` is no .svg, or there is no such folder.
+        OSError: it cannot be written.
+    """
+    from brfx.report.network_svg import network_svg
+
+    if path.suffix != ".svg":
+        raise ConfigError(f"{path}: the picture of a graph is an .svg: give a name that ends so")
+    _require_folder(path.parent)
+    plain = {heading: [asdict(place) for place in places] for heading, places in panels.items()}
+    write_text_atomically(path, network_svg(plain, " and ".join(panels)))
 
 
 def write_figures(runs: Sequence[RunFiles], folder: Path) -> int:
