@@ -73,13 +73,15 @@ def activation_histograms(qmodel: nn.Module, *inputs: Any) -> dict[str, dict[str
     tallies: dict[str, _Tally] = {}
     quantizers = {name: module for name, module in qmodel.named_modules() if isinstance(module, ActivationQuantizer)}
 
-    def seen(name: str) -> Callable[[Any, Any], None]:
-        def hook(quantizer: Any, args: Any) -> None:
-            tallies.setdefault(name, _Tally(quantizer, ACTIVATION_BINS)).add(args[0])
+    def seen(name: str) -> Callable[[Any, Any, Any], None]:
+        def hook(quantizer: Any, args: Any, kwargs: Any) -> None:
+            if quantizer.has_step():  # without one it raises when it is called
+                values = args[0] if args else kwargs["input"]
+                tallies.setdefault(name, _Tally(quantizer, ACTIVATION_BINS)).add(values)
 
         return hook
 
-    handles = [module.register_forward_pre_hook(seen(name)) for name, module in quantizers.items()]
+    handles = [module.register_forward_pre_hook(seen(name), with_kwargs=True) for name, module in quantizers.items()]
     try:
         with eval_mode(qmodel):
             qmodel(*inputs)

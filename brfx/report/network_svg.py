@@ -17,7 +17,7 @@ Place = Mapping[str, Any]
 
 _ROW, _BOX, _LETTER, _GAP, _LANE = 30, 20, 6.4, 12, 10
 #: Where a row ends, and goes on in the next; and how long a reason may be.
-_WIDTH, _REASON = 560, 70
+_WIDTH, _REASON = 560, 60
 
 _STYLE = """
 .brfx-net { --ink: LIGHT_INK; --muted: LIGHT_MUTED; --rule: LIGHT_RULE; --paper: LIGHT_PAPER; }
@@ -63,7 +63,7 @@ def network_svg(panels: Mapping[str, Sequence[Place]], label: str) -> str:
             style = style.replace(f"{theme}_{name.upper()}", colours[f"--{name}"])
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="brfx-net" role="img" aria-label="{escape(label)}" '
-        f'style="--w: {width:.0f}px" width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}">'
+        f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}">'
         f"<style>{style.replace('RED', FLOAT)}</style>{''.join(parts)}{legend}</svg>"
     )
 
@@ -163,7 +163,8 @@ def _text(place: Place) -> str:
         return " ".join([place["name"], *_operands(place)])
     if role in ("add", "observer"):
         return ""
-    return str(place["name"]).rpartition(".")[2] or str(place["kind"])
+    last = str(place["name"]).rpartition(".")[2]
+    return str(place["kind"]) if last.partition("#")[0].isdigit() else last
 
 
 def _operands(place: Place) -> list[str]:

@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from html import escape
 from typing import TYPE_CHECKING
 
 from brfx.errors import ConfigError
@@ -109,9 +110,7 @@ def inline_svg(figure: Figure, label: str) -> str:
     svg = re.sub(r' id="([^"]+)"', lambda found: found.group(0) if found.group(1) in used else "", svg)
     for colour, name in VARIABLES.items():
         svg = svg.replace(colour, f"var({name})")
-    width, height = re.findall(r'(?:width|height)="([\d.]+)pt"', svg)[:2]
-    head = (
-        f'<svg role="img" aria-label="{label}" style="--w: {float(width):.0f}pt" width="{width}pt" height="{height}pt" '
-    )
-    svg = re.sub(r"<svg (?=.*?>)", head, re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2), count=1)
-    return svg.strip()
+    width, height = (float(size) for size in re.findall(r'(?:width|height)="([\d.]+)pt"', svg)[:2])
+    size = f'width="{width:g}pt" height="{height:g}pt"'
+    svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2).removeprefix("<svg ")
+    return f'<svg role="img" aria-label="{escape(label)}" {size} {svg.strip()}'
