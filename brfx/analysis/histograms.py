@@ -47,8 +47,9 @@ def weight_histograms(qmodel: nn.Module) -> dict[str, dict[str, Any]]:
             tally.add(weight)
             found[name] = tally.figures()
         dead = dead_filters(qmodel)
+    modules: dict[str, Any] = dict(qmodel.named_modules())
     for name, figures in found.items():
-        layer: Any = dict(qmodel.named_modules()).get(name)
+        layer = modules.get(name)
         if isinstance(layer, QuantizedLayer):
             channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
             figures |= {"channels": channels, "dead": len(dead.get(name, ()))}

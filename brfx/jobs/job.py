@@ -243,7 +243,7 @@ def _calibrate(
 
 def _statistics(job: JobConfig, qmodel: nn.Module, dataset: Dataset, run_dir: Path, batches: int) -> RunStatistics:
     """Those of a run with so many batches an epoch; activations are of few images, to take under 1 % of its time."""
-    images = max(4, min(64, job.batch_size, batches * job.batch_size * world_size() // 256))
+    images = max(4, min(64, job.batch_size, batches * job.batch_size * world_size() // 512))
     return RunStatistics(qmodel, job.train.warmup_epochs or 0, run_dir, _example(job, dataset, images))
 
 

@@ -227,14 +227,14 @@ def _histograms(runs: Sequence[RunFiles], kind: str) -> tuple[str, str, Figure] 
     layers, series = _in_all(runs, kind), _series(runs, kind)
     if not layers:
         return None
-    figure, panels = _grid(layers, 1.15)
+    figure, panels = _grid(layers, legend=True)
     for name, axes in panels.items():
         _draw_histogram(axes, series, name)
         axes.set_title(name, fontsize=7.5, pad=3)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
-    _above(figure, *_legend(series))
-    figure.supxlabel("value / step, dotted: levels; height: density", fontsize=8.5)
+    figure.legend(*_legend(series), loc="upper left", ncols=len(series), borderaxespad=0.1)
+    _around(figure, "value / step, dotted: levels; height: density")
     return f"histograms-{kind}", f"Histograms of {KINDS[kind]} against the levels", figure
 
 
@@ -267,7 +267,7 @@ def _over_time(run: RunFiles, kind: str) -> tuple[str, str, Figure] | None:
     import numpy as np
 
     epochs = [line["epoch"] for line in lines]
-    figure, panels = _grid([name for name in lines[-1][kind] if all(name in line[kind] for line in lines)], 1.15)
+    figure, panels = _grid([name for name in lines[-1][kind] if all(name in line[kind] for line in lines)], left=0.38)
     for name, axes in panels.items():
         shown = [line[kind][name] for line in lines]
         density = np.array([_density(figures)[0] for figures in shown]).T
@@ -290,9 +290,8 @@ def _over_time(run: RunFiles, kind: str) -> tuple[str, str, Figure] | None:
         if run.boundary:
             axes.axvline(run.boundary + 0.5, color="white", lw=0.8, ls=(0, (3, 2)))
         axes.xaxis.set_major_locator(_whole_epochs(4))
-    figure.supxlabel("epoch (0: before training)", fontsize=8.5)
-    figure.supylabel("value / step, ticks: levels", fontsize=8.5)
-    return f"over-time-{kind}", f"The same over time, {KINDS[kind]}", figure
+    _around(figure, "epoch (0: before training)", "value / step, ticks: levels")
+    return f"over-time-{kind}", f"Histograms of {KINDS[kind]} over the epochs; light: many values", figure
 
 
 def _density(figures: Line) -> tuple[list[float], list[float]]:
@@ -365,22 +364,31 @@ def _panel(title: str, unit: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _grid(names: list[str], height: float) -> tuple[Figure, dict[str, Axes]]:
+def _grid(names: list[str], *, left: float = 0.0, legend: bool = False) -> tuple[Figure, dict[str, Axes]]:
+    """A panel for each name, at fixed places, as finding these takes long; with ``left`` inches beside each for its
+    axis, and room above all for a ``legend``."""
     from matplotlib.figure import Figure
 
     rows = max(1, math.ceil(len(names) / _COLUMNS))
-    figure = Figure(figsize=(WIDE, height * rows + 0.5), layout="constrained")
-    grid = figure.subplots(rows, _COLUMNS, squeeze=False)
-    panels = dict(zip(names, grid.flat, strict=False))
-    for axes in list(grid.flat)[len(names) :]:
-        axes.remove()
-    for axes in panels.values():
-        axes.tick_params(labelsize=7, length=2)
+    above, below, between, tall = 0.5 if legend else 0.24, 0.42, 0.42, 0.72
+    height = above + rows * tall + (rows - 1) * between + below
+    margin, gap = 0.25 if left else 0.0, left + 0.15
+    wide = (WIDE - margin - _COLUMNS * gap) / _COLUMNS
+    figure = Figure(figsize=(WIDE, height))
+    panels = {}
+    for number, name in enumerate(names):
+        row, column = divmod(number, _COLUMNS)
+        x, y = margin + column * (gap + wide) + left + 0.05, height - above - (row + 1) * tall - row * between
+        panels[name] = figure.add_axes((x / WIDE, y / height, wide / WIDE, tall / height))
+        panels[name].tick_params(labelsize=7, length=2)
     return figure, panels
 
 
-def _above(figure: Figure, handles: list[Any], names: list[str]) -> None:
-    figure.legend(handles, names, loc="outside upper left", ncols=len(names) or 1)
+def _around(figure: Figure, below: str, left: str = "") -> None:
+    """What the axes of all panels are."""
+    width, height = figure.get_size_inches()
+    figure.text(0.5, 0.06 / height, below, fontsize=8.5, ha="center", va="bottom")
+    figure.text(0.08 / width, 0.5, left, fontsize=8.5, ha="left", va="center", rotation="vertical")
 
 
 def _finish(axes: Axes, runs: Sequence[RunFiles]) -> None:

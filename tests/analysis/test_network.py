@@ -40,7 +40,13 @@ def test_a_network_before_and_after(images):
     assert {place.quantized for place in before} == {None}
     after = network(*rewritten(Small(), images, bits=2))
     assert lines(after) == [
-        *("x input", "first_input quantizer 8", "first layer 2 8", "relu quantizer 8", "second_input_observer observer"),
+        *(
+            "x input",
+            "first_input quantizer 8",
+            "first layer 2 8",
+            "relu quantizer 8",
+            "second_input_observer observer",
+        ),
         *("second_input quantizer 2", "second layer 2 2", "add add", "relu#2 quantizer 8", "mean other"),
         *("fc_input quantizer 8", "fc layer 2 8", "output output"),
     ]

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,9 @@ def test_quantize_prints_levels_epochs_and_files(quantized_run):
 def test_the_run_folder_is_complete(quantized_run):
     root, _ = quantized_run
     names = {path.name for path in root.iterdir()}
-    assert names == {"model.pt", "model.onnx", "best.pth", "last.pth", "metrics.jsonl", "config.json", "result.json"}
+    files = {"model.pt", "model.onnx", "best.pth", "last.pth", "metrics.jsonl", "config.json", "result.json"}
+    report = {"report.html"} if find_spec("matplotlib") else set()
+    assert names == files | {"histograms.jsonl", "network.json"} | report
     config = json.loads((root / "config.json").read_text())
     assert config["qat"]["weight_bits"] == 2 and config["train"]["epochs"] == 3 and config["lambda_br"] == 0.1
     assert config["versions"]["torch"] == torch.__version__.split("+")[0]
@@ -154,6 +157,48 @@ def test_without_validation_every_image_is_trained_on(float_run, tmp_path):
 def test_models_lists_and_filters():
     assert brfx("models", "resnet2*").stdout.split() == ["resnet20"]
     assert len(brfx("models").stdout.split()) > 100
+
+
+def test_report_writes_a_page_figures_and_a_short_form(quantized_run, tmp_path):
+    pytest.importorskip("matplotlib", reason="figures need matplotlib, the extra 'report'")
+    root, _ = quantized_run
+    at_the_end = (root / "report.html").read_text()
+    assert "resnet20 at W2A2 reaches" in at_the_end and "Histograms of latent weights" in at_the_end
+    done = brfx("report", root, "-o", tmp_path / "page.html")
+    assert (done.returncode, done.stdout.split()[0]) == (0, str(tmp_path / "page.html"))
+    written = (tmp_path / "page.html").read_text()
+    assert written == at_the_end
+    done = brfx("report", root, "--figures", tmp_path / "figures", "--terminal")
+    assert done.returncode == 0 and (tmp_path / "figures" / "metric.pdf").is_file()
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("resnet20 at W2A2 reaches ") and any("BR_W" in line for line in lines)
+    assert any(line.startswith("layer1.0.conv1 ") for line in lines)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_report_of_what_is_no_run_is_one_line(tmp_path):
+    for arguments, said in (
+        (("report",), "Missing argument 'RUN...'"),
+        (("report", tmp_path / "none"), f"{tmp_path / 'none'}: there is no such folder; give a run's"),
+        (("report", tmp_path), f"{tmp_path}: this is no run's folder"),
+    ):
+        done = brfx(*arguments)
+        assert done.returncode == 2 and done.stderr.startswith(said) and done.stderr.count("\n") == 1
+
+
+def test_inspect_draws_the_graph_before_and_after(quantized_run, tmp_path):
+    root, _ = quantized_run
+    for name, arguments in {
+        "run": ("--ckpt", root / "model.pt"),
+        "model": ("--model", "resnet20", "--bits", 2),
+    }.items():
+        path = tmp_path / f"{name}.svg"
+        done = brfx("inspect", *arguments, "--graph", path)
+        assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith(str(path))
+        text = path.read_text()
+        assert ">layer1.0.conv1<" in text and ">layer1.0.conv1 W2 A2<" in text
+    done = brfx("inspect", "--model", "resnet20", "--graph", tmp_path / "graph.png")
+    assert done.returncode == 2 and "the picture of a graph is an .svg" in done.stderr
 
 
 def test_inspect_a_model_by_name():

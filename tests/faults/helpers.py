@@ -94,6 +94,8 @@ def fingerprint(run_dir: Path) -> dict[str, object]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         del line["seconds"], line["images_per_second"]
+    if (run_dir / "histograms.jsonl").exists():  # of the command alone
+        found["histograms"] = (run_dir / "histograms.jsonl").read_text()
     return found | {"metrics": lines}
 
 

@@ -62,7 +62,9 @@ def test_lines_of_epochs_that_are_run_again_are_replaced(run):
     with pytest.raises(KeyboardInterrupt):
         run("parts", stop=1)
     text = path.read_text()
-    path.write_text(text + text.splitlines(keepends=True)[1].replace('"epoch": 1', '"epoch": 2'))  # its checkpoint is lost
+    path.write_text(
+        text + text.splitlines(keepends=True)[1].replace('"epoch": 1', '"epoch": 2')
+    )  # its checkpoint is lost
     run("parts", resume=True)
     assert path.read_text() == whole.read_text()
 

@@ -3,11 +3,11 @@ from dataclasses import replace
 
 import pytest
 
-pytest.importorskip("matplotlib", reason="figures need matplotlib, the extra 'report'")
-
 from brfx.report.figures import figures, headline, levels_of
 from brfx.report.run_files import read_run_files
 from brfx.report.style import INK, VARIABLES, figure_style, inline_svg
+
+pytest.importorskip("matplotlib", reason="figures need matplotlib, the extra 'report'")
 
 
 def drawn(runs):

@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 
+from brfx.report.write import read, write_page
+
 pytest.importorskip("matplotlib", reason="figures need matplotlib, the extra 'report'")
 playwright = pytest.importorskip("playwright.sync_api", reason="opening the page needs playwright")
-
-from brfx.report.write import read, write_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -46,7 +46,9 @@ def test_a_page_says_no_error_and_overflows_nowhere(browser, pages, name, width,
         summary.evaluate("details => details.open = true")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert said == [] and [url for url in asked if not url.startswith("data:")] == [(pages / name).as_uri()]
-    background, ink = page.evaluate("[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]")
+    background, ink = page.evaluate(
+        "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
+    )
     assert (_luminance(background) < _luminance(ink)) == (scheme == "dark")
     lines = page.evaluate("[...document.querySelectorAll('svg text')].map(text => getComputedStyle(text).fill)")
     assert lines and ink in lines  # figures follow the page

@@ -44,7 +44,10 @@ def test_the_table_of_layers(run):
     by_name = dict(zip(names, rows[0], strict=True))
     figures, last = run.after["weights"]["conv1"], run.metrics[-1]["weights"]["conv1"]
     assert (by_name["bits"], by_name["levels used"]) == ("4", f"{figures['used']} of 16")
-    assert by_name["error"] == f"{last['mse']:.3g}" and by_name["error before"] == f"{run.before['weights']['conv1']['mse']:.3g}"
+    assert (
+        by_name["error"] == f"{last['mse']:.3g}"
+        and by_name["error before"] == f"{run.before['weights']['conv1']['mse']:.3g}"
+    )
     assert by_name["effectiveness"] == f"{100 * (1 - last['distance']):.1f} %"
     assert by_name["closed"] == f"{100 * last['closed']:.1f} %".replace("-", "\N{MINUS SIGN}")
     names, rows = text.layers(run, "activations")
@@ -102,5 +105,7 @@ def test_what_the_onnx_file_was_compared_with(run):
         "Integers against PyTorch: 2 of 10 codes differ.",
         "ONNX Runtime's outputs and the integer reference's are the same bit for bit.",
     ]
-    assert "different by up to 0.5" in text.onnx(replace(run, result={"onnx": report | {"reference_difference": 0.5}}))[-1]
+    assert (
+        "different by up to 0.5" in text.onnx(replace(run, result={"onnx": report | {"reference_difference": 0.5}}))[-1]
+    )
     assert text.onnx(replace(run, result={"onnx": None})) == []

@@ -22,7 +22,7 @@ def test_runs_have_labels_that_tell_them_apart(finished, tmp_path):
 def test_runs_of_other_metrics_are_not_laid_over_each_other(finished, unfinished):
     path = unfinished / "metrics.jsonl"
     path.write_text(path.read_text().replace("val_accuracy", "val_mIoU"))
-    with pytest.raises(ConfigError, match="it measures mIoU, .* top-1 accuracy: report them apart"):
+    with pytest.raises(ConfigError, match=r"it measures mIoU, .* top-1 accuracy: report them apart"):
         read([finished, unfinished])
 
 
@@ -87,5 +87,5 @@ def test_a_graph_is_an_svg(tmp_path):
     write_network({"before": places, "after": places}, tmp_path / "graph.svg")
     text = (tmp_path / "graph.svg").read_text()
     assert text.startswith("<svg") and text.count(">fc<") == 2 and "prefers-color-scheme: dark" in text
-    with pytest.raises(ConfigError, match="is an .svg"):
+    with pytest.raises(ConfigError, match=r"is an \.svg"):
         write_network({"before": places}, tmp_path / "graph.png")
