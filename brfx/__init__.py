@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from brfx.analysis.audit import audit
     from brfx.analysis.dead_filters import dead_filters
     from brfx.analysis.observe import observe
+    from brfx.analysis.sensitivity import sensitivity
     from brfx.analysis.weight_statistics import WeightStatistics
+    from brfx.bit_budget import assign_bits, weight_bytes
     from brfx.calibration import calibrate, quantization_disabled
     from brfx.config import QATConfig, TrainConfig
     from brfx.errors import BrfxError
@@ -29,6 +31,7 @@ _HOMES = {
     "QATConfig": "brfx.config",
     "TrainConfig": "brfx.config",
     "WeightStatistics": "brfx.analysis.weight_statistics",
+    "assign_bits": "brfx.bit_budget",
     "audit": "brfx.analysis.audit",
     "build_model": "brfx.models",
     "calibrate": "brfx.calibration",
@@ -46,7 +49,9 @@ _HOMES = {
     "prepare_qat": "brfx.prepare",
     "quantization_disabled": "brfx.calibration",
     "save": "brfx.io.model_file",
+    "sensitivity": "brfx.analysis.sensitivity",
     "snap_biases": "brfx.export",
+    "weight_bytes": "brfx.bit_budget",
 }
 
 __all__ = [  # noqa: RUF022  (in the order of use)
@@ -55,6 +60,9 @@ __all__ = [  # noqa: RUF022  (in the order of use)
     "calibrate",
     "dead_filters",
     "audit",
+    "sensitivity",
+    "assign_bits",
+    "weight_bytes",
     "observe",
     "quantization_disabled",
     "build_model",

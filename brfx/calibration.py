@@ -76,7 +76,7 @@ def calibrate(
         lossy_at_8_bits(found, start) as lossy,
         _batch_norms_in_training(qmodel) if batch_statistics else nullcontext(),
     ):
-        _run(qmodel, batches, forward or _first_as_input)
+        _run(qmodel, batches, forward or run_first)
     for quantizer in found.values():
         quantizer.set_trainable(quantizer.calibrated)
     missed = [name for name, quantizer in found.items() if not quantizer.calibrated and not quantizer.optional]
@@ -155,7 +155,7 @@ def _set(modules: Iterable[nn.Module], name: str, value: Any) -> None:
         setattr(module, name, value)
 
 
-def _first_as_input(qmodel: nn.Module, batch: Any) -> Any:
+def run_first(qmodel: nn.Module, batch: Any) -> Any:
     inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
     device = next(qmodel.parameters()).device
     try:

@@ -15,6 +15,7 @@ from brfx.errors import BrfxError, Interrupted, explained
 from . import render, summary, tables
 from .help import Group
 from .options import (
+    budget_options,
     build_job,
     data_dir_option,
     data_options,
@@ -49,6 +50,7 @@ def cli(debug: bool) -> None:
 )
 @model_options
 @quantizer_options
+@budget_options
 @penalty_options
 @train_options(TrainConfig())
 @data_options
@@ -273,6 +275,38 @@ def inspect(table: str, graph: Path | None, **given: Any) -> None:
     found, before, after = jobs.inspect_graphs(job)
     tables.audit(render.console, found, table)
     write_graph(before, after, graph)
+
+
+@cli.command(
+    examples=[
+        "brfx sensitivity --model resnet20 --ckpt best.pth --data DIR",
+        "brfx sensitivity --model resnet20 --ckpt best.pth --data DIR --bit-budget 3 --output bits.toml",
+    ]
+)
+@model_options
+@quantizer_options
+@budget_options
+@click.option("--batches", type=click.IntRange(1), default=4, show_default=True, help="Of training, to measure on.")
+@click.option("--output", type=click.Path(path_type=Path), help="New file for the budget's bits, a --config.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the tables.")
+@data_options
+def sensitivity(batches: int, output: Path | None, as_json: bool, **given: Any) -> None:
+    """Measure what the bits of each layer's weights, and of each activation, cost alone.
+
+    A figure is the Kullback-Leibler divergence of the classes' probabilities from the FP32 network's, in nats an image,
+    where only this layer is quantized, on training images.
+    """
+    from brfx.jobs import bits
+    from brfx.jobs import job as jobs
+
+    job = build_job("sensitivity", given)
+    bits.require_output(job, output)
+    if not as_json:
+        render.show_log()
+    report = jobs.sensitivity(job, batches)
+    if output is not None:
+        output.write_text(report.toml())
+    render.sensitivity(report, as_json)
 
 
 @cli.command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -67,6 +68,20 @@ class PerChannel(click.ParamType):  # type: ignore[type-arg]
         if len(numbers) not in (1, 3):
             self.fail(f"{value!r}: three numbers with commas, such as 0.485,0.456,0.406, or one for grey", param, ctx)
         return numbers
+
+
+class Bytes(click.ParamType):  # type: ignore[type-arg]
+    """A number of bytes, or of kB or MB."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(B|kB|KB|MB)?", str(value).strip())
+        if found is None:
+            self.fail(f"{value!r}: a number of bytes, such as 400kB, 1.5MB or 400000", param, ctx)
+        return int(float(found[1]) * {"kB": 1e3, "KB": 1e3, "MB": 1e6}.get(found[2], 1))
 
 
 def _job(flag: str, name: str, **settings: Any) -> Callable[[F], F]:
@@ -351,6 +366,21 @@ quantizer_options = combine(
         "--config",
         type=click.Path(path_type=Path),
         help="Read settings from TOML, with [[overrides]] by layer, or from a run's config.json. Flags win over it.",
+    ),
+)
+
+budget_options = combine(
+    _job(
+        "--bit-budget",
+        "bit_budget",
+        type=float,
+        help="Mean bits of the weights; each layer gets 2, 3, 4 or 8 by how sensitive it is.",
+    ),
+    _job(
+        "--size-budget",
+        "size_budget",
+        type=Bytes(),
+        help="The same as the weights' size in the exported file, such as 400kB.",
     ),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from brfx.export import OnnxReport
     from brfx.export.benchmark import Timing
     from brfx.export.verify import Verification
+    from brfx.jobs.bits import BitsReport
     from brfx.train import EpochMetrics, Evaluation, Means, Score
 
 console = Console(highlight=False, soft_wrap=True)
@@ -113,6 +115,29 @@ def verification(result: Verification) -> None:
             table.add_row(Text(site.site), f"{site.codes:,}", f"{site.flipped:,}", str(site.largest))
         if differ:
             console.print(table)
+
+
+def sensitivity(report: BitsReport, as_json: bool) -> None:
+    """A table for weights and one for activations, or JSON alone."""
+    if as_json:
+        print(json.dumps(report.as_dict(), indent=2))
+        return
+    for kind, of in (("weights", "layer"), ("activations", "quantizer")):
+        layers = [layer for layer in report.layers if layer.kind == kind]
+        if not layers:
+            continue
+        budget = kind == "weights" and any(report.assigned(layer) for layer in layers)
+        table = Table(box=None, pad_edge=False)
+        table.add_column(of, overflow="fold")
+        for name in (kind, *(f"{width} bits" for width in layers[0].losses), "budget" if budget else "bits"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for layer in layers:
+            losses = [f"{loss:.1e}" if loss < 0.001 else f"{loss:.4f}" for loss in layer.losses.values()]
+            bits = report.assigned(layer) or layer.bits
+            table.add_row(Text(layer.name), f"{layer.values:,}", *losses, str(bits))
+        console.print(table)
+        console.print()
+    console.print(f"Divergence from the FP32 network in nats an image, of {report.images:,} training images.")
 
 
 def timings(rows: list[Timing]) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def show(result: JobResult, job: JobConfig) -> None:
     """Print all of it."""
-    kind = "FP32" if job.command == "train" else f"W{job.qat.weight_bits}A{job.qat.act_bits}"
+    kind = result.kind
     if result.fit is not None:
         how = {"whole": "compiled", "kernels": "compiled kernels", "none": "eager"}[result.fit.compiled]
         kept, epochs = result.fit, len(result.fit.history)

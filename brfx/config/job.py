@@ -31,7 +31,7 @@ class JobConfig:
     """Everything that a command of ``brfx`` works from; written whole into the run's ``config.json``.
 
     Attributes:
-        command: ``"train"``, ``"quantize"`` or ``"evaluate"``.
+        command: ``"train"``, ``"quantize"``, ``"evaluate"`` or another command's name.
         model: a name that ``brfx models`` lists, or ``path/to/file.py:factory``.
         task: ``"classification"``, ``"segmentation"`` or ``"detection"``; default the model's own, of a file's
             classification.
@@ -53,6 +53,9 @@ class JobConfig:
         workers: processes that decode the images of a folder; 0 decodes in the training process.
         skip_bad_images: leave out images of a folder that cannot be read.
         qat: what to quantize.
+        bit_budget: mean bits of the weights, from which each layer gets its own by how sensitive it is
+            (:func:`brfx.assign_bits`); layers whose bits ``qat.overrides`` names keep them.
+        size_budget: the same as bytes of the exported weights.
         train: how to train.
         br_form: what each value of a bin counts, see :class:`brfx.BinPenalty`: ``"mean"`` (as published) or
             ``"per_value"``.
@@ -93,6 +96,8 @@ class JobConfig:
     workers: int = 2
     skip_bad_images: bool = False
     qat: QATConfig = field(default_factory=QATConfig)
+    bit_budget: float | None = None
+    size_budget: int | None = None
     train: TrainConfig = field(default_factory=TrainConfig)
     br_form: str = "mean"
     lambda_br: float | None = None
@@ -145,6 +150,7 @@ class JobConfig:
 
     def _check_quantization(self) -> None:
         """Also, lambdas that are not given are the form's."""
+        self._check_budgets()
         for name, choices in (("start", STARTS), ("dead_filters", DEAD_FILTERS), ("br_form", tuple(BR_FORMS))):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={shown(getattr(self, name))}: takes {' or '.join(choices)}")
@@ -153,6 +159,14 @@ class JobConfig:
         for name, default in zip(("lambda_br", "lambda_br_act"), BR_FORMS[self.br_form], strict=True):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
+
+    def _check_budgets(self) -> None:
+        if self.bit_budget is not None and self.size_budget is not None:
+            raise ConfigError("--bit-budget and --size-budget: give one of the two")
+        for name in ("bit_budget", "size_budget"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name}={shown(value)}: takes a number above 0")
 
 
 def code_file(name: str) -> tuple[str, str] | None:

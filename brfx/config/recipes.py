@@ -33,9 +33,12 @@ class Settings:
 
         What follows from another setting by default follows ``above``: weights' and activations' bits its ``bits``, the
         weights' grid their bits; the warm-up its ``epochs`` and the steps' rate its ``lr``, unless they are others here
-        than would follow; the share of distillation its ``teacher``, if it is 0 here.
+        than would follow; the share of distillation its ``teacher``, if it is 0 here. Of the two budgets that of
+        ``above`` is the one.
         """
-        qat, train = dict(self.qat), dict(self.train)
+        job, qat, train = dict(self.job), dict(self.qat), dict(self.train)
+        if "bit_budget" in above.job or "size_budget" in above.job:
+            job |= {"bit_budget": None, "size_budget": None}
         if "bits" in above.qat:
             for name in ("weight_bits", "act_bits"):
                 qat.pop(name, None)
@@ -47,7 +50,7 @@ class Settings:
         for base, following in (("epochs", "warmup_epochs"), ("lr", "step_lr")):
             if base in above.train and train.get(following) == getattr(default, following):
                 del train[following]
-        return Settings(self.job | above.job, qat | above.qat, train | above.train)
+        return Settings(job | above.job, qat | above.qat, train | above.train)
 
 
 def recipe_names() -> list[str]:

@@ -97,6 +97,9 @@ class IntegerMultiheadAttention(QuantizedMultiheadAttention):
         new.out = integer_linear(weight, scale, None if bias is None else bias.detach(), joined.codes, grid)
         return new
 
+    def regularized(self) -> list[tuple[Tensor, WeightQuantizer]]:
+        return []  # its weights are integers
+
     def project_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.q(query), self.k(key), self.v(value)
 

@@ -21,7 +21,7 @@ from brfx.export.destination import destination, replacing
 from brfx.export.integer import integer_model
 from brfx.export.layers import FloatLayer, IntegerConv, IntegerLinear, IntegerProduct, Requantize, Storage
 from brfx.export.operators import QuantParams
-from brfx.export.packing import pack, unpack
+from brfx.export.packing import container, pack, packed_bytes, unpack
 from brfx.graph.torch_ops import name_of
 from brfx.metadata import metadata_entries
 from brfx.nn import QUANTIZED_LAYERS, QuantizedLayer, Quantizer
@@ -235,7 +235,7 @@ class _Writing:
         return {"tensor": name}
 
     def _packed(self, name: str, integers: Tensor, storage: Storage) -> dict[str, Any]:
-        field = _field(storage.bits)
+        field = container(storage.bits)
         packed = np.frombuffer(pack(storage.stored(integers).numpy(), field), np.uint8).copy()
         self.tensors.setdefault(f"{name}.weight", torch.from_numpy(packed))
         shape = list(integers.shape)
@@ -320,11 +320,6 @@ def _f32(value: float) -> float:
 
 def _finite(value: float) -> float | None:
     return _f32(value) if math.isfinite(value) else None
-
-
-def _field(bits: int) -> int:
-    """The bits that a code takes in the file."""
-    return 2 if bits <= 2 else 4 if bits <= 4 else 8
 
 
 def read_packed(path: str | Path) -> PackedModel:
@@ -440,12 +435,12 @@ class _Reading:
     def _unpacked(self, where: str, packed: np.ndarray, part: dict[str, Any]) -> np.ndarray:
         bits, shape = part["bits"], part.get("shape")
         _must(_is_int(bits, 1, 8), f"{where}: bits={str(bits)[:20]}, takes 1 to 8")
-        _must(part.get("field") == _field(bits), f"{where}: codes of {bits} bits are in fields of {_field(bits)}")
+        _must(part.get("field") == container(bits), f"{where}: codes of {bits} bits are in fields of {container(bits)}")
         fits = isinstance(shape, list) and 1 <= len(shape) <= 5 and all(_is_int(size, 1) for size in shape)
         _must(fits, f"{where}: shape={str(shape)[:40]}")
         assert isinstance(shape, list)
-        count, field = math.prod(shape), _field(bits)
-        size = -(-count * field // 8)
+        count, field = math.prod(shape), container(bits)
+        size = packed_bytes(count, bits)
         _must(
             packed.dtype == np.uint8 and packed.shape == (size,),
             f"{where}: {count} codes of {bits} bits take {size} bytes, it is {packed.dtype} {packed.shape}",

@@ -10,6 +10,16 @@ import numpy as np
 CONTAINERS = {2: 26, 4: 22, 8: 3}
 
 
+def container(bits: int) -> int:
+    """The bits that a code of ``bits`` takes in a file: 2, 4 or 8."""
+    return next(field for field in CONTAINERS if field >= bits)
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """The bytes that so many codes of ``bits`` take in a file."""
+    return -(-count * container(bits) // 8)
+
+
 def pack(codes: np.ndarray[Any, Any], bits: int) -> bytes:
     """Signed codes in two's complement, ``8 // bits`` of them a byte, the first in the low bits (ONNX's order).
 

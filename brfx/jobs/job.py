@@ -32,6 +32,7 @@ from brfx.io.atomic import write_text_atomically
 from brfx.io.float_checkpoint import load_float, read_state_dict
 from brfx.io.model_file import is_brfx_file, load, save
 from brfx.io.torch_file import require_file
+from brfx.jobs.bits import BATCHES, BITS_FILE, BitsReport, has_budget, kind_of, measure, with_budget
 from brfx.jobs.files import load_built
 from brfx.jobs.machine import machine
 from brfx.jobs.statistics import RunStatistics
@@ -62,6 +63,7 @@ class JobResult:
     fit: FitResult | None
     test: Evaluation | Score
     test_float: Evaluation | Score | None = None
+    kind: str = "FP32"  #: ``"W2A2"``, say; see :func:`brfx.jobs.bits.kind_of`
     onnx: OnnxReport | None = None
     onnx_problem: str | None = None
     float_bytes: int = 0  #: of the FP32 network's weights and buffers
@@ -132,6 +134,8 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
         model, head = _float_model(job, dataset, ckpt, new_head=not job.strict)
         _require_trained_teacher(job, head)
         teacher = _teacher(job, dataset, model)
+        bits = _with_budget(job, model, dataset, head)
+        job = job if bits is None else replace(job, qat=bits.qat)
         tell(callbacks, Phase("rewriting the model"))
         qmodel = prepare_qat(model, job.qat, _example(job, dataset, 2))
         metadata = metadata_of(qmodel)
@@ -139,6 +143,8 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
         callbacks, task = _with_tensorboard(job, run_dir, callbacks), _task(job, dataset)
         train_data, val_data = _loaders(job, dataset, callbacks)
         _open_run(job, run_dir, resume)
+        if bits is not None and rank() == 0 and not resume:
+            write_text_atomically(run_dir / BITS_FILE, bits.toml())
         with _resumable(run_dir):
             model.to(device)
             qmodel.to(device)
@@ -176,7 +182,8 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
             test = evaluate(qmodel, test_data, task)
             test_float = None if head else evaluate(model, test_data, task)
             weighs = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-            return _close_run(JobResult(run_dir, result, test, test_float, onnx_report, problem, weighs))
+            kind = kind_of(qmodel)
+            return _close_run(JobResult(run_dir, result, test, test_float, kind, onnx_report, problem, weighs))
 
 
 @contextmanager
@@ -296,10 +303,42 @@ def dry_run(job: JobConfig, callbacks: Iterable[Callback] = ()) -> Audit:
     ckpt = _required_checkpoint(job)
     tell(callbacks, Phase("reading data"))
     dataset = read_data(job)
-    model, _ = _float_model(job, dataset, ckpt, new_head=not job.strict)
+    model, head = _float_model(job, dataset, ckpt, new_head=not job.strict)
+    bits = _with_budget(job, model, dataset, head)
+    job = job if bits is None else replace(job, qat=bits.qat)
     tell(callbacks, Phase("rewriting the model"))
     qmodel = prepare_qat(model, job.qat, _example(job, dataset, 2))
     return audit(qmodel, _example(job, dataset, 1))
+
+
+def sensitivity(job: JobConfig, batches: int = BATCHES) -> BitsReport:
+    """What each layer's bits cost alone, on so many training batches, and the bits that a budget gives; nothing is
+    written."""
+    job = _with_checkpoint(job)
+    ckpt = _required_checkpoint(job)
+    _require_device(job.train.device)
+    dataset = read_data(job)
+    model, _ = _float_model(job, dataset, ckpt)
+    qmodel = prepare_qat(model, job.qat, _example(job, dataset, 2)).to(job.train.device)
+    return measure(job, qmodel, _training_images(job, dataset, batches), _task(job, dataset))
+
+
+def _with_budget(job: JobConfig, model: nn.Module, dataset: Dataset, head: tuple[str, ...]) -> BitsReport | None:
+    """See :func:`brfx.jobs.bits.with_budget`."""
+    if head and has_budget(job):
+        raise ConfigError(
+            f"a budget needs an FP32 network to compare with, and {job.ckpt} is of other classes: "
+            f"`brfx train --model {job.model} --ckpt {job.ckpt}` first"
+        )
+    return with_budget(
+        job, model, _example(job, dataset, 2), lambda: _training_images(job, dataset), _task(job, dataset)
+    )
+
+
+def _training_images(job: JobConfig, dataset: Dataset, batches: int = BATCHES) -> list[Any]:
+    """Some training batches as one process sees them, on the device."""
+    loader, _ = _loaders(job, dataset, shared=False)
+    return [to_device(images, job.train.device) for images, _ in islice(iter(loader), batches)]
 
 
 def evaluate_file(job: JobConfig, callbacks: Iterable[Callback] = ()) -> tuple[str, Evaluation | Score]:
@@ -321,8 +360,9 @@ def evaluate_file(job: JobConfig, callbacks: Iterable[Callback] = ()) -> tuple[s
         job = replace(job, model=name, num_classes=classes)
         dataset = read_data(job, metadata.preprocessing)
         _require_classes(ckpt, metadata.classes, dataset)
-        kind = f"W{metadata.config.weight_bits}A{metadata.config.act_bits}"
-        return kind, evaluate(qmodel.to(job.train.device), _test_loader(job, dataset, callbacks), _task(job, dataset))
+        return kind_of(qmodel), evaluate(
+            qmodel.to(job.train.device), _test_loader(job, dataset, callbacks), _task(job, dataset)
+        )
     require_model(job.model)
     read_state_dict(ckpt, job.ckpt_key)
     dataset = read_data(job)

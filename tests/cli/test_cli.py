@@ -128,6 +128,28 @@ def test_zero_epochs_calibrate_and_export(float_run, tmp_path):
     assert not (tmp_path / "ptq" / "metrics.jsonl").exists()
 
 
+def test_bits_by_layer_are_measured_edited_and_used(float_run, tmp_path):
+    common = ("--model", "resnet20", "--data", "digits", "--ckpt", float_run / "best.pth")
+    done = brfx(
+        *("sensitivity", *common, "--bits", 3, "--batches", 1, "--bit-budget", 3),
+        *("--output", tmp_path / "bits.toml", "--json"),
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    weights = [layer for layer in report["layers"] if layer["kind"] == "weights"]
+    assert len(weights) == 20 and report["images"] == 64
+    assert sum(layer["assigned"] * layer["values"] for layer in weights) <= 3 * sum(
+        layer["values"] for layer in weights
+    )
+    text = (tmp_path / "bits.toml").read_text().splitlines()
+    at = next(index for index, line in enumerate(text) if line.startswith('match = "linear"'))
+    (tmp_path / "bits.toml").write_text("\n".join([*text[: at + 1], "weight_bits = 7", *text[at + 2 :]]))
+    done = brfx("quantize", *common, "--config", tmp_path / "bits.toml", "--qat-epochs", 0, "--dry-run")
+    rows = {line.split()[0]: line.split()[1:3] for line in done.stdout.splitlines() if "Quantized" in line}
+    assert rows["linear"] == ["QuantizedLinear", "7"]
+    assert all(rows[layer["name"]][1] == str(layer["assigned"]) for layer in weights[:-1])
+
+
 def test_the_real_checkpoint_is_91_73_before_anything_is_quantized(real_checkpoint, cifar10_batches):
     """`brfx evaluate` on all 10,000 images is the same call; unpacking them for the command takes longer."""
     model = build_model("resnet20", 10)

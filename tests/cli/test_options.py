@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 
+import click
 import pytest
 from brfx_cli.main import cli
 
@@ -144,3 +145,15 @@ def test_every_command_looks_for_named_data_in_the_same_folder():
     }
     assert set(folders) >= {"train", "quantize", "evaluate", "verify"}
     assert set(folders.values()) == {DATA_DIR}
+
+
+def test_a_budget_is_given_in_bits_or_bytes_and_a_flags_wins_over_a_files(job_of, tmp_path):
+    sizes = {"400kB": 400_000, "1.5MB": 1_500_000, "98304": 98_304, "98304B": 98_304, "0.5 kB": 500}
+    assert {given: job_of("quantize", "--size-budget", given).size_budget for given in sizes} == sizes
+    with pytest.raises(click.BadParameter, match="a number of bytes, such as 400kB"):
+        cli(["quantize", "--size-budget", "400kb/s"], standalone_mode=False)
+    path = tmp_path / "mine.toml"
+    path.write_text("bit_budget = 3\n")
+    assert job_of("sensitivity", "--config", path).bit_budget == 3
+    job = job_of("quantize", "--config", path, "--size-budget", "1MB")
+    assert (job.bit_budget, job.size_budget) == (None, 1_000_000)

@@ -1,7 +1,14 @@
-"""Lines that name the task's metric."""
+"""Lines that name the task's metric, and tables that fit into a terminal."""
 
+import json
+
+import pytest
 from brfx_cli import render
+from rich.console import Console
 
+from brfx.analysis.sensitivity import LayerSensitivity
+from brfx.config import QATConfig
+from brfx.jobs.bits import BitsReport
 from brfx.train import EpochMetrics, Evaluation, Means, Score
 
 
@@ -19,3 +26,35 @@ def test_an_epochs_line_names_the_metric_and_leaves_out_what_is_not_counted():
 def test_what_was_measured_is_said_with_its_name():
     assert render.evaluation(Evaluation(3, 4, 0.5)) == "75.00 % (3 of 4)"
     assert render.evaluation(Score(0.5, "mIoU", 4, 1.0)) == "50.00 % mIoU (4 images)"
+
+
+@pytest.fixture
+def report():
+    losses = {2: 4.50392, 3: 0.06703, 4: 0.00772, 8: 0.0000512}
+    name = "features.17.conv.0[1]"
+    layers = (
+        LayerSensitivity("layer2.0.conv1", "weights", 3, 4608, losses),
+        LayerSensitivity(name, "weights", 3, 12_345_678, losses),
+        LayerSensitivity(f"{name}_input", "activations", 8, 802_816, losses),
+    )
+    overrides = (("layer2.0.conv1", {"weight_bits": 8}), ("features.17.conv.0[[]1]", {"weight_bits": 2}))
+    return BitsReport(layers, QATConfig(bits=3, overrides=overrides), 256)
+
+
+def test_sensitivities_fit_into_80_columns(report, monkeypatch, capsys):
+    monkeypatch.setattr(render, "console", Console(width=80, highlight=False, soft_wrap=True))
+    render.sensitivity(report, as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = [line.split() for line in lines]
+    assert rows[0] == ["layer", "weights", "2", "bits", "3", "bits", "4", "bits", "8", "bits", "budget"]
+    assert rows[1] == ["layer2.0.conv1", "4,608", "4.5039", "0.0670", "0.0077", "5.1e-05", "8"]
+    assert rows[2] == ["features.17.conv.0[1]", "12,345,678", "4.5039", "0.0670", "0.0077", "5.1e-05", "2"]
+    assert rows[5] == ["features.17.conv.0[1]_input", "802,816", "4.5039", "0.0670", "0.0077", "5.1e-05", "8"]
+    assert lines[-1] == "Divergence from the FP32 network in nats an image, of 256 training images."
+
+
+def test_sensitivities_as_json_are_the_whole_output(report, capsys):
+    render.sensitivity(report, as_json=True)
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(report.as_dict()))
+    assert [layer["assigned"] for layer in report.as_dict()["layers"]] == [8, 2, None]
