@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from brfx.io.model_file import float_state_dict, load, save
     from brfx.models import build_model
     from brfx.prepare import prepare_qat
+    from brfx.reconstruction import reconstruct
     from brfx.regularizers.bin_penalty import BinPenalty
     from brfx.regularizers.bin_regularizer import BinRegularizer
     from brfx.train import evaluate, fit, parameter_groups
@@ -48,6 +49,7 @@ _HOMES = {
     "parameter_groups": "brfx.train",
     "prepare_qat": "brfx.prepare",
     "quantization_disabled": "brfx.calibration",
+    "reconstruct": "brfx.reconstruction",
     "save": "brfx.io.model_file",
     "sensitivity": "brfx.analysis.sensitivity",
     "snap_biases": "brfx.export",
@@ -58,6 +60,7 @@ __all__ = [  # noqa: RUF022  (in the order of use)
     "QATConfig",
     "prepare_qat",
     "calibrate",
+    "reconstruct",
     "dead_filters",
     "audit",
     "sensitivity",

@@ -74,7 +74,7 @@ def calibrate(
     with (
         _calibrating(qmodel, start),
         lossy_at_8_bits(found, start) as lossy,
-        _batch_norms_in_training(qmodel) if batch_statistics else nullcontext(),
+        batch_norms_in_training(qmodel) if batch_statistics else nullcontext(),
     ):
         _run(qmodel, batches, forward or run_first)
     for quantizer in found.values():
@@ -173,7 +173,7 @@ def run_first(qmodel: nn.Module, batch: Any) -> Any:
 
 
 @contextmanager
-def _batch_norms_in_training(model: nn.Module) -> Iterator[None]:
+def batch_norms_in_training(model: nn.Module) -> Iterator[None]:
     """Within the block batch norms use each batch's statistics; their running ones are put back afterwards."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     kept = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]

@@ -446,6 +446,12 @@ penalty_options = combine(
         help="Start steps at LSQ's formula, or at the least squared error.",
     ),
     _job(
+        "--reconstruct",
+        "reconstruct",
+        is_flag=True,
+        help="Round weights so that each layer's outputs are kept; a minute or more, for --qat-epochs 0.",
+    ),
+    _job(
         "--dead-filters",
         "dead_filters",
         type=click.Choice(DEAD_FILTERS),

@@ -68,6 +68,8 @@ class JobConfig:
             ``None``: with ``train.distill`` above 0 it is the student's own FP32 network.
         start: rule by which the steps start, see :func:`brfx.calibrate`.
         calibration_batches: training batches that the steps start from.
+        reconstruct: round the weights so that each layer's outputs on these batches are kept
+            (:func:`brfx.reconstruct`).
         dead_filters: what happens to filters that let nothing pass, see :func:`brfx.calibrate`.
         output_dir: run folder, new or empty; default a free name under ``runs/``.
         tensorboard: write TensorBoard's event files beside ``metrics.jsonl``.
@@ -109,6 +111,7 @@ class JobConfig:
     teacher: str | None = None
     start: str = "mse"
     calibration_batches: int = 8
+    reconstruct: bool = False
     dead_filters: str = "keep"
     output_dir: Path | None = None
     tensorboard: bool = False
@@ -151,6 +154,8 @@ class JobConfig:
     def _check_quantization(self) -> None:
         """Also, lambdas that are not given are the form's."""
         self._check_budgets()
+        if self.reconstruct and self.qat.weight_quantizer != "lsq":
+            raise ConfigError(f"--reconstruct takes --weight-quantizer lsq, not {self.qat.weight_quantizer}")
         for name, choices in (("start", STARTS), ("dead_filters", DEAD_FILTERS), ("br_form", tuple(BR_FORMS))):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={shown(getattr(self, name))}: takes {' or '.join(choices)}")

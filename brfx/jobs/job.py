@@ -42,6 +42,7 @@ from brfx.models import CIFAR_RESNETS, ModelSource, build_model, example_inputs,
 from brfx.prepare import prepare_qat
 from brfx.quant.factory import about_activations, about_weights
 from brfx.quant.grid import Grid
+from brfx.reconstruction import reconstruct
 from brfx.regularizers import Regularizer, Regularizers
 from brfx.regularizers.bin_penalty import BinPenalty
 from brfx.regularizers.kurtosis import KurtosisTerm
@@ -241,6 +242,9 @@ def _calibrate(
             settings: dict[str, Any] = {"dead_filters": job.dead_filters, "seed": job.train.seed, "start": job.start}
             settings["forward"] = lambda qmodel, images: qmodel(images)  # a list of images is one input
             calibrate(qmodel, batches(job.calibration_batches), batch_statistics=coarse, **settings)
+            if job.reconstruct:
+                layers = reconstruct(qmodel, batches(job.calibration_batches), batch_statistics=coarse)
+                log.info("Rounded the weights of %d layers to keep their outputs", len(layers))
             if coarse:
                 reestimate_batch_norm(qmodel, batches(norm_batches))
     broadcast_state(qmodel)

@@ -251,3 +251,16 @@ def test_a_run_of_few_batches_uses_images_from_all_over_each_split(job, caplog):
     assert _limited(job("few", batch_size=20, limit_batches=2), whole) is whole
     with pytest.raises(ConfigError, match="limit_batches=0: takes 1 or more"):
         job("none", limit_batches=0)
+
+
+def test_weights_are_rounded_to_keep_outputs_where_the_job_says_so(job, caplog):
+    caplog.set_level(logging.INFO, "brfx")
+    losses = {}
+    for reconstruct in (False, True):
+        settings = job(f"reconstruct-{reconstruct}", reconstruct=reconstruct, qat=QATConfig(bits=2))
+        run = quantize(replace(settings, train=TrainConfig(epochs=0)))
+        losses[reconstruct] = run.test.loss - run.test_float.loss
+    assert "Rounded the weights of 2 layers to keep their outputs" in caplog.text
+    assert abs(losses[True]) < abs(losses[False])
+    with pytest.raises(ConfigError, match="--reconstruct takes --weight-quantizer lsq, not dorefa"):
+        job("none", reconstruct=True, qat=QATConfig(weight_quantizer="dorefa"))
