@@ -8,8 +8,8 @@ square shows what that is:
 
 T is the weight that undoes, as far as this layer can, what the layers before it lost. Each row of Q is a problem of
 least squares over integers. It is solved as in GPTQ (Frantar et al., ICLR 2023): column by column, the error of each
-rounding made up for by the columns that are left. Sweeps follow in which each code becomes the best one for the others as
-they are, until none changes. Nothing is trained, and there is no learning rate to choose.
+rounding made up for by the columns that are left. Sweeps follow in which each code becomes the best one for the others
+as they are, until none changes. Nothing is trained, and there is no learning rate to choose.
 
 Where a bias or a batch norm behind the layer takes up a constant, x and y are taken less their means.
 """
