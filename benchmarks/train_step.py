@@ -104,6 +104,16 @@ def brfx_case(
     return qmodel, build_step(qmodel, penalty, "whole" if form == "compiled" else "kernels")
 
 
+def own_loop_case(model: nn.Module, images: Tensor, form: str) -> Built:
+    """The penalty as a loop of one's own calls it: plain, and after ``penalty.compile()``."""
+    qmodel = brfx.prepare_qat(model, brfx.QATConfig(bits=BITS, placement="paper"))
+    brfx.calibrate(qmodel, [images], start="mse", batch_statistics=True)
+    penalty = brfx.BinPenalty(qmodel.train(), weight=LAMBDA_WEIGHT, act=LAMBDA_ACT)
+    if form == "compiled":
+        penalty.compile()
+    return qmodel, loss_step(qmodel, penalty)
+
+
 class PublishedLSQ(nn.Module):
     """LSQ as its paper's appendix prints it: autograd operations and two ``detach`` tricks."""
 
@@ -283,6 +293,7 @@ CASES: dict[str, Callable[[nn.Module, Tensor, str], Built]] = {
     "brfx LSQ + BR(W)": partial(brfx_case, weight=LAMBDA_WEIGHT),
     "brfx LSQ + BR(W+A)": partial(brfx_case, weight=LAMBDA_WEIGHT, act=LAMBDA_ACT),
     'brfx LSQ + BR(W+A), "deploy"': partial(brfx_case, weight=LAMBDA_WEIGHT, act=LAMBDA_ACT, placement="deploy"),
+    "brfx LSQ + BR(W+A), a loop of one's own": own_loop_case,
     "published LSQ + BR(W+A)": published_case,
     "Brevitas, learned scales": brevitas_case,
     "torchao pt2e, W8A8": torchao_case,

@@ -55,7 +55,7 @@ def is_quantizing(model: nn.Module) -> bool:
 class QuantizedGraph(TracedModule, HasTrainingForm):
     """The result of :func:`brfx.prepare_qat` for a model that can be traced whole."""
 
-    def training_form(self, kernels: bool) -> Callable[..., Any]:
+    def training_form(self, kernels: bool, *, deferred: bool = True) -> Callable[..., Any]:
         """A function that computes in training what calling this computes; see :func:`training_forward`."""
         return partial(training_forward(self, None, kernels=kernels), self)
 

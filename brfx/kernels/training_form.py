@@ -17,11 +17,12 @@ class HasTrainingForm(nn.Module):
     ``brfx.fit`` uses the form by itself. In a training loop of one's own :meth:`compile` lets calls use it.
     """
 
-    def training_form(self, kernels: bool) -> Callable[..., Any]:
+    def training_form(self, kernels: bool, *, deferred: bool = True) -> Callable[..., Any]:
         """A function that computes in training what calling this computes.
 
         Args:
             kernels: compile its pieces, for use without ``torch.compile`` around the whole.
+            deferred: terms of the loss may come out of backward. They have their gradient in ``total`` and no value.
         """
         raise NotImplementedError
 
@@ -37,7 +38,7 @@ class HasTrainingForm(nn.Module):
         """
         if args or kwargs:
             raise TypeError("compile() takes no arguments here; torch.compile(module, ...) takes them")
-        form = self.training_form(kernels=True)
+        form = self.training_form(kernels=True, deferred=False)
         if form is self:
             super().compile()
             return

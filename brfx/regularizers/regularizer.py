@@ -28,7 +28,7 @@ class Regularizer(HasTrainingForm):
     def begin(self) -> None:
         """The warm-up is over."""
 
-    def training_form(self, kernels: bool) -> Callable[..., tuple[Any, Any]]:
+    def training_form(self, kernels: bool, *, deferred: bool = True) -> Callable[..., tuple[Any, Any]]:
         """See :class:`~brfx.kernels.training_form.HasTrainingForm`; here the module itself."""
         return self
 
@@ -95,8 +95,10 @@ class Regularizers(Regularizer):
     def forward(self, *inputs: Any) -> tuple[Any, Any]:
         return self._joined(self.run(*inputs), self._losses())
 
-    def training_form(self, kernels: bool) -> Callable[..., tuple[Any, Any]]:
-        run = self.run.training_form(kernels) if isinstance(self.run, HasTrainingForm) else self.run
+    def training_form(self, kernels: bool, *, deferred: bool = True) -> Callable[..., tuple[Any, Any]]:
+        run: Callable[..., Any] = self.run
+        if isinstance(self.run, HasTrainingForm):
+            run = self.run.training_form(kernels, deferred=deferred)
         losses = compiled(self._losses) if kernels else self._losses
         return lambda *inputs: self._joined(run(*inputs), losses())
 
