@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
-from brfx.errors import BrfxError
+from brfx.errors import first_line
 
 from . import render
 
@@ -51,9 +52,7 @@ def report(folders: tuple[Path, ...], output: Path | None, figures: Path | None,
 
 def report_of_finished(run_dir: Path) -> None:
     """Write ``report.html`` into a run's folder, or say in a line why not; a run is not lost for it."""
-    from brfx.distributed import rank
-
-    if rank() > 0:
+    if os.environ.get("RANK", "0") != "0":  # of processes that torchrun started, the first one writes
         return
     again = f"`brfx report {run_dir}` makes it from the run's files"
     if importlib.util.find_spec("matplotlib") is None:
@@ -65,8 +64,8 @@ def report_of_finished(run_dir: Path) -> None:
 
     try:
         write_page(read([run_dir]), run_dir / "report.html")
-    except (BrfxError, OSError) as error:
-        render.console.print(f"No report.html: {error}; {again}", style="yellow", markup=False)
+    except Exception as error:
+        render.console.print(f"No report.html: {first_line(error)}; {again}", style="yellow", markup=False)
 
 
 def write_graph(before: Sequence[Place], after: Sequence[Place], path: Path) -> None:
@@ -92,12 +91,18 @@ def _short_form(run: RunFiles) -> None:
         if found is None:
             continue
         names, rows = found
+        shown = [place for place, name in enumerate(names) if name not in ("step", "levels used")]
         table = Table(box=None, pad_edge=False)
-        for number, name in enumerate(names):
-            table.add_column(kind if number == 0 else name, justify="right" if number else "left")
+        for place in shown:
+            name = kind if place == 0 else _SHORT.get(names[place], names[place])
+            table.add_column(name, justify="right" if place else "left")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(row[place] for place in shown))
         render.console.print(table)
+
+
+#: Names of columns that leave the others room on 80 columns.
+_SHORT = {"error before": "before", "effectiveness": "effective", "dead channels": "dead", "codes changed": "changed"}
 
 
 def _spark(values: Sequence[float], most: int = 24) -> str:
