@@ -1,4 +1,4 @@
-"""Names to float models: all of torchvision's, and the CIFAR ResNets."""
+"""Names to float models: all of torchvision's, the CIFAR ResNets, and those of other libraries."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from brfx.config import code_file
 from brfx.errors import ConfigError
+from brfx.hubs import HF, TIMM, build_hub_model, is_hub_model, require_hub_model
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class ModelSource:
     """The arguments of :func:`build_model`: what a saved file holds instead of code.
 
     Attributes:
-        name: a name that ``brfx models`` lists, or ``path/to/file.py:factory``.
+        name: a name that ``brfx models`` lists, ``timm/NAME``, ``hf/FOLDER``, or ``path/to/file.py:factory``.
         num_classes: classes of the last layer; ``None`` leaves the model's own number.
         cifar_stem: swap the ImageNet stem for a 3x3 convolution of stride 1, without max-pooling.
     """
@@ -105,9 +106,9 @@ def build_model(name: str, num_classes: int | None = None, *, cifar_stem: bool =
     """An FP32 model with random weights.
 
     Args:
-        name: one of :func:`model_names`, or ``path/to/file.py:factory``: ``factory`` is called with ``num_classes=`` if
-            that is given and it takes it, else with no argument. Naming a file runs its code; nothing else that brfx
-            reads does.
+        name: one of :func:`model_names`, ``timm/NAME`` or ``hf/FOLDER`` (:mod:`brfx.hubs`), or
+            ``path/to/file.py:factory``: ``factory`` is called with ``num_classes=`` if that is given and it takes it,
+            else with no argument. Naming a file runs its code; nothing else that brfx reads does.
         num_classes: classes of the last layer; default the model's own (10 for the CIFAR ResNets, 1000, 91, 21, 400).
         cifar_stem: for models with an ImageNet stem (``conv1`` of stride 2 and ``maxpool``).
 
@@ -121,6 +122,8 @@ def build_model(name: str, num_classes: int | None = None, *, cifar_stem: bool =
         model = factory(**(arguments if _takes_classes(factory, name) else {}))
         if not isinstance(model, nn.Module):
             raise ConfigError(f"{name} returned a {type(model).__name__}, not a torch.nn.Module")
+    elif is_hub_model(name):
+        model = build_hub_model(name, num_classes)
     elif name in CIFAR_RESNETS:
         model = CIFAR_RESNETS[name](**arguments)
     else:
@@ -138,18 +141,21 @@ def build_model(name: str, num_classes: int | None = None, *, cifar_stem: bool =
 
 @dataclass(frozen=True)
 class PublishedWeights:
-    """torchvision's default weights of a model.
+    """torchvision's weights of a model.
 
     Attributes:
         url: where they are published.
         path: where torchvision's own download puts them, whether they are there or not.
         mean, std: that torchvision normalizes images by for them; ``None`` where the model does it itself.
+        transform: torchvision's evaluation transform, as fields of :class:`brfx.data.Preprocessing`; ``None`` where it
+            has no such form.
     """
 
     url: str
     path: Path
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
+    transform: dict[str, Any] | None
 
     def normalization(self, model: nn.Module) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
         """Mean and std of the images that ``model``, from :func:`build_model`, must see with these weights.
@@ -162,22 +168,47 @@ class PublishedWeights:
         return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
-def published_weights(name: str) -> PublishedWeights | None:
-    """What torchvision publishes for a model of this name; ``None`` if it has no such model or no weights of it.
-    Nothing is downloaded."""
+def published_weights(name: str, weights: str = "DEFAULT") -> PublishedWeights | None:
+    """What torchvision publishes for a model of this name under the name ``weights``; ``None`` if it has no such model
+    or no such weights of it. Nothing is downloaded."""
     if name not in torchvision.models.list_models():
         return None
-    weights = getattr(torchvision.models.get_model_weights(name), "DEFAULT", None)
-    if weights is None:
+    found = getattr(torchvision.models.get_model_weights(name), weights, None)
+    if found is None:
         return None
-    seen = weights.transforms()
+    seen = found.transforms()
     mean, std = (tuple(value) if (value := getattr(seen, key, None)) else None for key in ("mean", "std"))
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(weights.url).path).name
-    return PublishedWeights(weights.url, path, mean, std)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(found.url).path).name
+    return PublishedWeights(found.url, path, mean, std, _transform(seen))
+
+
+def published_names(name: str) -> list[str]:
+    """Of torchvision's weights of a model, such as ``IMAGENET1K_V1``."""
+    if name not in torchvision.models.list_models():
+        return []
+    return list(torchvision.models.get_model_weights(name).__members__)
+
+
+def published_as(name: str, path: Path) -> PublishedWeights | None:
+    """torchvision's weights of a model that are in a file of this name; ``None`` if they are none of them."""
+    every = (published_weights(name, weights) for weights in published_names(name))
+    return next((found for found in every if found is not None and found.path.name == path.name), None)
+
+
+def _transform(seen: Any) -> dict[str, Any] | None:
+    """torchvision's ``ImageClassification`` as it would be said of :class:`brfx.data.Preprocessing`."""
+    crops, sides = (tuple(getattr(seen, name, None) or ()) for name in ("crop_size", "resize_size"))
+    if len(crops) != 1 or len(sides) != 1:
+        return None
+    (crop,), (resize,) = crops, sides
+    values = {"mean": tuple(seen.mean), "std": tuple(seen.std), "interpolation": seen.interpolation.value}
+    return {"image_size": crop, "resize": resize, **values}
 
 
 def require_model(name: str) -> None:
     """Raise ConfigError, with the nearest names, if :func:`build_model` knows no model of this name."""
+    if is_hub_model(name):
+        return require_hub_model(name)
     if code_file(name) or name in model_names():
         return
     if not name:
@@ -185,7 +216,7 @@ def require_model(name: str) -> None:
     nearest = difflib.get_close_matches(name, model_names(), n=4) or ["resnet20", "resnet18"]
     raise ConfigError(
         f"unknown model {name!r}: did you mean {', '.join(nearest)}? "
-        "`brfx models` lists all; a model of your own is path/to/file.py:factory"
+        f"`brfx models` lists all; others are {TIMM}NAME, {HF}FOLDER, and your own path/to/file.py:factory"
     )
 
 

@@ -15,9 +15,10 @@ GROUPS = {
     "The first to know": ("model", "ckpt", "data", "bits", "epochs", "output_dir"),
     "Model and checkpoint": ("task", "ckpt_key", "strict", "num_classes", "cifar_stem"),
     "Images": (
-        *("data_dir", "download", "image_size", "mean", "std", "batch_size", "workers", "skip_bad_images"),
-        *("val_fraction", "limit_batches"),
+        *("data_dir", "download", "image_size", "resize", "stretch", "interpolation", "mean", "std", "channel_order"),
+        *("divisor", "batch_size", "workers", "skip_bad_images", "val_fraction", "limit_batches"),
     ),
+    "Augmentation": ("crop", "flip", "rand_augment", "mixup", "cutmix", "erasing"),
     "Bits and levels": (
         *("weight_bits", "act_bits", "input_bits", "residual_bits", "stream_bits", "weight_grid", "per_channel"),
         *("weight_quantizer", "act_quantizer", "clip_value", "placement", "skip", "first_last_8bit"),
@@ -27,9 +28,9 @@ GROUPS = {
         *("freeze_alpha", "freeze_weight_alpha", "freeze_act_alpha", "start", "dead_filters"),
     ),
     "Training": (
-        *("lr", "step_lr", "optimizer", "momentum", "weight_decay", "accumulate", "label_smoothing", "clip_grad"),
-        *("ema", "reestimate_bn", "distill", "teacher", "temperature", "seed", "device", "compile", "precision"),
-        "on_nonfinite",
+        *("lr", "step_lr", "optimizer", "momentum", "weight_decay", "accumulate", "label_smoothing", "class_weights"),
+        *("clip_grad", "ema", "reestimate_bn", "distill", "teacher", "temperature", "seed", "device", "compile"),
+        *("precision", "on_nonfinite"),
     ),
     "The run": (
         *(

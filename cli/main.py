@@ -234,13 +234,14 @@ def benchmark(
 def models(pattern: str) -> None:
     """List what --model accepts.
 
-    With a PATTERN, such as 'resnet*', the names that match.
+    With a PATTERN, such as 'resnet*', the names that match; those of timm begin with timm/.
     """
     from fnmatch import fnmatch
 
+    from brfx.hubs import TIMM, timm_names
     from brfx.models import model_names
 
-    for name in model_names():
+    for name in timm_names() if pattern.startswith(TIMM) else model_names():
         if fnmatch(name, pattern):
             click.echo(name)
 

@@ -13,8 +13,11 @@ from click.core import ParameterSource
 
 from brfx.config import (
     BR_FORMS,
+    CHANNEL_ORDERS,
     COMPILE,
+    CROPS,
     DEAD_FILTERS,
+    INTERPOLATIONS,
     KEEP,
     ON_NONFINITE,
     OPTIMIZERS,
@@ -107,7 +110,10 @@ def combine(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 model_options = combine(
     _job(
-        "--model", "model", help="The network: a name that `brfx models` lists, or your own as path/to/file.py:factory."
+        "--model",
+        "model",
+        help="The network: a name that `brfx models` lists, timm/NAME, hf/FOLDER, or your own as "
+        "path/to/file.py:factory.",
     ),
     _job(
         "--task", "task", type=click.Choice(TASKS), help="What the network is trained for.  [default: the model's own]"
@@ -117,7 +123,8 @@ model_options = combine(
         "--pretrained-baseline",
         "ckpt",
         type=click.Path(path_type=Path),
-        help="The checkpoint to start from, such as best.pth. The word torchvision means its own weights of the model.",
+        help="The checkpoint to start from, such as best.pth. The word torchvision, or a name such as IMAGENET1K_V1, "
+        "means torchvision's weights of the model.",
     ),
     _job(
         "--ckpt-key",
@@ -156,7 +163,7 @@ data_options = combine(
         "--image-size",
         "image_size",
         type=int,
-        help="Resize images to so many pixels a side.  [default: 16 digits, 32 CIFAR and its ResNets, 224 else]",
+        help="Give the model images of so many pixels a side.  [default: 16 digits, 32 CIFAR, else the model's own]",
     ),
     _job(
         "--mean",
@@ -169,6 +176,35 @@ data_options = combine(
         "std",
         type=PerChannel(),
         help="Divide images by these, after --mean. One number makes images grey.  [default: ImageNet's; digits 0.5]",
+    ),
+    _job(
+        "--resize",
+        "resize",
+        type=int,
+        help="Resize the shorter side to so many pixels, of which the centre is cut out.  [default: the model's own]",
+    ),
+    _job(
+        "--stretch/--no-stretch",
+        "stretch",
+        help="Resize both sides to it, whatever the picture's shape.  [default: of segmentation]",
+    ),
+    _job(
+        "--interpolation",
+        "interpolation",
+        type=click.Choice(INTERPOLATIONS),
+        help="Resize by this rule.  [default: the model's own, or bilinear]",
+    ),
+    _job(
+        "--channel-order",
+        "channel_order",
+        type=click.Choice(CHANNEL_ORDERS),
+        help="Give the model its colours in this order.  [default: the model's own, or rgb]",
+    ),
+    _job(
+        "--divisor",
+        "divisor",
+        type=float,
+        help="Divide the values 0 to 255 by this, before --mean.  [default: the model's own, or 255]",
     ),
     _job("--batch-size", "batch_size", type=int, help="How many images a batch has."),
     _job(
@@ -194,6 +230,46 @@ def train_options(preset: TrainConfig) -> Callable[[F], F]:
         return click.option(flag, name, default=getattr(preset, name), show_default=True, **settings)
 
     return combine(
+        _job(
+            "--crop",
+            "crop",
+            type=click.Choice(CROPS),
+            help="Shift training images by an eighth, or train on resized crops of them.  [default: by their size]",
+        ),
+        _job(
+            "--flip/--no-flip",
+            "flip",
+            help="Mirror half of the training images.  [default: all but digits]",
+        ),
+        _job(
+            "--rand-augment",
+            "rand_augment",
+            type=int,
+            help="Vary training images by RandAugment of this magnitude, such as 9; 0 switches it off.",
+        ),
+        _job(
+            "--mixup",
+            "mixup",
+            type=float,
+            help="Mix training images by mixup with this alpha, such as 0.2; 0 switches it off.",
+        ),
+        _job(
+            "--cutmix",
+            "cutmix",
+            type=float,
+            help="Mix training images by cutmix with this alpha, such as 1; 0 switches it off.",
+        ),
+        _job(
+            "--erasing",
+            "erasing",
+            type=float,
+            help="Erase a rectangle of a training image with this probability, such as 0.1.",
+        ),
+        _job(
+            "--class-weights",
+            "class_weights",
+            help="Weigh classes in the loss: balanced, or a number a class, such as 1,4.  [default: all alike]",
+        ),
         option(
             "--accumulate",
             "accumulate",

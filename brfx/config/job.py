@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from brfx.config.checks import check_types, shown
+from brfx.config.images import CHANNEL_ORDERS, INTERPOLATIONS, Augmentation
 from brfx.config.qat import QATConfig
 from brfx.config.train import TrainConfig
 from brfx.errors import ConfigError, first_line
@@ -44,8 +46,16 @@ class JobConfig:
         data: ``digits``, ``cifar10``, ``cifar100`` or a folder; default the model's own data set.
         data_dir: where named data sets lie.
         download: let torchvision download a named data set.
-        image_size, mean, std: instead of the data set's defaults; a mean and a std of one number make images grey, for
-            a model of one channel.
+        image_size, mean, std, resize, stretch, interpolation, channel_order, divisor: of the evaluation transform, as
+            in :class:`brfx.data.Preprocessing`; default what the checkpoint was trained with, where it says so, else
+            what the model or the data set wants. A mean and a std of one number make images grey, for a model of one
+            channel.
+        crop: of :class:`Augmentation`; default ``"resized"`` for classifiers of images above 64 pixels, else
+            ``"shift"``.
+        flip: the same; default the data set's own: digits are not mirrored.
+        rand_augment, mixup, cutmix, erasing: the same.
+        class_weights: how much an image of each class counts in the loss, with commas, or ``"balanced"``: the less, the
+            more images a class has. They are scaled to a mean of 1 over the training images.
         val_fraction: share of the training images that are held out to measure each epoch on; 0: all are trained on,
             and there is no validation.
         batch_size: images a batch.
@@ -92,6 +102,18 @@ class JobConfig:
     image_size: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    resize: int | None = None
+    stretch: bool | None = None
+    interpolation: str | None = None
+    channel_order: str | None = None
+    divisor: float | None = None
+    crop: str | None = None
+    flip: bool | None = None
+    rand_augment: int = 0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    erasing: float = 0.0
+    class_weights: str | None = None
     val_fraction: float = 0.1
     batch_size: int = 64
     limit_batches: int | None = None
@@ -125,7 +147,7 @@ class JobConfig:
         for name in ("mean", "std"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("batch_size", "calibration_batches", "image_size", "limit_batches"):
+        for name in ("batch_size", "calibration_batches", "image_size", "resize", "limit_batches"):
             if getattr(self, name) is not None and not getattr(self, name) >= 1:
                 raise ConfigError(f"{name}={shown(getattr(self, name))}: takes 1 or more")
         if self.task not in (None, *TASKS):
@@ -136,9 +158,31 @@ class JobConfig:
                 raise ConfigError(f"{name}={shown(getattr(self, name))}: takes 0 or more")
         if not 0 <= self.val_fraction < 1:
             raise ConfigError(f"val_fraction={shown(self.val_fraction)}: takes 0 or a share below 1")
+        self._check_images()
+        self._check_together()
+
+    def _check_images(self) -> None:
+        for name, kinds in (("interpolation", INTERPOLATIONS), ("channel_order", CHANNEL_ORDERS)):
+            if getattr(self, name) not in (None, *kinds):
+                raise ConfigError(f"{name}={shown(getattr(self, name))}: takes {', '.join(kinds)}")
+        if self.divisor is not None and not self.divisor > 0:
+            raise ConfigError(f"divisor={shown(self.divisor)}: takes a number above 0")
         if self.std is not None and not all(value > 0 for value in self.std):
             raise ConfigError(f"std={shown(self.std)}: takes numbers above 0")
-        self._check_together()
+        listed_class_weights(self.class_weights)
+        self.augmentation("shift", flip=True)
+
+    def augmentation(self, crop: str, *, flip: bool) -> Augmentation:
+        """Of training images, with ``crop`` and ``flip`` where the settings leave them open.
+
+        Raises:
+            ConfigError: a value is out of range.
+        """
+        return Augmentation(
+            crop=crop if self.crop is None else self.crop,
+            flip=flip if self.flip is None else self.flip,
+            **{name: getattr(self, name) for name in ("rand_augment", "mixup", "cutmix", "erasing")},
+        )
 
     def _check_together(self) -> None:
         if not self.val_fraction and self.train.keep == "best":
@@ -181,6 +225,19 @@ def code_file(name: str) -> tuple[str, str] | None:
     """
     found = re.fullmatch(r"(.*\.py)(?::([^:]*))?", name, re.DOTALL)
     return None if found is None else (found[1], found[2] or "")
+
+
+def listed_class_weights(text: str | None) -> tuple[float, ...] | None:
+    """The numbers in ``JobConfig.class_weights``; ``None``: there are none."""
+    if text in (None, "balanced"):
+        return None
+    try:
+        numbers = tuple(float(part) for part in str(text).split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or not all(0 <= number < math.inf for number in numbers) or not any(numbers):
+        raise ConfigError(f"class_weights={shown(text)}: takes balanced, or a number a class with commas, such as 1,4")
+    return numbers
 
 
 def read_job_config(run_dir: Path) -> JobConfig:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torchvision
 from torch import Tensor
 from torch.nn import functional as F
 
-from brfx.data.image_files import IMAGE_SUFFIXES, ImageFiles, require_readable
+from brfx.data.image_files import IMAGE_SUFFIXES, ImageFiles, pixels
 from brfx.data.preprocessing import DEFAULTS, Preprocessing
 from brfx.errors import DataError
 from brfx.extras import needed
@@ -42,6 +43,13 @@ class Split:
     def take(self, indices: Tensor) -> Split:
         images = self.images.take(indices) if isinstance(self.images, ImageFiles) else self.images[indices]
         return Split(images, self.labels[indices])
+
+    def in_memory(self) -> Split:
+        """With its images decoded, where they take less than a third of the memory."""
+        if not isinstance(self.images, ImageFiles) or not _fits(self.images):
+            return self
+        order = torch.split(torch.arange(len(self)), 64)
+        return Split(_joined(self.images, self.images.batches(order)), self.labels)
 
 
 class Dataset:
@@ -87,7 +95,7 @@ class Dataset:
                     "one for validation: add some, or remove the class"
                 )
         keep, held = _cut(split.labels, self._val_fraction, self._seed)
-        return split.take(keep), split.take(held)
+        return split.take(keep), split.take(held).in_memory()
 
     @property
     def train(self) -> Any:
@@ -113,6 +121,7 @@ def load_dataset(
     seed: int = 0,
     workers: int = 2,
     skip_bad_images: bool = False,
+    decode_once: bool = True,
 ) -> Dataset:
     """Find a data set. Its images are read into memory when a split is first used.
 
@@ -120,11 +129,14 @@ def load_dataset(
         source: ``digits``, ``cifar10``, ``cifar100``, or a folder with ``train/`` and ``test/`` or ``val/``, each with
             one folder of images a class.
         data_dir: where named data sets lie, and are downloaded to.
-        preprocessing: size, mean and std; default :data:`DEFAULTS`, for a folder it must be given.
+        preprocessing: the evaluation transform; default :data:`DEFAULTS`, for a folder it must be given. The digits
+            are drawn at its ``resize`` pixels, whatever the interpolation.
         download: let torchvision download a named data set that is not there.
         val_fraction: share of the training images cut off for validation, drawn per class with ``seed``; 0: none.
         workers: processes that decode a folder's images; 0 for none beside this one.
         skip_bad_images: leave out images of a folder that cannot be read, with a warning that names the first ten.
+        decode_once: keep the squares of a folder's training images in memory where they fit; ``False`` leaves them
+            files, of which an augmentation sees the whole picture.
 
     Raises:
         DataError: nothing is there, or what is there cannot be used; with the command that mends it.
@@ -132,13 +144,12 @@ def load_dataset(
     preprocessing = preprocessing or DEFAULTS.get(source)
     if preprocessing is None:
         raise DataError(f"{source}: say at which size to read the images of a folder (--image-size)")
-    size = preprocessing.image_size
     if source == "digits":
-        classes, read = _digits(size)
+        classes, read = _digits(preprocessing)
     elif source in ("cifar10", "cifar100"):
-        classes, read = _cifar(source, data_dir, download, size)
+        classes, read = _cifar(source, data_dir, download, preprocessing)
     else:
-        classes, read = _folder(Path(source), size, workers, skip_bad_images)
+        classes, read = _folder(Path(source), preprocessing, workers, skip_bad_images, decode_once)
     flip = source != "digits"
     return Dataset(source, classes, preprocessing, read, flip=flip, val_fraction=val_fraction, seed=seed)
 
@@ -164,22 +175,24 @@ def _cut(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
 _Source = tuple[tuple[str, ...], Callable[[str], Split]]
 
 
-def _digits(size: int) -> _Source:
-    """scikit-learn's 1,797 handwritten digits (8x8), every fifth for the test, enlarged to ``size``."""
+def _digits(preprocessing: Preprocessing) -> _Source:
+    """scikit-learn's 1,797 handwritten digits (8x8), every fifth for the test, enlarged to ``preprocessing.resize``."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise DataError(needed("the data set digits", "demo", error)) from error
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)
-    images = F.interpolate(images, size=(size, size), mode="bilinear").round().to(torch.uint8).expand(-1, 3, -1, -1)
-    whole = Split(images, torch.from_numpy(bunch.target).long())
+    size = (preprocessing.side, preprocessing.side)
+    images = F.interpolate(images, size=size, mode="bilinear").round().to(torch.uint8).expand(-1, 3, -1, -1)
+    left, top, right, bottom = preprocessing.centre(*size)
+    whole = Split(images[:, :, top:bottom, left:right], torch.from_numpy(bunch.target).long())
     is_test = torch.arange(len(whole)) % 5 == 0
     chosen = {"train": (~is_test).nonzero().flatten(), "test": is_test.nonzero().flatten()}
     return tuple(str(digit) for digit in range(10)), lambda part: whole.take(chosen[part])
 
 
-def _cifar(name: str, data_dir: Path, download: bool, size: int) -> _Source:
+def _cifar(name: str, data_dir: Path, download: bool, preprocessing: Preprocessing) -> _Source:
     kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
     try:
         with warnings.catch_warnings():
@@ -192,20 +205,25 @@ def _cifar(name: str, data_dir: Path, download: bool, size: int) -> _Source:
         ) from error
 
     def read(part: str) -> Split:
-        images = torch.from_numpy(parts[part].data).permute(0, 3, 1, 2)
-        return Split(_resize(images, size), torch.tensor(parts[part].targets))
+        return Split(_squares(parts[part].data, preprocessing), torch.tensor(parts[part].targets))
 
     return tuple(parts["train"].classes), read
 
 
-def _resize(images: Tensor, size: int) -> Tensor:
-    if tuple(images.shape[-2:]) == (size, size):
-        return images.contiguous()
-    resized = F.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
-    return resized.round().clamp(0, 255).to(torch.uint8)
+def _squares(images: np.ndarray, preprocessing: Preprocessing) -> Tensor:
+    """uint8 ``(N, H, W, 3)`` to ``(N, 3, S, S)``."""
+    from PIL import Image
+
+    size = preprocessing.image_size
+    if images.shape[1:3] == (size, size) and preprocessing.side == size:
+        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    squares = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
+    for square, image in zip(squares, images, strict=True):
+        square.copy_(pixels(preprocessing.square(Image.fromarray(image))))
+    return squares
 
 
-def _folder(root: Path, size: int, workers: int, skip_bad: bool) -> _Source:
+def _folder(root: Path, preprocessing: Preprocessing, workers: int, skip_bad: bool, decode_once: bool) -> _Source:
     if not root.is_dir():
         raise DataError(f"{root}: no such folder, and not one of {', '.join(DEFAULTS)}")
     test_name = next((name for name in ("test", "val") if (root / name).is_dir()), None)
@@ -231,7 +249,9 @@ def _folder(root: Path, size: int, workers: int, skip_bad: bool) -> _Source:
             log.warning("%s: no image of class %s, which no accuracy will count", folder, named)
 
     def read(part: str) -> Split:
-        split, bad = _decode(files[part], size, workers, skip_bad)
+        images = ImageFiles([path for path, _ in files[part]], preprocessing, workers)
+        whole = Split(images, torch.tensor([label for _, label in files[part]]))
+        split, bad = _decode(whole, images, skip_bad, keep=decode_once or part == "test")
         if bad:
             folder, counts = folders[part], (len(bad), len(files[part]))
             gone = {label for _, label in files[part]} - set(split.labels.tolist())
@@ -256,32 +276,47 @@ def _name_others(folder: Path, paths: Sequence[Path]) -> None:
         log.warning("%s: files that are not read as images: %s", folder, counts)
 
 
-def _decode(
-    files: Sequence[tuple[Path, int]], size: int, workers: int, skip_bad: bool
-) -> tuple[Split, dict[Path, str]]:
-    """All images in memory where they take less than a third of it, else decoded batch by batch.
+def _decode(split: Split, images: ImageFiles, skip_bad: bool, keep: bool) -> tuple[Split, dict[Path, str]]:
+    """``split`` with all of its ``images`` in memory where they fit and ``keep`` is set, else to be decoded batch by
+    batch.
 
-    With ``skip_bad``, without the files that cannot be read, which are returned with the reasons; images that do not
-    fit in memory are all decoded once to find them.
+    With ``skip_bad``, without the files that cannot be read, which are returned with the reasons; images that are not
+    kept in memory are all decoded once to find them.
     """
-    images = ImageFiles([path for path, _ in files], size, workers)
-    labels = torch.tensor([label for _, label in files])
-    fits = len(files) * 3 * size * size < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 3
-    if not fits and not skip_bad:
-        return Split(images, labels), {}
-    whole = torch.empty(len(files) if fits else 0, 3, size, size, dtype=torch.uint8)
-    order = torch.split(torch.arange(len(files)), 64)
+    keep = keep and _fits(images)
+    if not skip_bad:
+        return split.in_memory() if keep else split, {}
+    order = torch.split(torch.arange(len(split)), 64)
     bad: dict[Path, str] = {}
-    for chosen, (batch, unreadable) in zip(order, images.attempts(order), strict=True):
-        if not skip_bad:
-            require_readable(unreadable)
-        bad |= unreadable
-        if fits:
-            whole[chosen] = batch
-    split = Split(whole if fits else images, labels)
+
+    def readable() -> Iterator[Tensor]:
+        for batch, unreadable in images.attempts(order):
+            bad.update(unreadable)
+            yield batch
+
+    if keep:
+        split = Split(_joined(images, readable()), split.labels)
+    else:
+        deque(readable(), maxlen=0)
     if bad:
         split = split.take(torch.tensor([i for i, path in enumerate(images.paths) if path not in bad]).long())
     return split, bad
+
+
+def _fits(images: ImageFiles) -> bool:
+    """Whether all of them take less than a third of the memory."""
+    size = images.preprocessing.image_size
+    return len(images) * 3 * size * size < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 3
+
+
+def _joined(images: ImageFiles, batches: Iterable[Tensor]) -> Tensor:
+    """``batches`` of all images in one tensor, which is filled as they come."""
+    size, start = images.preprocessing.image_size, 0
+    whole = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
+    for batch in batches:
+        whole[start : start + len(batch)] = batch
+        start += len(batch)
+    return whole
 
 
 def _first_ten(names: Collection[object]) -> str:

@@ -16,10 +16,14 @@ import torchvision
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
+from brfx.data.preprocessing import Preprocessing
 from brfx.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+#: A picture and a seed to the uint8 ``(3, S, S)`` that a model is trained on.
+Variation = Callable[["Image", int], Tensor]
 
 IMAGE_SUFFIXES = frozenset(torchvision.datasets.folder.IMG_EXTENSIONS)
 
@@ -27,44 +31,67 @@ IMAGE_SUFFIXES = frozenset(torchvision.datasets.folder.IMG_EXTENSIONS)
 class ImageFiles:
     """Images that are decoded each time they are asked for, for a folder that does not fit in memory.
 
-    ``files[indices]`` gives uint8 ``(len(indices), 3, size, size)``, as a tensor of all images would; :meth:`batches`
-    gives one such tensor after the other, decoded ahead by ``workers`` processes (0: by this one, when asked for).
+    ``files[indices]`` gives the squares that ``preprocessing`` makes of them, uint8 ``(len(indices), 3, S, S)``, as a
+    tensor of all images would; :meth:`batches` gives one such tensor after the other, decoded ahead by ``workers``
+    processes (0: by this one, when asked for).
 
     Raises:
         DataError: a file cannot be read; names it. Or a worker process died.
     """
 
-    def __init__(self, paths: Sequence[Path], size: int, workers: int) -> None:
-        self.paths, self.size, self.workers = paths, size, workers
+    def __init__(self, paths: Sequence[Path], preprocessing: Preprocessing, workers: int) -> None:
+        self.paths, self.preprocessing, self.workers = paths, preprocessing, workers
+
+    def __len__(self) -> int:
+        return len(self.paths)
 
     def __getitem__(self, indices: Tensor) -> Tensor:
-        images, bad = _read([self.paths[i] for i in indices.tolist()], self.size)
+        images, bad = _read([(self.paths[i], 0) for i in indices.tolist()], self.preprocessing, None)
         require_readable(bad)
         return images
 
-    def batches(self, order: Sequence[Tensor], *, pin: bool = False) -> Iterator[Tensor]:
-        """``files[indices]`` for each of ``order``; with ``pin`` in pinned memory."""
-        for images, bad in self.attempts(order, pin=pin):
+    def batches(
+        self,
+        order: Sequence[Tensor],
+        *,
+        pin: bool = False,
+        vary: Variation | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> Iterator[Tensor]:
+        """``files[indices]`` for each of ``order``; with ``pin`` in pinned memory.
+
+        With ``vary`` what that makes of each picture and its seed instead; ``seeds`` has one for each file.
+        """
+        for images, bad in self.attempts(order, pin=pin, vary=vary, seeds=seeds):
             require_readable(bad)
             yield images
 
-    def attempts(self, order: Sequence[Tensor], *, pin: bool = False) -> Iterator[tuple[Tensor, dict[Path, str]]]:
+    def attempts(
+        self,
+        order: Sequence[Tensor],
+        *,
+        pin: bool = False,
+        vary: Variation | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> Iterator[tuple[Tensor, dict[Path, str]]]:
         """As :meth:`batches`, beside why files among them cannot be read; what is in their place means nothing."""
-        return decode_ahead(self.paths, partial(_read, size=self.size), order, self.workers, pin=pin)
+        files = list(zip(self.paths, seeds or [0] * len(self.paths), strict=True))
+        read = partial(_read, preprocessing=self.preprocessing, vary=vary)
+        return decode_ahead(files, read, order, self.workers, pin=pin)
 
     def take(self, indices: Tensor) -> ImageFiles:
-        return ImageFiles([self.paths[i] for i in indices.tolist()], self.size, self.workers)
+        return ImageFiles([self.paths[i] for i in indices.tolist()], self.preprocessing, self.workers)
 
 
 def decode_ahead(
-    paths: Sequence[Path],
-    read: Callable[[Sequence[Path]], Any],
+    items: Sequence[Any],
+    read: Callable[[Sequence[Any]], Any],
     order: Sequence[Tensor],
     workers: int,
     *,
     pin: bool = False,
 ) -> Iterator[Any]:
-    """What ``read`` makes of the paths at each of ``order``'s indices, ahead of time by ``workers`` processes (0: by
+    """What ``read`` makes of the items at each of ``order``'s indices, ahead of time by ``workers`` processes (0: by
     this one, when asked for); with ``pin`` in pinned memory.
 
     Raises:
@@ -72,7 +99,7 @@ def decode_ahead(
     """
     workers = workers if len(order) > 1 else 0
     loader: DataLoader[Any] = DataLoader(
-        paths,  # type: ignore[arg-type]  # any sequence will do
+        items,  # type: ignore[arg-type]  # any sequence will do
         batch_sampler=map(Tensor.tolist, order),
         collate_fn=read,
         num_workers=workers,
@@ -87,18 +114,23 @@ def decode_ahead(
         raise DataError(f"decoding images in worker processes failed ({why}): try fewer --workers") from error
 
 
-def _read(paths: Sequence[Path], size: int) -> tuple[Tensor, dict[Path, str]]:
-    """uint8 ``(len(paths), 3, size, size)``, in shared memory in a worker process, and why files cannot be read.
+def _read(
+    files: Sequence[tuple[Path, int]], preprocessing: Preprocessing, vary: Variation | None
+) -> tuple[Tensor, dict[Path, str]]:
+    """uint8 ``(len(files), 3, S, S)`` of files and seeds, in shared memory in a worker process, and why files cannot be
+    read.
 
     They are returned, not raised: an error that a worker process raises comes out with its traceback in the message.
     """
-    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+    size = preprocessing.image_size
+    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
     if get_worker_info() is not None:
         images.share_memory_()  # type: ignore[no-untyped-call]
     bad = {}
-    for image, path in zip(images, paths, strict=True):
+    for image, (path, seed) in zip(images, files, strict=True):
         try:
-            image.copy_(_square(path, size))
+            picture = _decoded(path)
+            image.copy_(pixels(preprocessing.square(picture)) if vary is None else vary(picture, seed))
         except Exception as error:  # PIL has many for damaged files
             bad[path] = first_line(error)
     return images, bad
@@ -124,17 +156,16 @@ def _start(loader: DataLoader[Any]) -> Iterator[Any]:
     return batches
 
 
-def _square(path: Path, size: int) -> Tensor:
-    """An image as uint8 ``(3, size, size)``: the shorter side resized to ``size``, then the centre cut out."""
+def _decoded(path: Path) -> Image:
     from PIL import Image
-    from torchvision.transforms.v2 import functional as transforms
 
     with Image.open(path) as opened:
-        image = upright_rgb(opened)
-    if image.size != (size, size):
-        image = transforms.center_crop(transforms.resize(image, [size], antialias=True), [size, size])
-    pixels: Tensor = transforms.pil_to_tensor(image)
-    return pixels
+        return upright_rgb(opened)
+
+
+def pixels(image: Image) -> Tensor:
+    """An RGB image as uint8 ``(3, H, W)``."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def upright_size(path: Path) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from brfx.data.datasets import Dataset, Split
-from brfx.data.image_files import IMAGE_SUFFIXES, upright_rgb
+from brfx.data.image_files import IMAGE_SUFFIXES, pixels, upright_rgb
 from brfx.data.preprocessing import Preprocessing
 from brfx.errors import DataError, first_line
 
@@ -34,12 +34,12 @@ def load_segmentation(
 
     A mask is a file of one channel, of its image's size: class indices, where 255 is of no class; a palette's indices,
     as in PASCAL VOC; or, where no mask of the training set has another value than 0 and 255, 255 is class 1. Both are
-    stretched to the model's square when a split is first used, the image smoothly, the mask to the nearest pixel, and
-    kept in memory: ``split.labels`` is uint8 ``(N, S, S)``.
+    brought to the model's square when a split is first used, the mask to the nearest pixel, and kept in memory:
+    ``split.labels`` is uint8 ``(N, S, S)``.
 
     Args:
         root: the folder.
-        preprocessing: size, mean and std.
+        preprocessing: the evaluation transform.
         num_classes: how many there are, the background included; default what the training masks have.
         val_fraction: share of the training images cut off for validation, drawn with ``seed``; 0: none.
 
@@ -61,7 +61,7 @@ def load_segmentation(
         raise DataError(f"{root}: {classes} classes: a mask has at most 255 (0 to 254; 255 is of no class)")
 
     def read(part: str) -> Split:
-        return _read(files[part], preprocessing.image_size, classes, binary)
+        return _read(files[part], preprocessing, classes, binary)
 
     names = tuple(map(str, range(classes)))
     return Dataset(str(root), names, preprocessing, read, flip=True, val_fraction=val_fraction, seed=seed)
@@ -105,11 +105,12 @@ def _indices(path: Path) -> np.ndarray:
     return values.astype(np.int64)
 
 
-def _read(files: Sequence[tuple[Path, Path]], size: int, classes: int, binary: bool) -> Split:
+def _read(files: Sequence[tuple[Path, Path]], preprocessing: Preprocessing, classes: int, binary: bool) -> Split:
+    size = preprocessing.image_size
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
     masks = torch.empty(len(files), size, size, dtype=torch.uint8)
     for i, (path, mask) in enumerate(files):
-        images[i], shape = _image(path, size)
+        images[i], shape = _image(path, preprocessing)
         indices = _indices(mask)
         if indices.shape != shape:
             height, width = shape
@@ -127,25 +128,26 @@ def _read(files: Sequence[tuple[Path, Path]], size: int, classes: int, binary: b
                 f"{mask}: has class {beyond.min()}, there are {classes} (0 to {classes - 1}, 255 is of no class): "
                 "mend the mask, or give --num-classes"
             )
-        masks[i] = _nearest(torch.from_numpy(indices).to(torch.uint8), size)
+        masks[i] = _nearest(torch.from_numpy(indices).to(torch.uint8), preprocessing)
     return Split(images, masks)
 
 
-def _image(path: Path, size: int) -> tuple[Tensor, tuple[int, int]]:
-    """An image as uint8 ``(3, size, size)``, and the height and width that its file has."""
+def _image(path: Path, preprocessing: Preprocessing) -> tuple[Tensor, tuple[int, int]]:
+    """An image as uint8 ``(3, S, S)``, and the height and width that its file has."""
     from PIL import Image
-    from torchvision.transforms.v2 import functional as transforms
 
     try:
         with Image.open(path) as opened:
             image = upright_rgb(opened)
     except Exception as error:
         raise DataError(f"{path}: cannot read this image ({first_line(error)}): mend it, or remove it") from error
-    pixels: Tensor = transforms.pil_to_tensor(transforms.resize(image, [size, size], antialias=True))
-    return pixels, (image.height, image.width)
+    return pixels(preprocessing.square(image)), (image.height, image.width)
 
 
-def _nearest(mask: Tensor, size: int) -> Tensor:
-    """``(H, W)`` to ``(size, size)``."""
-    rows, columns = ((torch.arange(size) + 0.5) * length / size for length in mask.shape)
+def _nearest(mask: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """``(H, W)`` to ``(S, S)``."""
+    width, height = preprocessing.resized_to(mask.shape[1], mask.shape[0])
+    left, top, right, bottom = preprocessing.centre(width, height)
+    rows = ((torch.arange(height) + 0.5) * mask.shape[0] / height)[top:bottom]
+    columns = ((torch.arange(width) + 0.5) * mask.shape[1] / width)[left:right]
     return mask[rows.long()][:, columns.long()]

@@ -71,9 +71,8 @@ def preprocessing_in(path: Path, entries: dict[str, Any]) -> Preprocessing | Non
     if stored is None:
         return None
     try:
-        fields: dict[str, Any] = {key: tuple(own) if isinstance(own, list) else own for key, own in stored.items()}
-        return Preprocessing(**fields)
-    except (TypeError, AttributeError, BrfxError) as error:
+        return Preprocessing.from_dict(stored)
+    except BrfxError as error:
         raise ExportError(f"{path}: its preprocessing is not what this brfx knows ({first_line(error)})") from error
 
 

@@ -64,6 +64,18 @@ def read_state_dict(path: Path, key: str | None = None) -> dict[str, Tensor]:
     return under
 
 
+def read_about(path: Path) -> dict[str, Any]:
+    """What brfx wrote of the model beside the weights in a run's ``best.pth`` or ``last.pth``: its ``preprocessing``
+    and ``classes`` as plain data; nothing where the file is another's.
+
+    Raises:
+        CheckpointError: as :func:`~brfx.io.torch_file.read_file`.
+    """
+    content = read_file(path)
+    own = isinstance(content, Mapping) and isinstance(content.get("brfx"), str)
+    return {name: content.get(name) for name in ("preprocessing", "classes")} if own else {}
+
+
 def load_float(
     model: nn.Module, path: Path, *, key: str | None = None, new_head: bool = False, named_by: str = "--model"
 ) -> tuple[str, ...]:
@@ -134,13 +146,17 @@ def _described(content: Any) -> str:
 
 
 def _under_own_keys(state: dict[str, Tensor], model: nn.Module, path: Path) -> dict[str, Tensor]:
-    """``state`` without what stands before the model's own keys in it, and without keys that lack it.
+    """``state`` without what stands before the model's own keys in it, and without keys that lack it; or with what the
+    model has before all of its own, where it is wrapped and the file is of what is inside.
 
     ``{"model.net.fc.weight": .., "loss.weight": ..}`` is ``{"fc.weight": ..}`` for a model that has ``fc.weight``.
     """
     for wrapper in _TORCH_WRAPPERS:
         state = {name.replace(wrapper, ""): value for name, value in state.items()}
     own = set(model.state_dict())
+    first = f"{next(iter(own), '').partition('.')[0]}."
+    if all(name.startswith(first) for name in own) and any(first + name in own for name in state):
+        return {name if name in own else first + name: value for name, value in state.items()}
     found = Counter[str]()  # prefix: how many of the model's keys are behind it
     for name in state:
         parts = name.split(".")

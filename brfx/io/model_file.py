@@ -102,7 +102,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     try:
         config = QATConfig(**content["config"])
         source = ModelSource(**content["source"]) if content["source"] else None
-        preprocessing = Preprocessing(**content["preprocessing"]) if content["preprocessing"] else None
+        preprocessing = Preprocessing.from_dict(content["preprocessing"]) if content["preprocessing"] else None
         classes = tuple(content["classes"]) if content["classes"] else None
         state = dict(content["state_dict"])
     except (KeyError, TypeError, ConfigError) as error:

@@ -6,9 +6,9 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from itertools import count, islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from brfx.analysis.audit import Audit, audit
 from brfx.analysis.network import Place, network
 from brfx.calibration import calibrate, quantizers
-from brfx.config import JobConfig, code_file
+from brfx.config import Augmentation, JobConfig, code_file
 from brfx.data import DEFAULTS, BatchLoader, Dataset, DetectionLoader, Preprocessing, with_overrides
 from brfx.distributed import broadcast_object, broadcast_state, process_group, rank, world_size
 from brfx.errors import BrfxError, ConfigError, DataError, Interrupted, TrainingError, first_line
@@ -28,17 +28,27 @@ from brfx.export import OnnxReport, export_onnx, snap_biases
 from brfx.export.reading import AsModule, entries_of, is_exported, preprocessing_in, runner
 from brfx.extras import missing, needed
 from brfx.graph.trace import trace_islands
+from brfx.hubs import hub_transform, hub_weights, is_hub_model
 from brfx.io.atomic import write_text_atomically
-from brfx.io.float_checkpoint import load_float, read_state_dict
+from brfx.io.float_checkpoint import load_float, read_about, read_state_dict
 from brfx.io.model_file import is_brfx_file, load, save
 from brfx.io.torch_file import require_file
 from brfx.jobs.bits import BATCHES, BITS_FILE, BitsReport, has_budget, kind_of, measure, with_budget
 from brfx.jobs.files import load_built
 from brfx.jobs.machine import machine
 from brfx.jobs.statistics import RunStatistics
-from brfx.jobs.tasks import task_of
+from brfx.jobs.tasks import augmentation_of, class_weights, task_of
 from brfx.metadata import metadata_of
-from brfx.models import CIFAR_RESNETS, ModelSource, build_model, example_inputs, published_weights, require_model
+from brfx.models import (
+    CIFAR_RESNETS,
+    ModelSource,
+    build_model,
+    example_inputs,
+    published_as,
+    published_names,
+    published_weights,
+    require_model,
+)
 from brfx.prepare import prepare_qat
 from brfx.quant.factory import about_activations, about_weights
 from brfx.quant.grid import Grid
@@ -58,7 +68,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a run came to. ``test`` and ``test_float`` are on the test images, read once, at the end."""
+    """What a run came to. ``test`` and ``test_float`` are on the test images, looked at once, at the end."""
 
     run_dir: Path
     fit: FitResult | None
@@ -92,13 +102,14 @@ def train_float(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: b
         if job.ckpt is None and (published := _where_published(job.model)):
             log.info("Training from random weights%s", published)
         tell(callbacks, Phase("reading data"))
-        dataset = read_data(job)
+        dataset = read_data(job, stored_preprocessing(job))
+        log.info(data_line(job, dataset))
         seed_everything(job.train.seed)
         model, _ = _float_model(job, dataset, job.ckpt, new_head=not job.strict)
         callbacks, task = _with_tensorboard(job, run_dir, callbacks), _task(job, dataset)
         train_data, val_data = _loaders(job, dataset, callbacks)
         _open_run(job, run_dir, resume)
-        where: dict[str, Any] = {"run_dir": run_dir, "resume": resume}
+        where: dict[str, Any] = {"run_dir": run_dir, "resume": resume, "about": _about(job, dataset)}
         with _resumable(run_dir):
             result = fit(model, train_data, val_data, job.train, task=task, callbacks=callbacks, **where)
             test = evaluate(model, _test_loader(job, dataset, callbacks), task)
@@ -130,7 +141,8 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
         if missing("onnx") and rank() == 0:
             log.warning("There will be no model.onnx: %s", needed("ONNX export", "onnx"))
         tell(callbacks, Phase("reading data"))
-        dataset = read_data(job)
+        dataset = read_data(job, stored_preprocessing(job))
+        log.info(data_line(job, dataset))
         seed_everything(job.train.seed)
         model, head = _float_model(job, dataset, ckpt, new_head=not job.strict)
         _require_trained_teacher(job, head)
@@ -173,6 +185,7 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
                     teacher=teacher,
                     run_dir=run_dir,
                     resume=resume,
+                    about=_about(job, dataset),
                     callbacks=callbacks,
                 )
             _export_weights(qmodel, run_dir, callbacks)
@@ -229,7 +242,7 @@ def _calibrate(
     if val_data is not None and model is not None:
         tell(callbacks, Phase("evaluating FP32"))
         log.info("FP32 on validation: %.2f %%", 100 * evaluate(model, val_data, task).value)
-    whole, _ = _loaders(job, dataset, shared=False)
+    whole = _calibration_loader(job, dataset)
     tell(callbacks, Phase("calibrating"))
     if rank() == 0:
         coarse = any(quantizer.bits < 8 for quantizer in quantizers(qmodel).values())
@@ -306,7 +319,8 @@ def dry_run(job: JobConfig, callbacks: Iterable[Callback] = ()) -> Audit:
     job, callbacks = _with_checkpoint(job), tuple(callbacks)
     ckpt = _required_checkpoint(job)
     tell(callbacks, Phase("reading data"))
-    dataset = read_data(job)
+    dataset = read_data(job, stored_preprocessing(job))
+    log.info(data_line(job, dataset))
     model, head = _float_model(job, dataset, ckpt, new_head=not job.strict)
     bits = _with_budget(job, model, dataset, head)
     job = job if bits is None else replace(job, qat=bits.qat)
@@ -321,7 +335,7 @@ def sensitivity(job: JobConfig, batches: int = BATCHES) -> BitsReport:
     job = _with_checkpoint(job)
     ckpt = _required_checkpoint(job)
     _require_device(job.train.device)
-    dataset = read_data(job)
+    dataset = read_data(job, stored_preprocessing(job))
     model, _ = _float_model(job, dataset, ckpt)
     qmodel = prepare_qat(model, job.qat, _example(job, dataset, 2)).to(job.train.device)
     return measure(job, qmodel, _training_images(job, dataset, batches), _task(job, dataset))
@@ -341,7 +355,7 @@ def _with_budget(job: JobConfig, model: nn.Module, dataset: Dataset, head: tuple
 
 def _training_images(job: JobConfig, dataset: Dataset, batches: int = BATCHES) -> list[Any]:
     """Some training batches as one process sees them, on the device."""
-    loader, _ = _loaders(job, dataset, shared=False)
+    loader = _calibration_loader(job, dataset)
     return [to_device(images, job.train.device) for images, _ in islice(iter(loader), batches)]
 
 
@@ -369,7 +383,8 @@ def evaluate_file(job: JobConfig, callbacks: Iterable[Callback] = ()) -> tuple[s
         )
     require_model(job.model)
     read_state_dict(ckpt, job.ckpt_key)
-    dataset = read_data(job)
+    dataset = read_data(job, stored_preprocessing(job))
+    _require_classes(ckpt, read_about(ckpt).get("classes"), dataset)
     model, _ = _float_model(job, dataset, ckpt)
     return "FP32", evaluate(model.to(job.train.device), _test_loader(job, dataset, callbacks), _task(job, dataset))
 
@@ -380,14 +395,14 @@ def _evaluate_exported(job: JobConfig, path: Path, callbacks: Iterable[Callback]
     classes, config = entries.get("classes"), entries.get("config")
     job = replace(job, num_classes=None if classes is None else len(classes), train=replace(job.train, device="cpu"))
     dataset = read_data(job, preprocessing_in(path, entries))
-    _require_classes(path, None if classes is None else tuple(classes), dataset)
+    _require_classes(path, classes, dataset)
     kind = f"W{config['weight_bits']}A{config['act_bits']}" if config else path.suffix.removeprefix(".").upper()
     model = AsModule(runner(path, load))
     return kind, evaluate(model, _test_loader(job, dataset, callbacks), _task(job, dataset))
 
 
-def _require_classes(path: Path, classes: tuple[str, ...] | None, dataset: Dataset) -> None:
-    if classes is not None and classes != dataset.classes:
+def _require_classes(path: Path, classes: Sequence[str] | None, dataset: Dataset) -> None:
+    if classes is not None and tuple(classes) != dataset.classes:
         raise DataError(
             f"{path} knows {len(classes)} classes ({', '.join(classes[:3])} ...), "
             f"the data has {len(dataset.classes)} ({', '.join(dataset.classes[:3])} ...): give it its own data"
@@ -414,7 +429,7 @@ def _inspected(job: JobConfig) -> tuple[nn.Module, nn.Module, tuple[Any, ...]]:
         qmodel = load_built(job.ckpt, job.model)
         metadata = metadata_of(qmodel)
         preprocessing, source = metadata.preprocessing, metadata.source or ModelSource(job.model)
-        size = job.image_size or (preprocessing.image_size if preprocessing else _own_image_size(job.model))
+        size = _inspected_size(replace(job, model=job.model or source.name), preprocessing)
         channels = preprocessing.channels if preprocessing else 3
         name = job.model if code_file(job.model) else source.name
         own = build_model(name, source.num_classes, cifar_stem=source.cifar_stem)
@@ -424,9 +439,15 @@ def _inspected(job: JobConfig) -> tuple[nn.Module, nn.Module, tuple[Any, ...]]:
     model = build_model(job.model, job.num_classes, cifar_stem=job.cifar_stem)
     if job.ckpt is not None:
         load_float(model, job.ckpt, key=job.ckpt_key)
-    size, channels = job.image_size or _own_image_size(job.model), _input_channels(model)
+    size, channels = _inspected_size(job, stored_preprocessing(job)), _input_channels(model)
     qmodel = prepare_qat(model, job.qat, example_inputs(job.model, size, 2, channels=channels))
     return model, qmodel, example_inputs(job.model, size, channels=channels)
+
+
+def _inspected_size(job: JobConfig, stored: Preprocessing | None) -> int:
+    """Pixels a side of an example for a model of any task."""
+    seen = stored or _published_preprocessing(job)
+    return job.image_size or (seen.image_size if seen is not None else _own_image_size(job.model))
 
 
 def _input_channels(model: nn.Module) -> int:
@@ -436,14 +457,72 @@ def _input_channels(model: nn.Module) -> int:
 
 
 def read_data(job: JobConfig, preprocessing: Preprocessing | None = None) -> Dataset:
-    """The data set of a job; where none is named, the model's own."""
+    """The data set of a job; where none is named, the model's own.
+
+    Images go through what the settings say, and else through ``preprocessing``; where there is none, through what a
+    named data set has, or what the model wants.
+    """
     source = job.data or _own_dataset(job.model)
-    default = preprocessing or DEFAULTS.get(source) or Preprocessing(_own_image_size(job.model))
-    return task_of(job).read(job, source, with_overrides(default, job.image_size, job.mean, job.std))
+    default = preprocessing or DEFAULTS.get(source) or own_preprocessing(job)
+    return task_of(job).read(job, source, _with_settings(job, default))
+
+
+def _with_settings(job: JobConfig, preprocessing: Preprocessing) -> Preprocessing:
+    given = {name: getattr(job, name) for name in (field.name for field in fields(Preprocessing))}
+    return with_overrides(preprocessing, **given)
+
+
+def stored_preprocessing(job: JobConfig) -> Preprocessing | None:
+    """What the checkpoint's own run trained it on, where brfx wrote it; a log line where the settings differ."""
+    content = None if job.ckpt is None else read_about(job.ckpt).get("preprocessing")
+    if content is None:
+        return None
+    stored = Preprocessing.from_dict(content)
+    if _with_settings(job, stored) != stored:
+        log.warning("%s was trained on images of %s; the settings say otherwise", job.ckpt, stored)
+    return stored
+
+
+def own_preprocessing(job: JobConfig) -> Preprocessing:
+    """What the model wants: as it or its published weights come with it, else of its size."""
+    published = _published_preprocessing(job)
+    return published or Preprocessing(_own_image_size(job.model), stretch=task_of(job).stretch)
+
+
+def _published_preprocessing(job: JobConfig) -> Preprocessing | None:
+    """What comes with the model or its published weights, if anything does."""
+    if is_hub_model(job.model):
+        found = hub_transform(job.model)
+        return None if found is None else Preprocessing.from_dict(found)
+    published = None if job.ckpt is None else published_as(job.model, job.ckpt)
+    if published is None or published.transform is None:
+        return None
+    with torch.device("meta"):
+        mean, std = published.normalization(build_model(job.model))
+    return Preprocessing.from_dict(published.transform | {"mean": mean, "std": std})
+
+
+def _about(job: JobConfig, dataset: Dataset) -> dict[str, Any]:
+    """What a run writes beside its weights, for :func:`brfx.io.float_checkpoint.read_about`."""
+    seen = dataset.preprocessing and dataset.preprocessing.as_dict()
+    return {"brfx": version("brfx"), "model": job.model, "preprocessing": seen, "classes": list(dataset.classes)}
+
+
+def data_line(job: JobConfig, dataset: Dataset) -> str:
+    """What a run trains on: images of each split, classes, the transform and the augmentation."""
+    splits = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
+    counts = ", ".join(f"{len(_limited(job, split)):,} {name}" for name, split in splits.items())
+    classes = ", ".join(dataset.classes[:4]) + (" ..." if len(dataset.classes) > 4 else "")
+    seen = "" if dataset.preprocessing is None else f"{dataset.preprocessing}, "
+    augmentation = augmentation_of(job, dataset.preprocessing, flip=dataset.flip)
+    return (
+        f"{dataset.name}: {counts} images of {len(dataset.classes)} classes ({classes}), {seen}augmentation "
+        f"{augmentation}"
+    )
 
 
 def _task(job: JobConfig, dataset: Dataset) -> Task:
-    return task_of(job).of(len(dataset.classes))
+    return task_of(job).of(len(dataset.classes), class_weights(job, dataset))
 
 
 def banner(job: JobConfig) -> list[str]:
@@ -543,22 +622,31 @@ def _required_checkpoint(job: JobConfig) -> Path:
 
 
 def _with_checkpoint(job: JobConfig) -> JobConfig:
-    """``job`` with the path of torchvision's weights where its ``ckpt`` is the word ``torchvision``."""
-    return job if job.ckpt is None else replace(job, ckpt=_found_checkpoint(job.model, job.ckpt))
+    """``job`` with the file of torchvision's weights where its ``ckpt`` is their name, and with that of the weights in
+    a Hugging Face folder where it has none."""
+    if job.ckpt is not None:
+        return replace(job, ckpt=_found_checkpoint(job.model, job.ckpt))
+    found = hub_weights(job.model)
+    if found is not None and job.command != "inspect":
+        log.info("Starting from %s", found)
+        return replace(job, ckpt=found)
+    return job
 
 
 def _found_checkpoint(model: str, ckpt: Path) -> Path:
-    """``ckpt``, or, where that is the word ``torchvision``, the file of torchvision's weights of ``model``.
+    """``ckpt``, or, where that is the word ``torchvision`` or the name of torchvision's weights of ``model``, such as
+    ``IMAGENET1K_V1``, their file.
 
     Raises:
         ConfigError: torchvision has none, or they are not on disk; nothing is downloaded.
         CheckpointError: there is no such file.
     """
-    if ckpt != Path("torchvision"):
+    name = str(ckpt)
+    if name != "torchvision" and (ckpt.exists() or name not in published_names(model)):
         require_file(ckpt)
         return ckpt
     require_model(model)
-    published = published_weights(model)
+    published = published_weights(model, "DEFAULT" if name == "torchvision" else name)
     if published is None:
         raise ConfigError(f"torchvision has no weights of {model}: give a FILE")
     if not published.path.is_file():
@@ -579,13 +667,17 @@ def _where_published(model: str) -> str:
 
 
 def _compare_normalization(name: str, model: nn.Module, ckpt: Path, preprocessing: Preprocessing | None) -> None:
-    """Warn where a file of torchvision's weights gets images of another mean or std than they were trained on."""
-    published = published_weights(name)
-    if published is None or preprocessing is None or ckpt.name != published.path.name:
+    """Warn where weights that come with a mean and a std get images of others."""
+    if preprocessing is None:
         return
-    for flag, wanted, given in zip(
-        ("mean", "std"), published.normalization(model), (preprocessing.mean, preprocessing.std), strict=True
-    ):
+    published = published_as(name, ckpt)
+    if published is not None:
+        all_wanted = published.normalization(model)
+    elif ckpt == hub_weights(name) and (transform := hub_transform(name)) is not None:
+        all_wanted = transform["mean"], transform["std"]
+    else:
+        return
+    for flag, wanted, given in zip(("mean", "std"), all_wanted, (preprocessing.mean, preprocessing.std), strict=True):
         if wanted is not None and wanted != tuple(given):
             values = ",".join(f"{value:g}" for value in wanted)
             log.warning("%s was trained on images of another %s: --%s %s", ckpt, flag, flag, values)
@@ -626,30 +718,37 @@ def _example(job: JobConfig, dataset: Dataset, count: int) -> Any:
 _Loader = BatchLoader | DetectionLoader
 
 
-def _loaders(
-    job: JobConfig, dataset: Dataset, callbacks: Iterable[Callback] = (), *, shared: bool = True
-) -> tuple[_Loader, Batches | None]:
-    """Of training and, unless every image is trained on, of validation, which tells ``callbacks`` of its batches.
-
-    A ``shared`` one gives each rank its part of every training batch.
-    """
-    split, loader = _limited(job, dataset.train), task_of(job).loader
-    train = loader(
-        split,
-        dataset.preprocessing,
-        job.batch_size,
-        augment=True,
-        flip=dataset.flip,
-        drop_last=len(split) >= job.batch_size,
-        seed=job.train.seed,
-        device=job.train.device,
-        rank=rank() if shared else 0,
-        world_size=world_size() if shared else 1,
-    )
+def _loaders(job: JobConfig, dataset: Dataset, callbacks: Iterable[Callback] = ()) -> tuple[_Loader, Batches | None]:
+    """Of training, this process's part of each batch, and, unless every image is trained on, of validation, which tells
+    ``callbacks`` of its batches."""
+    augment = augmentation_of(job, dataset.preprocessing, flip=dataset.flip)
+    train = _train_loader(job, dataset, augment, rank=rank(), world_size=world_size())
+    loader = task_of(job).loader
     if not job.val_fraction:
         return train, None
     val = loader(_limited(job, dataset.val), dataset.preprocessing, job.batch_size, device=job.train.device)
     return train, Told(val, callbacks, "validating")
+
+
+def _calibration_loader(job: JobConfig, dataset: Dataset) -> _Loader:
+    """Of whole training batches, whose images are cropped and mirrored as in training, and not changed otherwise."""
+    augment = augmentation_of(job, dataset.preprocessing, flip=dataset.flip)
+    return _train_loader(job, dataset, Augmentation(crop=augment.crop, flip=augment.flip))
+
+
+def _train_loader(job: JobConfig, dataset: Dataset, augment: Augmentation, **part: int) -> _Loader:
+    split = _limited(job, dataset.train)
+    return task_of(job).loader(
+        split,
+        dataset.preprocessing,
+        job.batch_size,
+        augment=augment,
+        drop_last=len(split) >= job.batch_size,
+        seed=job.train.seed,
+        device=job.train.device,
+        num_classes=len(dataset.classes),
+        **part,
+    )
 
 
 def _test_loader(job: JobConfig, dataset: Dataset, callbacks: Iterable[Callback] = ()) -> Batches:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 import torchvision.models
 from torch import nn
+from torch.nn import functional as F
 
-from brfx.config import JobConfig
+from brfx.config import Augmentation, JobConfig, listed_class_weights
 from brfx.data import (
     BatchLoader,
     Dataset,
@@ -23,7 +24,9 @@ from brfx.data import (
     load_detection,
     load_segmentation,
 )
+from brfx.data.segmentation import IGNORED
 from brfx.errors import ConfigError, DataError, first_line
+from brfx.hubs import hub_task, is_hub_model
 from brfx.models import CIFAR_RESNETS, model_names
 from brfx.modes import eval_mode
 from brfx.train.tasks import Task, classification, detection, pixel_logits, segmentation
@@ -37,9 +40,11 @@ class JobTask:
         model: what a model of the task is called.
         read: ``read(job, source, preprocessing)``, the data set.
         loader: ``loader(split, preprocessing, batch_size, ..)``, batches as :class:`~brfx.data.BatchLoader` gives them.
-        of: the task for so many classes.
+        of: the task for so many classes, and how much each counts in the loss.
         require: ``require(model, name, dataset)``, which raises ConfigError or DataError unless the model is one for
             the data's classes and images.
+        crop: ``crop(preprocessing)``, how training images are cropped unless something else is wanted.
+        stretch: whether pictures are stretched to the model's square unless something else is wanted.
         refused: ``refused(job)``, flags that were given and that this task has no use for, each with the reason.
         no_onnx: why no ``model.onnx`` is written; ``None``: one is.
     """
@@ -47,8 +52,10 @@ class JobTask:
     model: str
     read: Callable[[JobConfig, str, Preprocessing], Dataset]
     loader: Callable[..., BatchLoader | DetectionLoader]
-    of: Callable[[int], Task]
+    of: Callable[[int, Sequence[float] | None], Task]
     require: Callable[[nn.Module, str, Dataset], None]
+    crop: Callable[[Any], str]
+    stretch: bool = False
     refused: Callable[[JobConfig], dict[str, str]] = lambda job: {}
     no_onnx: str | None = None
 
@@ -78,7 +85,39 @@ _OTHERS = {
 }
 
 
+#: Above so many pixels a side, training images of classifiers are crops of the whole picture unless told otherwise.
+SHIFTED = 64
+
+
+def augmentation_of(job: JobConfig, preprocessing: Preprocessing | None, *, flip: bool = True) -> Augmentation:
+    """How training images are varied; ``flip`` is the data set's own."""
+    return job.augmentation(task_of(job).crop(preprocessing), flip=flip)
+
+
+def class_weights(job: JobConfig, dataset: Dataset) -> tuple[float, ...] | None:
+    """``--class-weights`` as numbers of mean 1 over the training images, or over the pixels of their masks.
+
+    Raises:
+        DataError: they are not as many as the classes, or no training image is of a class that counts.
+    """
+    if job.class_weights is None:
+        return None
+    labels = dataset.train.labels.flatten()
+    counts = torch.bincount(labels[labels != IGNORED].long() if labels.dtype == torch.uint8 else labels)
+    counts = F.pad(counts, (0, len(dataset.classes) - len(counts))).double()
+    given = listed_class_weights(job.class_weights)
+    weights = 1 / counts.clamp(min=1) if given is None else torch.tensor(given, dtype=torch.float64)
+    if len(weights) != len(counts):
+        raise DataError(f"--class-weights has {len(weights)} numbers, {dataset.name} has {len(counts)} classes")
+    total = float((weights * counts).sum())
+    if not total:
+        raise DataError(f"--class-weights {job.class_weights}: no training image of {dataset.name} would count")
+    return tuple((weights * counts.sum() / total).tolist())
+
+
 def _own_task(model: str) -> str:
+    if is_hub_model(model):
+        return hub_task(model)
     if model in CIFAR_RESNETS or model not in model_names():
         return "classification"
     home: str = torchvision.models.get_model_builder(model).__module__
@@ -104,6 +143,7 @@ def _read_classes(job: JobConfig, source: str, preprocessing: Preprocessing) -> 
         seed=job.train.seed,
         workers=job.workers,
         skip_bad_images=job.skip_bad_images,
+        decode_once=augmentation_of(job, preprocessing).crop != "resized",
     )
 
 
@@ -118,22 +158,36 @@ def _read_boxes(job: JobConfig, source: str, preprocessing: Preprocessing) -> Da
 
 
 def _box_batches(
-    split: DetectionSplit, preprocessing: None, batch_size: int, *, augment: bool = False, **settings: Any
+    split: DetectionSplit,
+    preprocessing: None,
+    batch_size: int,
+    *,
+    augment: Augmentation | None = None,
+    num_classes: int = 0,
+    **settings: Any,
 ) -> DetectionLoader:
     """Of what mAP50 is measured on there must be a box; detectors preprocess images themselves."""
     if not augment and not split.num_boxes:
         raise DataError(
             f"mAP50 needs a box: there is none in {len(split)} images: raise --val-fraction, --limit-batches"
         )
-    return DetectionLoader(split, batch_size, augment=augment, **settings)
+    flip = augment is not None and augment.flip
+    return DetectionLoader(split, batch_size, augment=augment is not None, flip=flip, **settings)
+
+
+#: Settings of the evaluation transform, and of what training does to images beyond cropping and mirroring them.
+TRANSFORM = ("image_size", "mean", "std", "resize", "stretch", "interpolation", "channel_order", "divisor")
+VARIATION = ("rand_augment", "mixup", "cutmix", "erasing")
 
 
 def _without_flags_of_detectors(job: JobConfig) -> dict[str, str]:
     own, train = "a detector resizes and normalizes images itself", job.train
+    mirrored = "the images of a detector are mirrored alone"
     given = {
-        "--image-size": (job.image_size is not None, own),
-        "--mean": (job.mean is not None, own),
-        "--std": (job.std is not None, own),
+        **{f"--{name.replace('_', '-')}": (getattr(job, name) is not None, own) for name in TRANSFORM},
+        "--crop": (job.crop is not None, mirrored),
+        **{f"--{name.replace('_', '-')}": (getattr(job, name) > 0, mirrored) for name in VARIATION},
+        "--class-weights": (job.class_weights is not None, "a detector has its own losses"),
         "--label-smoothing": (train.label_smoothing, "a detector has its own losses"),
         "--teacher": (job.teacher is not None, "nothing can be distilled into a detector"),
         "--distill": (train.distill, "nothing can be distilled into a detector"),
@@ -203,23 +257,27 @@ TASKS = {
         model="classifier",
         read=_read_classes,
         loader=BatchLoader,
-        of=lambda classes: classification(),
+        of=lambda classes, weights: classification(weights),
         require=_require_logits(_class_logits, "classifier"),
+        crop=lambda preprocessing: "resized" if preprocessing.image_size > SHIFTED else "shift",
     ),
     "segmentation": JobTask(
         model="segmenter",
         read=_read_masks,
         loader=BatchLoader,
-        of=segmentation,
+        of=lambda classes, weights: segmentation(classes, class_weights=weights),
         require=_require_logits(_mask_logits, "segmenter"),
+        crop=lambda preprocessing: "shift",
+        stretch=True,
         refused=lambda job: {"--skip-bad-images": "remove the image and its mask"} if job.skip_bad_images else {},
     ),
     "detection": JobTask(
         model="detector",
         read=_read_boxes,
         loader=_box_batches,
-        of=lambda classes: detection(),
+        of=lambda classes, weights: detection(),
         require=_require_detector,
+        crop=lambda preprocessing: "none",
         refused=_without_flags_of_detectors,
         no_onnx="a detector chooses its boxes in Python code, which no exporter takes (docs/export.md)",
     ),

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from itertools import chain, islice
@@ -120,6 +120,7 @@ def fit(
     statistics: Statistics | None = None,
     run_dir: Path | None = None,
     resume: bool = False,
+    about: Mapping[str, Any] | None = None,
     callbacks: Iterable[Callback] = (),
 ) -> FitResult:
     """Train a classifier, or for another task; afterwards ``model`` holds the weights of the epoch that ``config.keep``
@@ -153,6 +154,7 @@ def fit(
             chooses, whatever ``keep`` is; none without validation) and ``checkpoints/`` are written; nothing is when
             ``None``.
         resume: go on from the newest whole checkpoint in ``run_dir``; where there is none, start from ``model``.
+        about: plain data that ``last.pth`` and ``best.pth`` hold beside the weights, such as what images go through.
         callbacks: told of batches and epochs.
 
     Raises:
@@ -183,6 +185,7 @@ def fit(
         raise DataError("there is no training batch: are there fewer images than --batch-size?")
     seed_everything(config.seed)
     run = _Run(model, train_data, task, config, penalty, teacher, statistics, run_dir, tuple(callbacks))
+    run.about = dict(about or {})
     if resume:
         run.resume()
     elif run_dir is not None and has_checkpoints(run_dir):
@@ -264,6 +267,7 @@ class _Run:
         self.best = -math.inf  # the metric of best.pth
         self.kept, self.kept_weights = 0, dict[str, Tensor]()  # the epoch that would be the result now
         self.skipped = 0
+        self.about: dict[str, Any] = {}
         self.stage = ""
         self.step: LossStep | None = None
         self.uncompiled = False  # the next batch is the first of its stage, and compiles
@@ -542,7 +546,7 @@ class _Run:
         self.epoch, self.batch = self.epoch + 1, 0
         self.sums, self.seconds = Sums(), 0.0
         if self.run_dir is not None and rank() == 0:
-            content = {"state_dict": weights, "metrics": metrics.as_dict()}
+            content = {"state_dict": weights, "metrics": metrics.as_dict(), **self.about}
             with written_into(self.run_dir):
                 write_metrics(self.run_dir, self.history)
                 for name in ("last.pth", "best.pth") if improved else ("last.pth",):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -124,13 +124,16 @@ def count_samples(inputs: Any) -> int:
     return len(found)
 
 
-def classification() -> Task:
-    """Logits ``(batch, classes)`` and labels ``(batch,)``: cross-entropy, and top-1 accuracy.
+def classification(class_weights: Sequence[float] | None = None) -> Task:
+    """Logits ``(batch, classes)``, and labels ``(batch,)`` or shares of the classes ``(batch, classes)``:
+    cross-entropy, and top-1 accuracy.
 
+    ``class_weights`` are how much a sample of each class counts in the loss of training, which is divided by the number
+    of samples, whatever these weigh: so are several batches an update, and several processes, what one batch is.
     What is distilled is :func:`divergence` (Hinton et al., "Distilling the Knowledge in a Neural Network", 2015).
     """
     return Task(
-        loss=F.cross_entropy,
+        loss=F.cross_entropy if class_weights is None else _weighted(class_weights),
         evaluate=evaluate_classifier,
         metric="accuracy",
         split=pair,
@@ -140,9 +143,19 @@ def classification() -> Task:
     )
 
 
+def _weighted(class_weights: Sequence[float]) -> Callable[..., Tensor]:
+    weights = torch.tensor(class_weights, dtype=torch.float32)
+
+    def loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        settings: dict[str, Any] = {"weight": weights.to(logits.device), "label_smoothing": label_smoothing}
+        return F.cross_entropy(logits, labels, reduction="sum", **settings) / len(labels)
+
+    return loss
+
+
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """Of how many samples the largest of ``logits`` (N, classes) is the label's."""
-    return (logits.argmax(1) == labels).sum()
+    """Of how many samples the largest of ``logits`` (N, classes) is the label's, or the largest of its shares."""
+    return (logits.argmax(1) == (labels if labels.dim() == 1 else labels.argmax(1))).sum()
 
 
 def divergence(logits: Tensor, soft: Tensor, temperature: float) -> Tensor:
@@ -152,12 +165,18 @@ def divergence(logits: Tensor, soft: Tensor, temperature: float) -> Tensor:
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) / math.prod(logits.shape[2:])
 
 
-def segmentation(num_classes: int, ignore_index: int = 255, aux_weight: float = 0.5) -> Task:
+def segmentation(
+    num_classes: int,
+    ignore_index: int = 255,
+    aux_weight: float = 0.5,
+    class_weights: Sequence[float] | None = None,
+) -> Task:
     """Logits ``(batch, classes, H, W)``, alone or as ``"out"`` of a dict, and masks ``(batch, H, W)`` of class indices.
 
     The loss is cross-entropy over the pixels of a batch, plus ``aux_weight`` times that of ``"aux"`` where a model has
     such a head; the metric is mIoU over the classes that the masks or the model's answers have. Pixels of
-    ``ignore_index`` count in neither. What is distilled is :func:`divergence` of the pixels of ``"out"``.
+    ``ignore_index`` count in neither. ``class_weights`` are how much a pixel of each class counts in the loss, which is
+    divided by the number of pixels. What is distilled is :func:`divergence` of the pixels of ``"out"``.
 
     Raises:
         ConfigError: torchmetrics is not installed.
@@ -168,9 +187,12 @@ def segmentation(num_classes: int, ignore_index: int = 255, aux_weight: float = 
         raise ConfigError(needed("mIoU", "tasks", error)) from error
     mean_iou = MulticlassJaccardIndex(num_classes, average="macro", ignore_index=ignore_index, validate_args=False)
 
+    weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+
     def loss(output: Any, masks: Tensor, label_smoothing: float = 0.0) -> Tensor:
         def of(logits: Tensor) -> Tensor:
             settings: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+            settings["weight"] = None if weights is None else weights.to(logits.device)
             total = F.cross_entropy(logits, masks, reduction="sum", **settings)
             return total / (masks != ignore_index).sum().clamp(min=1)  # a mean of none would be NaN
 

@@ -33,8 +33,8 @@ def test_the_recipes():
 LEFT = {
     "job": {"command", "model", "task", "ckpt", "num_classes", "cifar_stem", "data", "data_dir", "download",
             "image_size", "mean", "std", "workers", "skip_bad_images", "qat", "train", "teacher", "output_dir",
-            "tensorboard", "ckpt_key", "strict", "limit_batches", "bit_budget", "size_budget",
-            "reconstruct"},
+            "tensorboard", "ckpt_key", "strict", "limit_batches", "resize", "stretch", "interpolation", "channel_order",
+            "divisor", "crop", "flip", "class_weights", "bit_budget", "size_budget", "reconstruct"},
     "qat": {"weight_bits", "act_bits", "clip_value", "overrides", "skip"},
     "train": {"step_lr", "device", "compile", "precision", "channels_last", "clip_grad", "on_nonfinite",
               "checkpoint_minutes", "keep_checkpoints", "patience"},

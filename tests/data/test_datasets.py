@@ -62,7 +62,7 @@ def test_a_folder_too_large_for_memory_is_decoded_batch_by_batch(tmp_path, monke
 def folder_batches(root: Path, workers: int, **settings):
     """Batches of 3 of the 20 training images, decoded when asked for."""
     paths = sorted((root / "train").rglob("*.png"))
-    split = Split(ImageFiles(paths, 16, workers), torch.arange(len(paths)))
+    split = Split(ImageFiles(paths, Preprocessing(16), workers), torch.arange(len(paths)))
     return BatchLoader(split, Preprocessing(16), 3, **settings)
 
 
@@ -154,14 +154,14 @@ def test_a_class_of_bad_images_alone_is_named(tmp_path):
 
 def test_a_worker_that_dies_is_a_data_error(tmp_path, monkeypatch):
     make_folder(tmp_path, ("train",))
-    square, parent = brfx.data.image_files._square, os.getpid()
+    decoded, parent = brfx.data.image_files._decoded, os.getpid()
 
-    def deadly(path, size):
+    def deadly(path):
         if path.parts[-2:] == ("dog", "3.png") and os.getpid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
-        return square(path, size)
+        return decoded(path)
 
-    monkeypatch.setattr(brfx.data.image_files, "_square", deadly)
+    monkeypatch.setattr(brfx.data.image_files, "_decoded", deadly)
     monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))  # looks each 5 s else
     with pytest.raises(DataError, match=r"^decoding .* failed \(.+\): .*$"):
         list(folder_batches(tmp_path, 2))

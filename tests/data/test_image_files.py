@@ -11,7 +11,7 @@ from brfx.errors import DataError
 
 
 def pixels(path, size=4):
-    return ImageFiles([path], size, 0)[torch.tensor([0])][0]
+    return ImageFiles([path], Preprocessing(size), 0)[torch.tensor([0])][0]
 
 
 def test_an_image_is_turned_as_its_exif_orientation_says(tmp_path):

@@ -33,7 +33,7 @@ def folder(tmp_path):
 
 
 def load(folder, size=8, **settings):
-    return load_segmentation(folder, Preprocessing(size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), **settings)
+    return load_segmentation(folder, Preprocessing(size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), stretch=True), **settings)
 
 
 def test_images_and_masks_are_read_stretched_and_split(folder):

@@ -205,8 +205,8 @@ def test_published_weights_are_used_where_they_are_and_else_their_address_is_tol
     with pytest.raises(ConfigError, match="`brfx train` makes one; torchvision's are on disk: --ckpt torchvision"):
         dry_run(ours)
     assert dry_run(named).layers
-    assert caplog.messages[0] == f"{file}: classifier.1 made anew, from 1000 to 10 classes"
-    assert caplog.messages[1:3] == [
+    assert caplog.messages[1] == f"{file}: classifier.1 made anew, from 1000 to 10 classes"
+    assert caplog.messages[2:4] == [
         f"{file} was trained on images of another mean: --mean 0.485,0.456,0.406",
         f"{file} was trained on images of another std: --std 0.229,0.224,0.225",
     ]
