@@ -20,6 +20,7 @@ class TrainConfig:
 
     Attributes:
         epochs: passes over the training data, the warm-up included.
+        epoch_batches: batches of an epoch, for data without a length, or with more than wanted; ``None``: its length.
         warmup_epochs: of these, the first ones without the penalty; default 30 % of ``epochs``.
         optimizer: ``"sgd"`` (Nesterov momentum) or ``"adamw"``.
         accumulate: batches an update, whose gradients are averaged: what one batch of so many times the images gives,
@@ -59,6 +60,7 @@ class TrainConfig:
     """
 
     epochs: int = 100
+    epoch_batches: int | None = None
     warmup_epochs: int | None = None
     optimizer: str = "sgd"
     accumulate: int = 1
@@ -102,6 +104,7 @@ class TrainConfig:
             "keep_checkpoints",
             "accumulate",
             "patience",
+            "epoch_batches",
         ):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={shown(getattr(self, name))}: takes a number above 0")

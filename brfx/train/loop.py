@@ -44,7 +44,7 @@ from brfx.train.ema import WeightAverage
 from brfx.train.evaluate import Evaluation, Score, evaluate
 from brfx.train.finite import culprit
 from brfx.train.memory import memory_kept
-from brfx.train.random_state import random_state, set_random_state
+from brfx.train.random_state import generators_of, random_state, set_random_state
 from brfx.train.report import Callback, EpochMetrics, FitResult, Phase, Progress, Sums, tell
 from brfx.train.step import (
     COMPILING_TAKES,
@@ -77,10 +77,11 @@ def always_syncs(config: TrainConfig) -> bool:
 
 
 class Batches(Protocol):
-    """What ``fit`` trains on: sized, iterable once an epoch. ``set_epoch(epoch)`` is called where it exists, and
-    ``starting_at(batch)`` instead of dropping batches where a resumed run continues inside an epoch."""
+    """What ``fit`` trains on: iterable once an epoch, such as any ``DataLoader``. Its length is the batches of an
+    epoch, unless the settings say how many these are. ``set_epoch(epoch)`` is called where it exists, of a loader also
+    of its sampler and its data set, and ``starting_at(batch)`` instead of dropping batches where a resumed run
+    continues inside an epoch."""
 
-    def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Any]: ...
 
 
@@ -163,7 +164,7 @@ def fit(
             written under; or ``run_dir`` holds the checkpoints of another run; a ``task`` and parts of one; validation
             without a metric; a loss or a metric is not one number; or inputs are not those that the model takes.
         CheckpointError: every checkpoint is damaged, or the newest is of another model.
-        DataError: ``train_data`` is empty.
+        DataError: ``train_data`` is empty, or an epoch has fewer batches than it was to have.
         TrainingError: a loss or gradient is not finite; names epoch, batch and layer. A batch is too small for a batch
             norm. A file in ``run_dir`` cannot be written; names it. Another rank is gone.
         Interrupted: Ctrl-C or SIGTERM; there is a checkpoint if there is a ``run_dir``.
@@ -181,10 +182,9 @@ def fit(
         raise ConfigError(f"distill={config.distill} and {'no' if teacher is None else 'a'} teacher: give both or none")
     if val_data is None and config.keep == "best":
         raise ConfigError("keep='best' chooses on validation data, and there is none: give val_data, or keep='last'")
-    if not len(train_data):
-        raise DataError("there is no training batch: are there fewer images than --batch-size?")
+    batches = _batches_of(train_data, config)
     seed_everything(config.seed)
-    run = _Run(model, train_data, task, config, penalty, teacher, statistics, run_dir, tuple(callbacks))
+    run = _Run(model, train_data, batches, task, config, penalty, teacher, statistics, run_dir, tuple(callbacks))
     run.about = dict(about or {})
     if resume:
         run.resume()
@@ -199,6 +199,22 @@ def fit(
             run.end_epoch(stage, val_data)
             run.stop_if_asked(stop)
     return run.result()
+
+
+def _batches_of(train_data: Any, config: TrainConfig) -> int:
+    """Batches of an epoch."""
+    if config.epoch_batches is not None:
+        return config.epoch_batches
+    try:
+        batches = len(train_data)
+    except TypeError as error:  # also a DataLoader's, whose data set has none
+        raise ConfigError(
+            f"train_data has no length ({first_line(error)}): say how many batches an epoch has with "
+            "TrainConfig(epoch_batches=)"
+        ) from error
+    if not batches:
+        raise DataError("there is no training batch: are there fewer images than --batch-size?")
+    return batches
 
 
 def _chosen_task(task: Task | None, loss: Any, metric: Any, split: Any, *, validates: bool) -> Task:
@@ -232,6 +248,7 @@ class _Run:
         self,
         model: nn.Module,
         data: Batches,
+        batches: int,
         task: Task,
         config: TrainConfig,
         penalty: Penalty | None,
@@ -251,7 +268,7 @@ class _Run:
         self.callbacks, self.statistics = callbacks, statistics
         self.teacher = None if teacher is None else teacher.eval()
         self.checkpoints = None if run_dir is None else Checkpoints(run_dir / FOLDER, config.keep_checkpoints)
-        self.batches = len(data)
+        self.batches, self.generators = batches, generators_of(data)
         total = config.epochs * self.batches
         self.update = Update(model, config, config.epochs * -(-self.batches // config.accumulate))
         self.always_syncs = always_syncs(config)
@@ -261,7 +278,7 @@ class _Run:
         self.average = WeightAverage(model, config.ema) if config.ema else None
         self.epoch, self.batch = 1, 0  # the epoch from 1, and how many of its batches are done
         self.shapes: Shapes | None = None  # of the first batch, for which the step is compiled
-        self.epoch_random = self.random = random_state()  # when the epoch began, and now
+        self.epoch_random = self.random = random_state(self.generators)  # when the epoch began, and now
         self.sums, self.seconds = Sums(), 0.0
         self.history: list[EpochMetrics] = []
         self.best = -math.inf  # the metric of best.pth
@@ -288,7 +305,7 @@ class _Run:
             "scheduler": self.update.scheduler.state_dict(),
             "scaler": self.update.scaler.state_dict(),
             "average": self.average and {"values": self.average.average, "updates": self.average.updates},
-            "random": all_gather_object((self.epoch_random, random_state())),
+            "random": all_gather_object((self.epoch_random, random_state(self.generators))),
             "compiled": self.compiled,
             "metric": self.task.metric,
             "shapes": self.shapes and [list(map(list, shapes)) for shapes in self.shapes],
@@ -355,7 +372,7 @@ class _Run:
             self.average.updates = state["average"]["updates"]
             self.average.average = {k: v.to(device) for k, v in state["average"]["values"].items()}
         self.epoch_random, self.random = state["random"][rank()]
-        set_random_state(self.random)
+        set_random_state(self.random, self.generators)
         self.compiled = state["compiled"]
         shapes = state["shapes"]
         self.shapes = shapes and tuple(tuple(map(torch.Size, found)) for found in shapes)
@@ -409,6 +426,11 @@ class _Run:
             if broadcast_object(due):
                 self.save()
                 saved = monotonic()
+        if self.batch < self.batches:
+            raise DataError(
+                f"epoch {self.epoch}: train_data gave {self.batch} batches, not {self.batches}, for which the rates "
+                "are: give it its true length, or say how many there are with TrainConfig(epoch_batches=)"
+            )
 
     def _begin(self, stage: str) -> None:
         active = self.penalty if stage == "penalty" else None
@@ -442,10 +464,12 @@ class _Run:
 
     def _remaining(self) -> Iterator[tuple[Any, Any]]:
         """The epoch's batches from ``self.batch`` on, on the device."""
-        if hasattr(self.data, "set_epoch"):
-            self.data.set_epoch(self.epoch)
+        owners: list[Any] = [getattr(self.data, name, None) for name in ("sampler", "batch_sampler", "dataset")]
+        for owner in (self.data, *owners):
+            if hasattr(owner, "set_epoch"):
+                owner.set_epoch(self.epoch)
         if not self.batch:
-            self.epoch_random = random_state()
+            self.epoch_random = random_state(self.generators)
         for batch in self._resumed() if self.batch else self.data:
             inputs, targets = self.task.split(batch)
             inputs = positional(self.model, to_device(inputs, self.config.device, self.layout))
@@ -457,11 +481,11 @@ class _Run:
             batches = self.data.starting_at(self.batch)
             found = list(islice(batches, 1))
         else:  # draw again what was drawn
-            set_random_state(self.epoch_random)
+            set_random_state(self.epoch_random, self.generators)
             batches, found = iter(self.data), []
             for _ in islice(batches, self.batch):
                 pass
-        set_random_state(self.random)
+        set_random_state(self.random, self.generators)
         yield from chain(found, batches)
 
     def _train_batch(self, inputs: Any, targets: Any, syncs: bool) -> None:
@@ -502,7 +526,7 @@ class _Run:
         It is drawn and run once more: nothing that decides its gradients has changed since.
         """
         self.batch -= failed - 1
-        set_random_state(self.epoch_random)
+        set_random_state(self.epoch_random, self.generators)
         inputs, targets = next(self._remaining())
         self.update.clear()
         loss, _ = self._forward(inputs, targets)
@@ -582,12 +606,12 @@ class _Run:
 
     def _reestimate(self) -> None:
         """Batch norms' statistics from the first batches of the epoch; nothing random moves on."""
-        before = random_state()
+        before = random_state(self.generators)
         batches = islice(iter(self.data), self.config.reestimate_bn)
         inputs = (to_device(self.task.split(batch)[0], self.config.device) for batch in batches)
         reestimate_batch_norm(self.model, inputs)
         broadcast_buffers(self.model)
-        set_random_state(before)
+        set_random_state(before, self.generators)
 
     def _metrics(self, stage: str, result: Evaluation | Score | None) -> EpochMetrics:
         return EpochMetrics(

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 
-def random_state() -> dict[str, Any]:
-    """Of Python, NumPy, and torch on the CPU and every CUDA device."""
+def generators_of(data: Any) -> list[torch.Generator]:
+    """The generators that a ``DataLoader`` was given, or its samplers."""
+    sampler = getattr(data, "sampler", None)
+    batch_sampler = getattr(data, "batch_sampler", None)
+    owners = (data, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
+    found = [getattr(owner, "generator", None) for owner in owners]
+    return list(dict.fromkeys(generator for generator in found if isinstance(generator, torch.Generator)))
+
+
+def random_state(generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:
+    """Of Python, NumPy, torch on the CPU and every CUDA device, and ``generators``."""
     kind, words, position, has_gauss, gauss = np.random.get_state(legacy=True)
     keys = torch.from_numpy(np.asarray(words, np.int64))
     return {
@@ -24,10 +34,11 @@ def random_state() -> dict[str, Any]:
         ),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "data": [generator.get_state() for generator in generators],
     }
 
 
-def set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: dict[str, Any], generators: Sequence[torch.Generator] = ()) -> None:
     """Be where :func:`random_state` was."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
@@ -36,3 +47,5 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+    for generator, own in zip(generators, state.get("data", ()), strict=False):
+        generator.set_state(own)

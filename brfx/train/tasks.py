@@ -147,7 +147,7 @@ def _weighted(class_weights: Sequence[float]) -> Callable[..., Tensor]:
     weights = torch.tensor(class_weights, dtype=torch.float32)
 
     def loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        settings: dict[str, Any] = {"weight": weights.to(logits.device), "label_smoothing": label_smoothing}
+        settings: dict[str, Any] = {"weight": weights.to(logits), "label_smoothing": label_smoothing}
         return F.cross_entropy(logits, labels, reduction="sum", **settings) / len(labels)
 
     return loss
@@ -192,7 +192,7 @@ def segmentation(
     def loss(output: Any, masks: Tensor, label_smoothing: float = 0.0) -> Tensor:
         def of(logits: Tensor) -> Tensor:
             settings: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-            settings["weight"] = None if weights is None else weights.to(logits.device)
+            settings["weight"] = None if weights is None else weights.to(logits)
             total = F.cross_entropy(logits, masks, reduction="sum", **settings)
             return total / (masks != ignore_index).sum().clamp(min=1)  # a mean of none would be NaN
 

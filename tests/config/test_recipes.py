@@ -37,7 +37,7 @@ LEFT = {
             "divisor", "crop", "flip", "class_weights", "bit_budget", "size_budget", "reconstruct"},
     "qat": {"weight_bits", "act_bits", "clip_value", "overrides", "skip"},
     "train": {"step_lr", "device", "compile", "precision", "channels_last", "clip_grad", "on_nonfinite",
-              "checkpoint_minutes", "keep_checkpoints", "patience"},
+              "checkpoint_minutes", "keep_checkpoints", "patience", "epoch_batches"},
 }  # fmt: skip
 
 
