@@ -86,7 +86,8 @@ def quantize(dry_run: bool, table: str, **given: Any) -> None:
 @click.option("--epochs", type=int, default=FLOAT_TRAINING.epochs, show_default=True, help="Passes over the images.")
 @train_options(FLOAT_TRAINING)
 @data_options
-def train(**given: Any) -> None:
+@click.option("--dry-run", is_flag=True, help="Show what would be trained, train nothing, write nothing.")
+def train(dry_run: bool, **given: Any) -> None:
     """Train an FP32 baseline.
 
     Its best.pth is what `brfx quantize --ckpt` takes.
@@ -98,6 +99,11 @@ def train(**given: Any) -> None:
     from .progress import progress
 
     render.show_log()
+    if dry_run:
+        with progress(render.errors) as callback:
+            line = jobs.dry_run_float(job, [callback])
+        render.console.print(line, markup=False)
+        return
     with progress(render.console) as callback:
         result = jobs.train_float(job, [callback], resume=resume)
     summary.show(result, job)

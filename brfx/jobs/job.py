@@ -61,7 +61,7 @@ from brfx.train.batch_norm import small_batches_named
 from brfx.train.checkpoint import FOLDER, Checkpoints, has_checkpoints, written_into
 from brfx.train.loop import Batches, seed_everything
 from brfx.train.report import Phase, Told, tell
-from brfx.train.tasks import to_device
+from brfx.train.tasks import call, to_device
 
 log = logging.getLogger(__name__)
 
@@ -312,6 +312,31 @@ def _with_tensorboard(job: JobConfig, run_dir: Path, callbacks: tuple[Callback, 
     if not job.tensorboard or rank() > 0:
         return callbacks
     return (*callbacks, TensorBoard(run_dir / "tensorboard"))
+
+
+@torch.no_grad()
+def dry_run_float(job: JobConfig, callbacks: Iterable[Callback] = ()) -> str:
+    """What ``train_float`` would train, in a line, and the loss that it would begin with; nothing is written."""
+    job, callbacks = _with_checkpoint(job), tuple(callbacks)
+    _require_device(job.train.device)
+    require_model(job.model)
+    task_of(job)
+    tell(callbacks, Phase("reading data"))
+    dataset = read_data(job, stored_preprocessing(job))
+    log.info(data_line(job, dataset))
+    seed_everything(job.train.seed)
+    model, _ = _float_model(job, dataset, job.ckpt, new_head=not job.strict)
+    task, (train_data, _) = _task(job, dataset), _loaders(job, dataset)
+    if not len(train_data):
+        raise DataError("there is no training batch: are there fewer images than --batch-size?")
+    inputs, targets = task.split(next(iter(train_data)))
+    with small_batches_named("training"):
+        loss = float(task.loss(call(model.to(job.train.device).train(), inputs), targets))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return (
+        f"{job.model}: {parameters:,} parameters, {job.train.epochs} epochs of {len(train_data):,} batches of "
+        f"{job.batch_size}; before training, the loss of a batch is {loss:.4f}"
+    )
 
 
 def dry_run(job: JobConfig, callbacks: Iterable[Callback] = ()) -> Audit:

@@ -1,5 +1,6 @@
 import json
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,17 @@ from brfx.data import Split
 from brfx.errors import CheckpointError, ConfigError, DataError
 from brfx.io.float_checkpoint import read_state_dict
 from brfx.jobs.files import export_file
-from brfx.jobs.job import NORM_IMAGES, _limited, banner, dry_run, evaluate_file, inspect, quantize, train_float
+from brfx.jobs.job import (
+    NORM_IMAGES,
+    _limited,
+    banner,
+    dry_run,
+    dry_run_float,
+    evaluate_file,
+    inspect,
+    quantize,
+    train_float,
+)
 
 NET = """
 from torch import nn
@@ -264,3 +275,19 @@ def test_weights_are_rounded_to_keep_outputs_where_the_job_says_so(job, caplog):
     assert abs(losses[True]) < abs(losses[False])
     with pytest.raises(ConfigError, match="--reconstruct takes --weight-quantizer lsq, not dorefa"):
         job("none", reconstruct=True, qat=QATConfig(weight_quantizer="dorefa"))
+
+
+def test_a_dry_run_of_training_says_what_it_begins_with_and_writes_nothing(job, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "brfx")
+    ours = replace(job("run"), command="train", ckpt=None)
+    torch.manual_seed(0)
+    line = dry_run_float(ours)
+    assert re.fullmatch(
+        r".*net.py:net: 322 parameters, 2 epochs of 20 batches of 64; before .* a batch is 2\.\d{4}", line
+    )
+    assert line == dry_run_float(ours) and caplog.messages[0].startswith(
+        "digits: 1,294 train, 143 val, 360 test images"
+    )
+    assert not ours.output_dir.exists()
+    with pytest.raises(DataError, match="is not in"):
+        dry_run_float(replace(ours, data="cifar10", data_dir=tmp_path))
