@@ -3,9 +3,9 @@
     python benchmarks/loader.py [--batch 128] [--jpegs 256] [--jpeg-batch 32] [--busy-ms 250] [--threads 2]
 
 prints milliseconds a batch (median): a plain FP32 step, eager; the loader on 45,000 random CIFAR-sized images in
-memory, augmented, and its share; and generated JPEGs of 256x256 at 224 px, augmented, without and with worker
-processes: one batch straight after the other, and the wait for a batch where each keeps its consumer (asleep) busy for
---busy-ms.
+memory, shifted and mirrored, and its share; the same with more augmentation; and generated JPEGs of 256x256 at 224 px,
+as the square of evaluation and as a crop of each, without and with worker processes: one batch straight after the
+other, and the wait for a batch where each keeps its consumer (asleep) busy for --busy-ms.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 import brfx
+from brfx.config import Augmentation
 from brfx.data import BatchLoader, ImageFiles, Preprocessing, Split
 
 
@@ -80,23 +81,31 @@ def main() -> None:
 
     step = step_seconds(given.batch)
     images = torch.randint(0, 256, (45_000, 3, 32, 32), dtype=torch.uint8)
-    in_memory = BatchLoader(
-        Split(images, torch.zeros(45_000, dtype=torch.int64)), Preprocessing(32), given.batch, augment=True
-    )
-    wait = waits(in_memory)
+    split = Split(images, torch.zeros(45_000, dtype=torch.int64))
     print(f"ResNet-20 step, batch {given.batch}, FP32, {given.threads} threads: {1e3 * step:.1f} ms")
-    print(f"32 px in memory, batch {given.batch}: {1e3 * wait:.2f} ms, {wait / (wait + step):.2%} of step and loader")
+    for augment in (
+        Augmentation(),
+        Augmentation(mixup=0.2),
+        Augmentation(erasing=0.25),
+        Augmentation(crop="resized"),
+        Augmentation(rand_augment=9),
+    ):
+        wait = waits(BatchLoader(split, Preprocessing(32), given.batch, augment=augment, num_classes=10))
+        share = f"{wait / (wait + step):.2%} of step and loader"
+        print(f"32 px in memory, batch {given.batch}, {augment}: {1e3 * wait:.2f} ms, {share}")
 
     with tempfile.TemporaryDirectory() as folder:
         paths = make_jpegs(Path(folder), given.jpegs)
-        for workers in (0, 2):
-            split = Split(ImageFiles(paths, 224, workers), torch.zeros(len(paths), dtype=torch.int64))
-            loader = BatchLoader(split, Preprocessing(224), given.jpeg_batch, augment=True)
-            alone, beside = waits(loader), waits(loader, work=given.busy_ms / 1e3)
-            print(
-                f"224 px JPEGs, batch {given.jpeg_batch}, {workers} workers: {1e3 * alone:.1f} ms; "
-                f"{1e3 * beside:.1f} ms beside a step of {given.busy_ms:g} ms"
-            )
+        for augment in (Augmentation(), Augmentation(crop="resized"), Augmentation(crop="resized", rand_augment=9)):
+            for workers in (0, 2):
+                files = ImageFiles(paths, Preprocessing(224), workers)
+                split = Split(files, torch.zeros(len(paths), dtype=torch.int64))
+                loader = BatchLoader(split, Preprocessing(224), given.jpeg_batch, augment=augment)
+                alone, beside = waits(loader), waits(loader, work=given.busy_ms / 1e3)
+                print(
+                    f"224 px JPEGs, batch {given.jpeg_batch}, {augment}, {workers} workers: {1e3 * alone:.1f} ms; "
+                    f"{1e3 * beside:.1f} ms beside a step of {given.busy_ms:g} ms"
+                )
 
 
 if __name__ == "__main__":

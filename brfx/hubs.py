@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from brfx.errors import ConfigError, first_line
+from brfx.extras import needed
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ def _timm() -> Any:
     try:
         import timm
     except ImportError as error:
-        raise ConfigError("timm/NAME needs the extra: pip install 'brfx[timm]'") from error
+        raise ConfigError(needed("timm/NAME", "timm", error)) from error
     return timm
 
 
@@ -167,7 +168,7 @@ def _hf_config(name: str) -> Any:
     try:
         from transformers import AutoConfig
     except ImportError as error:
-        raise ConfigError("hf/FOLDER needs the extra: pip install 'brfx[hf]'") from error
+        raise ConfigError(needed("hf/FOLDER", "hf", error)) from error
     folder = _folder(name)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{name}: there is no {folder}/config.json: give the folder that save_pretrained wrote")

@@ -78,7 +78,7 @@ def test_a_file_counts_as_many_right_in_plain_onnxruntime_as_here(tmp_path, chan
     job = job_of(tmp_path, "train", channels, **TRANSFORM | more)
     train_float(job)
     run = quantize(replace(job, command="quantize", ckpt=tmp_path / "train" / "best.pth", output_dir=tmp_path / "q"))
-    snippet = re.search("plain: begin -->\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
+    snippet = re.search("plain: begin -->\n```py\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
     assert "brfx" not in snippet and "torch" not in snippet
     script = tmp_path / "plain.py"
     script.write_text(snippet + "\nnp.save(sys.argv[3], np.concatenate([pixels(f) for f in files]))\n")
