@@ -402,6 +402,7 @@ def evaluate_file(job: JobConfig, callbacks: Iterable[Callback] = ()) -> tuple[s
         classes = None if metadata.classes is None else len(metadata.classes)
         job = replace(job, model=name, num_classes=classes)
         dataset = read_data(job, metadata.preprocessing)
+        _tell_of_other_images(ckpt, metadata.preprocessing, dataset.preprocessing)
         _require_classes(ckpt, metadata.classes, dataset)
         return kind_of(qmodel), evaluate(
             qmodel.to(job.train.device), _test_loader(job, dataset, callbacks), _task(job, dataset)
@@ -419,7 +420,9 @@ def _evaluate_exported(job: JobConfig, path: Path, callbacks: Iterable[Callback]
     entries = entries_of(path)
     classes, config = entries.get("classes"), entries.get("config")
     job = replace(job, num_classes=None if classes is None else len(classes), train=replace(job.train, device="cpu"))
-    dataset = read_data(job, preprocessing_in(path, entries))
+    stored = preprocessing_in(path, entries)
+    dataset = read_data(job, stored)
+    _tell_of_other_images(path, stored, dataset.preprocessing)
     _require_classes(path, classes, dataset)
     kind = f"W{config['weight_bits']}A{config['act_bits']}" if config else path.suffix.removeprefix(".").upper()
     model = AsModule(runner(path, load))
@@ -503,9 +506,13 @@ def stored_preprocessing(job: JobConfig) -> Preprocessing | None:
     if content is None:
         return None
     stored = Preprocessing.from_dict(content)
-    if _with_settings(job, stored) != stored:
-        log.warning("%s was trained on images of %s; the settings say otherwise", job.ckpt, stored)
+    _tell_of_other_images(job.ckpt, stored, _with_settings(job, stored))
     return stored
+
+
+def _tell_of_other_images(ckpt: Path | None, stored: Preprocessing | None, seen: Preprocessing | None) -> None:
+    if stored is not None and seen != stored:
+        log.warning("%s was trained on images of %s, and sees %s", ckpt, stored, seen)
 
 
 def own_preprocessing(job: JobConfig) -> Preprocessing:
@@ -634,6 +641,9 @@ def _float_model(
     head: tuple[str, ...] = ()
     if ckpt is not None:
         head = load_float(model, ckpt, key=job.ckpt_key, new_head=new_head)
+        classes = read_about(ckpt).get("classes")
+        if not head and classes is not None and tuple(classes) != dataset.classes:
+            log.warning("%s knows other classes (%s ...), whose outputs it begins with", ckpt, ", ".join(classes[:3]))
         _compare_normalization(job.model, model, ckpt, dataset.preprocessing)
     task_of(job).require(model, job.model, dataset)
     return model, head
@@ -729,7 +739,10 @@ def _teacher(job: JobConfig, dataset: Dataset, model: nn.Module) -> nn.Module | 
     name, _, file = job.teacher.partition("=")
     require_model(name)
     teacher = build_model(name, len(dataset.classes), cifar_stem=job.cifar_stem and name not in CIFAR_RESNETS)
-    load_float(teacher, _found_checkpoint(name, Path(file)), named_by="--teacher")
+    path = _found_checkpoint(name, Path(file))
+    load_float(teacher, path, named_by="--teacher")
+    content = read_about(path).get("preprocessing")
+    _tell_of_other_images(path, content and Preprocessing.from_dict(content), dataset.preprocessing)
     task_of(job).require(teacher, name, dataset)
     return teacher
 

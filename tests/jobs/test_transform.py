@@ -19,7 +19,7 @@ from brfx.config import JobConfig, TrainConfig
 from brfx.data import Preprocessing
 from brfx.errors import ConfigError, DataError, ExportError
 from brfx.jobs.files import benchmark_files, export_file, preprocessing_of, verify_files
-from brfx.jobs.job import data_line, evaluate_file, own_preprocessing, quantize, read_data, train_float
+from brfx.jobs.job import data_line, dry_run, evaluate_file, own_preprocessing, quantize, read_data, train_float
 from brfx.metadata import metadata_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "export.md"
@@ -123,9 +123,19 @@ def test_the_transform_is_in_every_file_and_read_back(tmp_path, caplog):
 
     caplog.clear()
     evaluate_file(replace(bare, mean=(0.5, 0.5, 0.5)))
-    assert caplog.messages[0] == f"{bare.ckpt} was trained on images of {wanted}; the settings say otherwise"
+    other = replace(wanted, mean=(0.5, 0.5, 0.5))
+    assert caplog.messages[0] == f"{bare.ckpt} was trained on images of {wanted}, and sees {other}"
+    caplog.clear()
+    evaluate_file(replace(bare, ckpt=model, mean=(0.5, 0.5, 0.5)))
+    assert f"{model} was trained on images of {wanted}, and sees {other}" in caplog.messages
+    caplog.clear()
+    taught = {"teacher": f"{bare.model}={bare.ckpt}", "train": replace(bare.train, epochs=0, distill=0.5)}
+    quantize(replace(bare, command="quantize", output_dir=tmp_path / "t", interpolation="nearest", **taught))
+    assert sum("best.pth was trained on images of" in line for line in caplog.messages) == 2
     (tmp_path / "data" / "test" / "red").rename(tmp_path / "data" / "test" / "rose")
     (tmp_path / "data" / "train" / "red").rename(tmp_path / "data" / "train" / "rose")
+    assert dry_run(replace(bare, command="quantize")).layers
+    assert f"{bare.ckpt} knows other classes (blue, green, red ...), whose outputs it begins with" in caplog.messages
     with pytest.raises(DataError, match=r"best.pth knows 3 classes \(blue, green, red ...\), the data has 3"):
         evaluate_file(bare)
 
