@@ -7,7 +7,7 @@ import click
 import pytest
 from brfx_cli.main import cli
 
-from brfx.config import DATA_DIR, QATConfig, TrainConfig
+from brfx.config import DATA_DIR, Augmentation, QATConfig, TrainConfig
 from brfx.errors import ConfigError
 from brfx.jobs import job as jobs
 
@@ -41,6 +41,26 @@ def test_defaults_are_those_of_the_fields(job_of):
     job = job_of("quantize", "--qat-epochs", 10, "--lr", 0.5)
     assert job.train == TrainConfig(epochs=10, lr=0.5) and (job.train.warmup_epochs, job.train.step_lr) == (3, 0.5)
     assert job_of("train").train.keep == "best" and job.train.keep == "last"
+
+
+def test_what_images_go_through_and_how_they_are_varied_is_a_setting_each(job_of):
+    images = {"image_size": 20, "resize": 24, "interpolation": "bicubic", "channel_order": "bgr", "divisor": 127.5}
+    job = job_of("train", *_flags(images), "--stretch", "--mean", "1,2,3", "--std", "0.5,1,1")
+    assert {name: getattr(job, name) for name in images} == images
+    assert (job.stretch, job.mean, job.std) == (True, (1.0, 2.0, 3.0), (0.5, 1.0, 1.0))
+    varied = {"crop": "none", "rand_augment": 9, "mixup": 0.2, "cutmix": 1.0, "erasing": 0.25, "class_weights": "1,4"}
+    for command in ("train", "quantize"):
+        job = job_of(command, *_flags(varied), "--no-flip", "--no-stretch")
+        assert {name: getattr(job, name) for name in varied} == varied
+        assert (job.flip, job.stretch) == (False, False)
+    assert job_of("train").augmentation("shift", flip=True) == Augmentation()
+    assert job.augmentation("shift", flip=True) == Augmentation(
+        crop="none", flip=False, rand_augment=9, mixup=0.2, cutmix=1.0, erasing=0.25
+    )
+
+
+def _flags(settings):
+    return [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]
 
 
 def test_flags_win_over_the_config_and_that_over_the_recipe(job_of, tmp_path):

@@ -60,6 +60,23 @@ def test_safetensors(resnet, tmp_path, prefix):
     assert torch.equal(other.conv1.weight, resnet.conv1.weight)
 
 
+def test_weights_of_what_a_model_wraps_go_into_it(resnet, tmp_path):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = build_model("resnet20", 10)
+
+    torch.save(resnet.state_dict(), tmp_path / "inner.pth")
+    torch.save({f"inner.{key}": value for key, value in resnet.state_dict().items()}, tmp_path / "whole.pth")
+    for file in ("inner.pth", "whole.pth"):
+        wrapped = Wrapped()
+        assert load_float(wrapped, tmp_path / file) == ()
+        assert all(torch.equal(v, wrapped.inner.state_dict()[key]) for key, v in resnet.state_dict().items())
+    with pytest.raises(CheckpointError, match=r"it lacks .*inner\.conv1"):
+        torch.save({"conv2.weight": torch.zeros(3)}, tmp_path / "other.pth")
+        load_float(Wrapped(), tmp_path / "other.pth")
+
+
 def test_the_real_checkpoint(real_checkpoint):
     state = read_state_dict(real_checkpoint)
     model = build_model("resnet20")

@@ -207,6 +207,11 @@ def test_published_weights_are_used_where_they_are_and_else_their_address_is_tol
     named = replace(ours, ckpt=Path("torchvision"))
     with pytest.raises(ConfigError, match=f"squeezenet1_1 are not at .*1-b8a52dc0.pth: get them from {url}"):
         dry_run(named)
+    older = replace(ours, model="resnet50", ckpt=Path("IMAGENET1K_V1"))
+    with pytest.raises(ConfigError, match=r"resnet50 are not at .*resnet50-0676ba61.pth: get them from https://"):
+        dry_run(older)
+    with pytest.raises(CheckpointError, match="IMAGENET1K_V2: no such file"):  # of a model that has no such weights
+        quantize(replace(named, ckpt=Path("IMAGENET1K_V2")))
     with pytest.raises(ConfigError, match="torchvision has no weights of resnet20"):
         dry_run(replace(named, model="resnet20"))
 
