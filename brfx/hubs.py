@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from brfx.errors import ConfigError, first_line
+from brfx.errors import CheckpointError, ConfigError, first_line
 from brfx.extras import needed
+from brfx.modes import eval_mode
 
 log = logging.getLogger(__name__)
 
@@ -61,15 +63,34 @@ def build_hub_model(name: str, num_classes: int | None = None) -> nn.Module:
         require_hub_model(name)
         classes = {} if num_classes is None else {"num_classes": num_classes}
         return _timm().create_model(name.removeprefix(TIMM), pretrained=False, **classes)  # type: ignore[no-any-return]
-    import transformers
-
-    config, segments = _hf_config(name), hub_task(name) == "segmentation"
+    config = _hf_config(name)
     if num_classes is not None:
         config.num_labels = num_classes
-    kind: Any = (
-        transformers.AutoModelForSemanticSegmentation if segments else transformers.AutoModelForImageClassification
-    )
-    return (HubSegmenter if segments else HubClassifier)(kind.from_config(config))
+    wrapper = HubSegmenter if hub_task(name) == "segmentation" else HubClassifier
+    model = wrapper(_hf_class(name).from_config(config))
+    size = getattr(config, "image_size", None) or 64
+    height, width = (size, size) if isinstance(size, int) else size
+    with eval_mode(model), torch.no_grad():  # its first call attaches hooks, which a rewritten model must have too
+        model(torch.zeros(1, getattr(config, "num_channels", 3), height, width))
+    return model
+
+
+def hub_state_dict(name: str) -> dict[str, Tensor]:
+    """The weights in a Hugging Face folder under the keys of :func:`build_hub_model`, read by its own library, which
+    gives what older files have today's names.
+
+    Raises:
+        CheckpointError: they cannot be read, or some are missing.
+    """
+    folder = _folder(name)
+    try:
+        model, found = _hf_class(name).from_pretrained(folder, output_loading_info=True, dtype="float32")
+    except Exception as error:
+        raise CheckpointError(f"{folder}: transformers cannot read its weights ({first_line(error)})") from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise CheckpointError(f"{folder}: its weights lack {', '.join(missing[:3])}: fine-tune it first")
+    return {f"model.{key}": value for key, value in model.state_dict().items()}
 
 
 class HubClassifier(nn.Module):
@@ -176,6 +197,16 @@ def _hf_config(name: str) -> Any:
         return AutoConfig.from_pretrained(folder)  # runs no code of the folder's unless trusted to
     except Exception as error:
         raise ConfigError(f"{folder}/config.json: transformers cannot read it ({first_line(error)})") from error
+
+
+def _hf_class(name: str) -> Any:
+    import transformers
+    from transformers.utils import logging as own
+
+    speak: Any = own.disable_progress_bar
+    speak()
+    segments = hub_task(name) == "segmentation"
+    return transformers.AutoModelForSemanticSegmentation if segments else transformers.AutoModelForImageClassification
 
 
 def _hf_transform(processor: Any) -> dict[str, Any]:

@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import brfx
 from brfx.config import JobConfig, TrainConfig
 from brfx.data import Preprocessing
 from brfx.errors import CheckpointError, ConfigError
 from brfx.hubs import hub_transform
+from brfx.io.float_checkpoint import load_float
 from brfx.jobs.job import dry_run, evaluate_file, own_preprocessing, quantize, read_data, train_float
 from brfx.jobs.tasks import task_of
 
@@ -110,27 +112,37 @@ def test_a_classifier_of_other_classes_is_fine_tuned(tmp_path, transformers, cap
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_segmenter_of_hugging_face_gives_logits_of_each_pixel(tmp_path, transformers):
+def test_a_segmenter_of_hugging_face_gives_logits_of_each_pixel_and_is_saved_and_loaded(tmp_path, transformers):
     config = transformers.SegformerConfig(
         depths=[1] * 4, hidden_sizes=[8, 8, 16, 16], decoder_hidden_size=8, num_attention_heads=[1] * 4, num_labels=3
     )
     torch.manual_seed(0)
-    model = transformers.SegformerForSemanticSegmentation(config)
-    model.save_pretrained(tmp_path / "hf")
+    model = transformers.SegformerForSemanticSegmentation(config).eval()
+    model.save_pretrained(tmp_path / "hf")  # under the names of older files
     transformers.SegformerImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "hf")
     job = JobConfig(command="train", model=f"hf/{tmp_path}/hf")
     assert task_of(job).model == "segmenter"
     assert own_preprocessing(job) == Preprocessing(32, stretch=True)
     ours = brfx.build_model(job.model).eval()
-    ours.model.load_state_dict(model.state_dict())
+    load_float(ours, tmp_path / "hf" / "model.safetensors")
     images = torch.randn(2, 3, 32, 32)
-    coarse = model.eval()(images).logits
+    coarse = model(images).logits
     assert coarse.shape == (2, 3, 8, 8)
     fine = torch.nn.functional.interpolate(coarse, size=(32, 32), mode="bilinear", align_corners=False)
     torch.testing.assert_close(ours(images), fine)
-    qmodel = brfx.prepare_qat(ours, brfx.QATConfig(bits=4), images)
+    qmodel = brfx.prepare_qat(brfx.build_model(job.model), brfx.QATConfig(bits=4), images)
     brfx.calibrate(qmodel, [images])
-    assert qmodel(images).shape == (2, 3, 32, 32)
+    brfx.save(qmodel, tmp_path / "model.pt")
+    assert torch.equal(brfx.load(tmp_path / "model.pt")(images), qmodel.eval()(images))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_that_lack_something_are_refused(tmp_path, transformers):
+    folder = save_classifier(transformers, tmp_path / "hf")
+    state = load_file(folder / "model.safetensors")
+    save_file({key: value for key, value in state.items() if "classifier" not in key}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"its weights lack classifier.1.bias, classifier.1.weight: fine-tune it"):
+        load_float(brfx.build_model(f"hf/{folder}"), folder / "model.safetensors")
 
 
 def test_what_is_no_such_model_is_named(tmp_path, transformers):

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from brfx.errors import CheckpointError
+from brfx.hubs import hub_state_dict, hub_weights
 from brfx.io.state_dict import versioned
 from brfx.io.torch_file import Placeholder, read_file
 from brfx.models import build_model
@@ -98,7 +99,11 @@ def load_float(
     Raises:
         CheckpointError: as :func:`read_state_dict`; or the first keys and shapes that do not fit, and what to do.
     """
-    state = _under_own_keys(read_state_dict(path, key), model, path)
+    state = read_state_dict(path, key)
+    source = getattr(model, "brfx_source", None)
+    if source is not None and hub_weights(source.name) == path:
+        state = hub_state_dict(source.name)
+    state = _under_own_keys(state, model, path)
     own = model.state_dict()
     if any(".weight_quantizer." in name for name in state if name not in own):
         raise CheckpointError(

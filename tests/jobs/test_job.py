@@ -293,6 +293,9 @@ def test_a_dry_run_of_training_says_what_it_begins_with_and_writes_nothing(job, 
     assert line == dry_run_float(ours) and caplog.messages[0].startswith(
         "digits: 1,294 train, 143 val, 360 test images"
     )
+    for call in (train_float, quantize):
+        with pytest.raises(DataError, match="--class-weights has 2 numbers, digits has 10 classes"):
+            call(replace(ours, ckpt=job("run").ckpt, class_weights="1,2"))
     assert not ours.output_dir.exists()
     with pytest.raises(DataError, match="is not in"):
         dry_run_float(replace(ours, data="cifar10", data_dir=tmp_path))
