@@ -8,8 +8,9 @@ from torch import nn
 import brfx
 from brfx.calibration import quantization_disabled
 from brfx.errors import ConfigError, DataError, NotCalibratedError
+from brfx.nn import QuantizedLinear
 from brfx.quant.grid import Grid
-from brfx.reconstruction import least_squares_levels, patches, reconstruct
+from brfx.reconstruction import Moments, _best_step, _gptq, _round, least_squares_levels, patches, reconstruct
 
 
 def spd(groups, size, seed=0):
@@ -56,6 +57,65 @@ def test_codes_are_near_the_best_of_all():
     best = error(all_codes[None].expand(20, -1, -1), target[0][:, None], h.expand(20, -1, -1)).amin(1)
     found = error(least_squares_levels(target, h, step, grid), target, h)[0]
     assert (found >= best - 1e-9).all() and found.sum() < 1.1 * best.sum()
+
+
+def test_the_error_of_a_rounding_is_made_up_for_by_the_columns_that_are_left():
+    """0.4 becomes 0. Of two inputs correlated by 0.9 the second then stands for 0.4 + 0.9 * 0.4 and becomes 1."""
+    h = torch.tensor([[[1.0, 0.9], [0.9, 1.0]]], dtype=torch.float64)
+    target, step = torch.full((1, 1, 2), 0.4, dtype=torch.float64), torch.ones(1, 1, 1, dtype=torch.float64)
+    assert _gptq(target, h, step, Grid(3, True)).tolist() == [[[0.0, 1.0]]]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_step_is_the_one_of_least_error(shared):
+    h, grid = spd(2, 5), Grid(2, True)
+    target = torch.randn(2, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    step = torch.full((2, 6, 1), 0.9, dtype=torch.float64)
+    found, levels = _best_step(target, h, step, grid, shared=shared)
+    errors = torch.stack(
+        [
+            error(least_squares_levels(target, h, step * share, grid), target, h)
+            for share in (0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
+        ]
+    )
+    least = errors.sum((1, 2)).min() if shared else errors.amin(0).sum()
+    torch.testing.assert_close(error(levels, target, h).sum(), least)
+    assert len(found.unique()) == 1 if shared else len(found.unique()) > 2
+
+
+def rounded(x, y, bits=8):
+    """A linear that is rounded for these inputs in the two networks."""
+    torch.manual_seed(0)
+    layer = QuantizedLinear.from_float(nn.Linear(x.shape[1], 3), bits)
+    layer.weight_quantizer.begin_calibration("mse")
+    layer.weight_quantizer(layer.weight)
+    layer.weight_quantizer.end_calibration()
+    x, y = x.double(), y.double()
+    count = len(x)
+    with torch.no_grad():
+        _round(layer, Moments((y.T @ y / count)[None], (x.T @ y / count)[None], x.mean(0)[None], y.mean(0)[None]), None)
+    return layer
+
+
+def test_a_layer_undoes_what_the_layers_before_it_lost():
+    torch.manual_seed(1)
+    x = torch.randn(500, 4)
+    y = x + 0.15 * x.flip(1)
+    expected = nn.Linear(4, 3).requires_grad_(False)
+    layer = rounded(x, y)
+    torch.manual_seed(0)
+    expected.reset_parameters()
+    lost = (expected(y) - expected(x)).square().mean()
+    assert (layer(y) - expected(x)).square().mean() < lost / 50  # 8 bits and the damping are what is left
+
+
+def test_a_constant_that_the_bias_takes_up_changes_no_code():
+    torch.manual_seed(1)
+    x = torch.randn(500, 20)
+    plain, shifted = rounded(x, x, bits=3), rounded(x + 50, x + 50, bits=3)
+    torch.testing.assert_close(shifted.weight, plain.weight, rtol=1e-5, atol=1e-6)
+    torch.manual_seed(0)
+    torch.testing.assert_close(shifted(x + 50).mean(0), nn.Linear(20, 3)(x + 50).mean(0), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
