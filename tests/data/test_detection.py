@@ -241,6 +241,11 @@ def test_cocos_own_numbers_are_the_labels_where_as_many_classes_are_asked_for(fo
     for number in (2, 7):
         with pytest.raises(DataError, match=rf"--num-classes {number}: .* has 3, background included: cat, dog"):
             load(folder, num_classes=number)
+    for part, objects in (("train", OBJECTS), ("test", OBJECTS[2:])):
+        (folder / f"{part}.json").write_text(json.dumps(coco(objects, ids=(("cat", 0), ("dog", 7)))))
+    assert load(folder).classes == ("background", "cat", "dog")
+    with pytest.raises(DataError, match="--num-classes 9: "):  # an id of 0 is the background's
+        load(folder, num_classes=9)
 
 
 def test_the_tests_classes_go_by_name(folder):
@@ -286,6 +291,18 @@ BOMB = '<!DOCTYPE a [<!ENTITY b "c">]><annotation><object><name>&b;</name></obje
         (
             changed(annotations=(0, {"bbox": [35, 6, 10, 8]})),
             r"annotation 0: its box, 35 to 45 across and 6 to 14 down, is outside of 0.png, 40x30",
+        ),
+        (
+            changed(annotations=(0, {"bbox": [-2, 6, 10, 8]})),
+            r"annotation 0: its box, -2 to 8 across and 6 to 14 down, is",
+        ),
+        (
+            changed(annotations=(0, {"bbox": [4, -2, 10, 8]})),
+            r"annotation 0: its box, 4 to 14 across and -2 to 6 down, is",
+        ),
+        (
+            changed(annotations=(0, {"bbox": [4, 6, 10, 26]})),
+            r"annotation 0: its box, 4 to 14 across and 6 to 32 down, is",
         ),
         (
             changed(annotations=(0, {"bbox": [5, 6, 0, 8]})),
