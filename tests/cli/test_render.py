@@ -26,6 +26,8 @@ def test_an_epochs_line_names_the_metric_and_leaves_out_what_is_not_counted():
 def test_what_was_measured_is_said_with_its_name():
     assert render.evaluation(Evaluation(3, 4, 0.5)) == "75.00 % (3 of 4)"
     assert render.evaluation(Score(0.5, "mIoU", 4, 1.0)) == "50.00 % mIoU (4 images)"
+    further = Score(0.5, "mAP50", 4, further={"mAP": 0.25})
+    assert render.evaluation(further) == "50.00 % mAP50, 25.00 % mAP (4 images)"
 
 
 @pytest.fixture

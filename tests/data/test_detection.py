@@ -89,14 +89,46 @@ def test_cocos_boxes_are_those_of_the_images_in_every_layout(folder):
     require_objects(load(folder))
     (folder / "annotations").mkdir()
     (folder / "images").mkdir()
+    other = folder / "annotations" / "instances_train2014.json"
     for part, year in (("train", "2017"), ("test", "")):
         (folder / f"{part}.json").rename(folder / "annotations" / f"instances_{part}{year}.json")
         (folder / part).rename(folder / "images" / f"{part}{year}")
     require_objects(load(folder))
+    other.write_text("{}")
+    with pytest.raises(DataError, match=r"instances_train2014.json: instances_train2017.json is of train too"):
+        load(folder)
+    other.unlink()
     for part, year in (("train", "2017"), ("test", "")):
         (folder / "images" / f"{part}{year}").rename(folder / part)
         (folder / "annotations" / f"instances_{part}{year}.json").rename(folder / part / "_annotations.coco.json")
     require_objects(load(folder))
+
+
+def test_images_and_classes_are_in_the_order_of_their_ids(folder):
+    content = json.loads((folder / "train.json").read_text())
+    for table in content.values():
+        table.reverse()
+    (folder / "train.json").write_text(json.dumps(content))
+    require_objects(load(folder, num_classes=3), [OBJECTS[0], [], OBJECTS[2][::-1], OBJECTS[3]])
+
+
+def test_the_image_of_an_xml_file_has_its_name_or_the_one_that_it_says(folder):
+    as_voc("0.xml", voc(OBJECTS[0], size=(0, 0)))(folder)  # tools that do not know the size write 0
+    require_objects(load(folder))
+    draw(folder / "train" / "0.bmp", [])
+    with pytest.raises(DataError, match=r"train/0.xml: 0.bmp and 0.png have its name: leave one of them"):
+        load(folder)
+    (folder / "train" / "0.xml").write_text(voc(OBJECTS[0]).replace("<size>", "<filename>0.png</filename><size>"))
+    require_objects(load(folder))
+    (folder / "train" / "0.bmp").unlink()
+    (folder / "train" / "0.xml").rename(folder / "train" / "a.xml")
+    (folder / "train" / "0.png").rename(folder / "elsewhere.png")
+    text = voc(OBJECTS[0]).replace("<size>", "<filename>../elsewhere.png</filename><size>")
+    (folder / "train" / "a.xml").write_text(text)
+    require_objects(load(folder), [*OBJECTS[1:], OBJECTS[0]])
+    (folder / "train" / "b.xml").write_text(text)
+    with pytest.raises(DataError, match=r"elsewhere.png: 2 XML files are of this image: leave one"):
+        load(folder)
 
 
 def test_vocs_boxes_are_those_of_the_images_in_every_layout(folder):
@@ -171,7 +203,7 @@ def test_what_is_difficult_in_voc_is_a_crowd(folder):
 def test_images_are_mirrored_with_their_boxes_by_seed_epoch_and_sample_alone(folder):
     split = load(folder).train
     loader = DetectionLoader(split, 3, augment=True, seed=5)
-    seen = []
+    seen, mixed = [], False
     for epoch in range(1, 7):
         loader.set_epoch(epoch)
         batches = list(loader)
@@ -185,6 +217,9 @@ def test_images_are_mirrored_with_their_boxes_by_seed_epoch_and_sample_alone(fol
         assert torch.equal(rest[0][0], batches[1][0][0]) and torch.equal(rest[1][0]["boxes"], batches[1][1][0]["boxes"])
         boxes = [target["boxes"].tolist() for _, targets in batches for target in targets]
         seen += [box[0] for box in boxes if box]
+        lefts = {box[0][0] for box in boxes if box}
+        mixed |= bool(lefts & {4, 0, 1} and lefts & {26, 28, 36})  # each image on its own
+    assert mixed
     assert {(box[0], box[1]) for box in seen} >= {(4, 6), (26, 6), (1, 2), (36, 2)}  # as they are, and mirrored
     plain = DetectionLoader(split, 4, augment=True, flip=False)
     lefts = {target["boxes"][0, 0].item() for _, targets in plain for target in targets if len(target["boxes"])}
@@ -382,6 +417,9 @@ def test_voc_in_one_folder_needs_lists_and_an_image_is_in_one_of_them(folder):
     (lists / "train.txt").write_text("0\n2\n")
     (lists / "test.txt").write_text("2\n3\n")
     with pytest.raises(DataError, match=r"JPEGImages/2.png: is in training and in test: take it out of one"):
+        load(folder)
+    (folder / "JPEGImages").rename(folder / "Pictures")
+    with pytest.raises(DataError, match=r"JPEGImages: there is no such folder, which the images of 2 XML files are"):
         load(folder)
 
 

@@ -17,7 +17,7 @@ from brfx.errors import BrfxError, CheckpointError, ExportError, Interrupted
 from brfx.io.float_checkpoint import load_float
 from brfx.io.model_file import load
 from brfx.jobs.files import export_file
-from brfx.jobs.job import dry_run, evaluate_file, inspect, quantize, train_float
+from brfx.jobs.job import dry_run, evaluate_file, inspect, quantize, read_data, train_float
 from brfx.jobs.runs import read_runs
 from brfx.jobs.tasks import _class_logits, _mask_logits, task_of
 from brfx.metadata import metadata_of
@@ -322,3 +322,15 @@ def test_settings_of_training_hold_for_a_detector(squares, settings):
     run = quantize(squares("quantize", val_fraction=0.3, train=settings | {"patience": 1}))
     assert run.fit.history[-1].train.loss > 0 and run.fit.skipped == 0
     assert run.fit.compiled == "none" and run.test.count == 3
+
+
+def test_trying_a_detector_out_leaves_it_and_the_random_numbers_as_they_are(squares, tmp_path):
+    dataset = read_data(squares("train"))
+    model = build_model(f"{tmp_path}/net.py:net", 3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(0)
+    task_of(squares("train")).require(model, "net", dataset)
+    drawn = torch.rand(3)
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(3), drawn)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -349,7 +349,18 @@ def test_map50_is_the_precision_of_what_overlaps_by_half(boxes):
     targets = [target for _, batch in boxes for target in batch]
     score = brfx.evaluate(Told(targets, [True] * 4), boxes, detection())
     assert (score.value, score.metric, score.count) == (pytest.approx(1.0), "mAP50", 4)
+    assert score.further == {"mAP": pytest.approx(1.0)}
     assert brfx.evaluate(Told(targets, [False] * 4), boxes, detection()).value == 0
+    near = [{"boxes": target["boxes"] + torch.tensor([0.0, 0.0, 8.0, 0.0])} for target in targets]  # 24 of 32 wide
+    score = brfx.evaluate(Told(near, [True] * 4), boxes, detection())
+    assert (score.value, score.further["mAP"]) == (pytest.approx(1.0), pytest.approx(0.6))  # 0.5 to 0.75 of 0.5 to 0.95
+    crowds = [(images, [{**of, "iscrowd": torch.tensor([i])} for i, of in enumerate(batch)]) for images, batch in boxes]
+    inside = [
+        {"boxes": of["boxes"] - i * torch.tensor([0.0, 0.0, 16.0, 0.0])}
+        for i, of in zip([0, 1] * 2, targets, strict=True)
+    ]
+    assert brfx.evaluate(Told(inside, [True] * 4), boxes, detection()).value < 1  # a third of its box
+    assert brfx.evaluate(Told(inside, [True] * 4), crowds, detection()).value == pytest.approx(1.0)  # in a crowd
     none = [([torch.zeros(3, 8, 8)], [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}])]
     with pytest.raises(brfx.BrfxError, match="mAP50 needs a box"):
         brfx.evaluate(Told(targets, [True]), none, detection())

@@ -49,9 +49,12 @@ def test_batches_count_from_the_start_of_the_run_and_epochs_have_validation(tmp_
 def test_another_task_has_its_metric_under_its_name(tmp_path):
     board = TensorBoard(tmp_path)
     board.on_batch(Progress(1, 3, 10, 20, "plain", 0.5, Means(2.0, None)))
-    board.on_epoch(EpochMetrics(1, "plain", 0.5, Means(1.0, None), None, 0.5, 1.0, 64.0, metric="mIoU"))
+    board.on_epoch(
+        EpochMetrics(1, "plain", 0.5, Means(1.0, None), None, 0.5, 1.0, 64.0, metric="mAP50", further={"mAP": 0.25})
+    )
     board.close()
-    assert read(tmp_path) == {"train/loss": [(10, 2.0)], "lr": [(10, 0.5)], "val/mIoU": [(1, 0.5)]}
+    val = {"val/mAP50": [(1, 0.5)], "val/mAP": [(1, 0.25)]}
+    assert read(tmp_path) == {"train/loss": [(10, 2.0)], "lr": [(10, 0.5)], **val}
 
 
 def test_a_run_that_goes_on_replaces_what_it_does_again(tmp_path):
