@@ -69,7 +69,7 @@ def task_of(job: JobConfig) -> JobTask:
     own = _own_task(job.model)
     task = TASKS[job.task or own]
     for flag, why in task.refused(job).items():
-        raise ConfigError(f"{flag}: {why}; leave it out")
+        raise ConfigError(f"{flag} is not for a {task.model}: {why}")
     return task
 
 
@@ -180,19 +180,19 @@ TRANSFORM = ("image_size", "mean", "std", "resize", "stretch", "interpolation", 
 VARIATION = ("rand_augment", "mixup", "cutmix", "erasing")
 
 
-def _without_flags_of_detectors(job: JobConfig) -> dict[str, str]:
-    own, train = "a detector resizes and normalizes images itself", job.train
-    mirrored = "the images of a detector are mirrored alone"
+def _not_for_detectors(job: JobConfig) -> dict[str, str]:
+    own, undistilled, train = "it resizes and normalizes images itself", "nothing can be distilled into it", job.train
+    losses, mirrored = "its losses are its own", "its images are mirrored alone"
     given = {
         **{f"--{name.replace('_', '-')}": (getattr(job, name) is not None, own) for name in TRANSFORM},
         "--crop": (job.crop is not None, mirrored),
         **{f"--{name.replace('_', '-')}": (getattr(job, name) > 0, mirrored) for name in VARIATION},
-        "--class-weights": (job.class_weights is not None, "a detector has its own losses"),
-        "--label-smoothing": (train.label_smoothing, "a detector has its own losses"),
-        "--teacher": (job.teacher is not None, "nothing can be distilled into a detector"),
-        "--distill": (train.distill, "nothing can be distilled into a detector"),
-        f"--compile {train.compile}": (train.compile in ("on", "kernels"), "a detector's batches are no one graph"),
-        "--skip-bad-images": (job.skip_bad_images, "take the image out of the annotations"),
+        "--class-weights": (job.class_weights is not None, losses),
+        "--label-smoothing": (train.label_smoothing, losses),
+        "--teacher": (job.teacher is not None, undistilled),
+        "--distill": (train.distill, undistilled),
+        f"--compile {train.compile}": (train.compile in ("on", "kernels"), "a batch of it is no one graph"),
+        "--skip-bad-images": (job.skip_bad_images, "take such images out of the annotations"),
     }
     return {flag: why for flag, (is_given, why) in given.items() if is_given}
 
@@ -269,7 +269,7 @@ TASKS = {
         require=_require_logits(_mask_logits, "segmenter"),
         crop=lambda preprocessing: "shift",
         stretch=True,
-        refused=lambda job: {"--skip-bad-images": "remove the image and its mask"} if job.skip_bad_images else {},
+        refused=lambda job: {"--skip-bad-images": "remove such images and their masks"} if job.skip_bad_images else {},
     ),
     "detection": JobTask(
         model="detector",
@@ -278,7 +278,7 @@ TASKS = {
         of=lambda classes, weights: detection(),
         require=_require_detector,
         crop=lambda preprocessing: "none",
-        refused=_without_flags_of_detectors,
+        refused=_not_for_detectors,
         no_onnx="a detector chooses its boxes in Python code, which no exporter takes (docs/export.md)",
     ),
 }

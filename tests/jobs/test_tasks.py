@@ -112,6 +112,8 @@ def test_a_model_of_another_task_is_refused_before_anything_is_read(tmp_path, mo
 
 def test_a_model_that_is_not_of_the_task_is_refused(nuclei):
     common = {"command": "train", "data": str(nuclei / "data"), "image_size": 32, "output_dir": nuclei / "run"}
+    with pytest.raises(BrfxError, match="--skip-bad-images is not for a segmenter: remove such images and their masks"):
+        train_float(JobConfig(**common, model="resnet20", task="segmentation", skip_bad_images=True))
     with pytest.raises(BrfxError, match="resnet20 is no segmenter"):
         train_float(JobConfig(**common, model="resnet20", task="segmentation"))
     with pytest.raises(BrfxError, match="has images/ and masks/, not a folder a class: add --task segmentation"):
@@ -251,14 +253,14 @@ def test_so_few_batches_and_a_dry_run_of_a_detector(squares, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image_size": 64}, "--image-size: a detector resizes and normalizes images itself; leave it out"),
-        ({"mean": (0.5,) * 3}, "--mean: a detector resizes"),
-        ({"std": (0.5,) * 3}, "--std: a detector resizes"),
-        ({"skip_bad_images": True}, "--skip-bad-images: take the image out of the annotations"),
-        ({"train": {"label_smoothing": 0.1}}, "--label-smoothing: a detector has its own losses"),
-        ({"train": {"distill": 0.5}}, "--distill: nothing can be distilled into a detector"),
-        ({"train": {"distill": 0.5}, "teacher": "a=b"}, "--teacher: nothing can be distilled"),
-        ({"train": {"compile": "on"}}, "--compile on: a detector's batches are no one graph"),
+        ({"image_size": 64}, "--image-size is not for a detector: it resizes and normalizes images itself"),
+        ({"mean": (0.5,) * 3}, "--mean is not for a detector: it resizes"),
+        ({"std": (0.5,) * 3}, "--std is not for a detector: it resizes"),
+        ({"skip_bad_images": True}, "--skip-bad-images is not for a detector: take such images out of the annotations"),
+        ({"train": {"label_smoothing": 0.1}}, "--label-smoothing is not for a detector: its losses are its own"),
+        ({"train": {"distill": 0.5}}, "--distill is not for a detector: nothing can be distilled"),
+        ({"train": {"distill": 0.5}, "teacher": "a=b"}, "--teacher is not for a detector: nothing can be distilled"),
+        ({"train": {"compile": "on"}}, "--compile on is not for a detector: a batch of it is no one graph"),
         ({"num_classes": 7}, "--num-classes 7: .* has 3, background included: a, b"),
         (
             {"model": "net.py:small"},
