@@ -24,7 +24,8 @@ from brfx.metadata import metadata_of
 from brfx.models import build_model
 from brfx.train import Callback
 
-NUCLEI = Path(__file__).resolve().parents[3] / "shared" / "data" / "nuclei"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+NUCLEI, RACCOON = SHARED / "nuclei", SHARED / "raccoon"
 
 NET = """
 from torch import nn
@@ -336,3 +337,15 @@ def test_trying_a_detector_out_leaves_it_and_the_random_numbers_as_they_are(squa
     torch.manual_seed(0)
     assert torch.equal(torch.rand(3), drawn)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_torchvisions_detector_trains_on_photographs(tmp_path):
+    """The task is the model's own; EXIF, sizes and boxes are those of real files."""
+    pytest.importorskip("torchmetrics", reason="mAP50 is measured by torchmetrics")
+    if not RACCOON.is_dir():
+        pytest.skip(f"needs photographs of raccoons with boxes, which are not at {RACCOON}")
+    train = TrainConfig(epochs=1, lr=0.01, compile="off")
+    settings = {"batch_size": 2, "limit_batches": 1, "data": str(RACCOON), "val_fraction": 0.02, "train": train}
+    job = JobConfig(command="train", model="ssdlite320_mobilenet_v3_large", output_dir=tmp_path / "run", **settings)
+    run = train_float(job)
+    assert run.test.metric == "mAP50" and run.test.count == 2 and 5 < run.fit.history[0].train.loss < 20
