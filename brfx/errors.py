@@ -51,7 +51,7 @@ class ExportError(BrfxError):
 
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, cut to what fits into one of ours; of an OSError what it means."""
-    if isinstance(error, OSError) and error.errno is not None:
+    if isinstance(error, OSError):
         return explained(error)
     lines = [line for line in str(error).splitlines() if line.strip()]
     return (lines or [repr(error)])[0][:200]
@@ -72,6 +72,8 @@ _ADVICE = {
 
 def explained(error: OSError) -> str:
     """``file: what is wrong`` instead of Python's ``[Errno 2] No such file or directory: 'file'``."""
+    if isinstance(reason := getattr(error, "reason", None), OSError):  # of a URLError
+        return explained(reason)
     what = _ADVICE.get(error.errno or 0) or error.strerror or str(error) or type(error).__name__
     where = error.filename2 if error.filename2 is not None else error.filename
     return what if where is None else f"{where}: {what}"

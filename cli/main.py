@@ -16,7 +16,6 @@ from . import render, summary, tables
 from .help import Group
 from .options import (
     budget_options,
-    build_job,
     data_dir_option,
     data_options,
     model_options,
@@ -26,6 +25,7 @@ from .options import (
     train_options,
 )
 from .report import report, report_of_finished, write_graph
+from .settings import build_job
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -379,5 +379,5 @@ def main() -> None:
     except (BrfxError, OSError) as error:
         if debug:
             raise
-        render.error(explained(error) if isinstance(error, OSError) and error.errno is not None else str(error))
+        render.error(explained(error) if isinstance(error, OSError) else str(error))
         sys.exit(2)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from urllib.error import URLError
 
 import pytest
 
@@ -17,6 +18,9 @@ def test_a_number_of_the_systems_is_a_sentence(tmp_path):
     assert explained(caught.value) == first_line(caught.value) == f"{tmp_path}: is a folder, not a file"
     assert explained(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) == "No space left on device"
     assert explained(OSError("odd")) == "odd"
+    assert first_line(URLError(OSError(-3, "Temporary failure in name resolution"))) == (
+        "Temporary failure in name resolution"
+    )
 
 
 def test_a_long_message_of_others_is_one_line():

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from brfx.data.image_files import IMAGE_SUFFIXES, ImageFiles, pixels
 from brfx.data.preprocessing import DEFAULTS, Preprocessing
-from brfx.errors import DataError
+from brfx.errors import DataError, first_line
 from brfx.extras import needed
 
 log = logging.getLogger(__name__)
@@ -199,10 +199,12 @@ def _cifar(name: str, data_dir: Path, download: bool, preprocessing: Preprocessi
             warnings.simplefilter("ignore")  # numpy's deprecations inside torchvision's reader
             parts = {part: kind(str(data_dir), train=part == "train", download=download) for part in ("train", "test")}
     except Exception as error:
-        what = f"downloading {name} to {data_dir} failed ({error})" if download else f"{name} is not in {data_dir}"
-        raise DataError(
-            f"{what}: add --download, or give a folder of images with --data DIR (DIR/train/CLASS/*.png, DIR/test/...)"
-        ) from error
+        folder = "give a folder of images with --data DIR (DIR/train/CLASS/*.png, DIR/test/...)"
+        if download:
+            raise DataError(
+                f"downloading {name} to {data_dir} failed ({first_line(error)}): try again, or {folder}"
+            ) from error
+        raise DataError(f"{name} is not in {data_dir}: add --download, or {folder}") from error
 
     def read(part: str) -> Split:
         return Split(_squares(parts[part].data, preprocessing), torch.tensor(parts[part].targets))
