@@ -23,17 +23,22 @@ LINE_EVERY = 60.0
 
 def figures(where: Progress, room: int) -> str:
     """Loss, accuracy and penalties with three digits, as many of them as ``room`` letters hold."""
-    found = [f"loss {where.means.loss:.3g}"]
+    found = [f"loss {_three(where.means.loss)}"]
     if where.means.accuracy is not None:
-        found.append(f"acc {100 * where.means.accuracy:.3g} %")
+        found.append(f"acc {_three(100 * where.means.accuracy)} %")
     names = {"weight": "BR_W", "act": "BR_A"}
-    found += [f"{names.get(name, name)} {value:.3g}" for name, value in where.means.terms.items()]
+    found += [f"{names.get(name, name)} {_three(value)}" for name, value in where.means.terms.items()]
     line = found[0]
     for each in found[1:]:
         if len(line) + 2 + len(each) > room:
             break
         line += f"  {each}"
     return line
+
+
+def _three(value: float) -> str:
+    """Three digits, zeros too, so that a figure keeps its width."""
+    return f"{value:#.3g}".rstrip(".")
 
 
 class Status(Callback):
@@ -50,17 +55,19 @@ class Status(Callback):
         self.name, self.note = "starting", ""
         self.done, self.total = 0, None  # type: int, int | None
         self.where: Progress | None = None
-        self.began = clock()
+        self.began = self.told = clock()
         self._training: tuple[float, int] | None = None  # when the first batch was over that this process trained
 
     def on_phase(self, phase: Phase) -> None:
+        self.told = self.clock()
         if phase.name != self.name:
-            self.began = self.clock()
+            self.began = self.told
         self.name, self.note, self.done, self.total = phase.name, phase.note, phase.done, phase.total
 
     def on_batch(self, progress: Progress) -> None:
         done = (progress.epoch - 1) * progress.batches + progress.batch
-        self._training = self._training or (self.clock(), done)
+        self.told = self.clock()
+        self._training = self._training or (self.told, done)
         self.name, self.note = f"epoch {progress.epoch}/{progress.epochs}{stage_mark(progress.stage)}", ""
         self.done, self.total, self.where = done, progress.epochs * progress.batches, progress
 
@@ -70,11 +77,13 @@ class Status(Callback):
 
     @property
     def left(self) -> float | None:
-        """Seconds until ``total``, from the batches so far; of training with all that goes on in between."""
+        """Seconds until ``total``, from the batches so far; of training with all that goes on in between. They count
+        down until the next batch is told of."""
         began, before = (self._training or (self.began, self.done)) if self.trains else (self.began, 0)
         if self.total is None or self.done <= before:
             return None
-        return (self.total - self.done) * (self.clock() - began) / (self.done - before)
+        then = (self.total - self.done) * (self.told - began) / (self.done - before)
+        return max(0.0, then - (self.clock() - self.told))
 
     @property
     def time(self) -> str:

@@ -96,6 +96,8 @@ def _resumed_job(command: str, run_dir: Path, given: dict[str, Any]) -> JobConfi
     fixed = sorted(set(new) - _MAY_CHANGE)
     if fixed:
         raise ConfigError(f"--resume goes on with the run's own settings: leave --{fixed[0].replace('_', '-')} out")
+    if not run_dir.is_dir():
+        raise ConfigError(f"{run_dir}: no such run to resume")
     job = read_job_config(run_dir)
     if job.command != command:
         raise ConfigError(f"{run_dir}: was begun by `brfx {job.command}`, so resume it with that")

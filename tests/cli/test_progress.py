@@ -36,7 +36,8 @@ def test_figures_have_three_digits_and_as_many_as_there_is_room_for():
     assert figures(where, 60) == "loss 0.123  acc 98.8 %  BR_W 0.177  BR_A 19.2"
     assert figures(where, 40) == "loss 0.123  acc 98.8 %  BR_W 0.177"
     assert figures(where, 3) == "loss 0.123"
-    assert figures(Progress(1, 1, 1, 1, "plain", 0.1, Means(2.0, None)), 60) == "loss 2"
+    assert figures(Progress(1, 1, 1, 1, "plain", 0.1, Means(2.0, None)), 60) == "loss 2.00"
+    assert figures(Progress(1, 1, 1, 1, "plain", 0.1, Means(0.1, 1.0)), 60) == "loss 0.100  acc 100 %"
 
 
 def test_a_phase_is_named_with_its_share_and_its_time():
@@ -67,8 +68,10 @@ def test_the_time_left_counts_from_the_first_batch_and_over_all_that_goes_on_in_
     assert status.left == pytest.approx(200) and status.line() == "epoch 1/3 [BR], 33 %, 3 min left, " + figures(
         at(1, 100, weight=0.5), 60
     )
+    clock.now += 50
+    assert status.left == pytest.approx(150)  # it counts down until there is more to go by
     status.on_phase(Phase("validating"))
-    clock.now += 90
+    clock.now += 40
     status.on_phase(Phase("training", 100, 300))
     assert status.left == pytest.approx(400)
 
