@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +19,7 @@ from brfx.export.benchmark import Timing, benchmark, float_onnx, int8_onnx
 from brfx.export.reading import preprocessing_of, runner
 from brfx.export.table import exporter_for
 from brfx.export.verify import Verification, verify
-from brfx.extras import missing, needed
+from brfx.extras import needed
 from brfx.io.model_file import load, source_of
 from brfx.metadata import metadata_of
 from brfx.models import ModelSource, build_model
@@ -109,7 +110,7 @@ def benchmark_files(
 
     ``size`` is that of the images, by default what the files say; ``model`` is as in :func:`verify_files`.
     """
-    if missing("onnx"):
+    if importlib.util.find_spec("onnxruntime") is None:
         raise ExportError(needed("timing", "onnx"))
     with tempfile.TemporaryDirectory() as folder:
         named: list[tuple[str, Path]] = []

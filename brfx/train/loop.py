@@ -449,12 +449,15 @@ class _Run:
         """Around the first batch of a stage, of which a stop loses nothing: the newest checkpoint is where it began.
         Several processes wait for the end of the batch, as one that left would take the others down."""
         tell(self.callbacks, Phase("compiling", note=f"usually {COMPILING_TAKES[self.built]}"))
-        try:
-            with stop.at_once() if world_size() == 1 else nullcontext():
-                yield
-        except KeyboardInterrupt:
-            self.stop_if_asked(stop)
-            raise
+        if world_size() > 1:
+            yield
+        else:
+            try:
+                with stop.at_once():
+                    yield
+            except KeyboardInterrupt:
+                self.stop_if_asked(stop)
+                raise
         self.uncompiled = False
         self._tell_phase()
 

@@ -21,10 +21,13 @@ class StopRequest:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within the block a signal does not wait for the next batch: the block ends with KeyboardInterrupt.
+        """Within the block a signal does not wait for the next batch: the block ends with KeyboardInterrupt, or does
+        not begin.
 
-        So does it where the signal ended a compiler that the block had started, which then failed.
+        It ends so too where the signal ended a compiler that the block had started, which then failed.
         """
+        if self.signal:
+            raise KeyboardInterrupt
         self._waits = False
         try:
             yield

@@ -3,6 +3,7 @@ import logging
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 import brfx
 from brfx.config import JobConfig, QATConfig, TrainConfig
 from brfx.data import Split
-from brfx.errors import CheckpointError, ConfigError, DataError
+from brfx.errors import CheckpointError, ConfigError, DataError, Interrupted
 from brfx.io.float_checkpoint import read_state_dict
 from brfx.jobs.files import export_file
 from brfx.jobs.job import (
@@ -25,6 +26,7 @@ from brfx.jobs.job import (
     quantize,
     train_float,
 )
+from brfx.train import Callback
 
 NET = """
 from torch import nn
@@ -100,12 +102,46 @@ def test_an_export_that_fails_in_any_way_leaves_the_trained_network(job, monkeyp
     assert (run.run_dir / "model.pt").is_file() and (run.run_dir / "result.json").is_file()
 
 
+def test_a_package_that_the_export_misses_is_named_before_anything_is_trained(job, monkeypatch, caplog):
+    monkeypatch.setattr("brfx.jobs.job.missing", lambda extra: ["onnx>=1.18"])
+    monkeypatch.setattr("brfx.extras.missing", lambda extra: ["onnx>=1.18"])
+    caplog.set_level(logging.INFO, "brfx")
+    monkeypatch.setattr("brfx.jobs.job.read_data", lambda job: pytest.fail("reached"))
+    with pytest.raises(pytest.fail.Exception, match="reached"):
+        quantize(job("none"))
+    assert "There will be no model.onnx: ONNX export needs onnx, which is not installed: pip install" in caplog.text
+
+
+def test_phases_are_told_in_their_order(job):
+    class Phases(Callback):
+        seen: ClassVar = []
+
+        def on_phase(self, phase):
+            if not self.seen or self.seen[-1] != phase.name:
+                self.seen.append(phase.name)
+
+    quantize(job("phases"), [Phases()])
+    start = ["reading data", "rewriting the model", "evaluating FP32", "validating", "calibrating", "validating"]
+    assert Phases.seen == [*start, *["training", "validating"] * 2, "exporting", "evaluating on test images"]
+
+
+def test_ctrl_c_outside_of_training_says_how_to_go_on(job, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("brfx.jobs.job.calibrate", interrupted)
+        with pytest.raises(Interrupted, match=r"stopped; go on with --resume .*cut"):
+            quantize(job("cut"))
+    assert quantize(job("cut"), resume=True).onnx is not None
+
+
 def test_the_trained_network_is_on_disk_before_anything_is_exported(job, monkeypatch):
     def killed(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("brfx.jobs.job.snap_biases", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         quantize(job("killed"))
     assert (job("killed").output_dir / "model.pt").is_file()
 

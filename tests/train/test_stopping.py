@@ -30,6 +30,8 @@ def test_a_signal_ends_at_once_what_loses_nothing():
         with pytest.raises(KeyboardInterrupt), stop.at_once():
             os.kill(os.getpid(), signal.SIGINT)
         assert stop.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt), stop.at_once():  # nor is it begun by one who was asked before
+            pytest.fail("begun")
 
 
 def test_a_compiler_that_the_signal_ended_too_is_no_error_of_its_own():
