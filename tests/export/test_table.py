@@ -37,4 +37,4 @@ def test_another_suffix_is_refused_with_those_that_there_are() -> None:
 
 def test_the_command_line_s_help_has_every_suffix() -> None:
     text = CliRunner().invoke(cli, ["export", "--help"]).output
-    assert all(f"{exporter.suffix}:" in text for exporter in EXPORTERS)
+    assert all(f"  {exporter.suffix} " in text for exporter in EXPORTERS)
