@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from brfx.analysis.observe import graphs
 from brfx.calibration import quantization_disabled
+from brfx.compat import in_float64
 from brfx.errors import RewriteError, first_line
 from brfx.graph.trace import select_by_mode
 from brfx.graph.user_classes import copied
@@ -144,7 +145,7 @@ class _Comparison:
     @staticmethod
     def _gradients(loss: list[Tensor], *, raising: bool) -> dict[str, Tensor] | None:
         try:
-            sum(value.double() for value in loss).backward()  # type: ignore[union-attr]
+            sum(in_float64(value) for value in loss).backward()  # type: ignore[union-attr]
         except RuntimeError as error:
             if raising:
                 raise

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from brfx.compat import in_float64
 from brfx.nn import Quantizer
 from brfx.quant.grid import MIN_STEP, Grid
 from brfx.quant.step_init import STEP_INIT_RULES
@@ -23,8 +24,8 @@ LEAST_DB = 15.0
 
 def sqnr(values: Tensor, quantized: Tensor) -> float:
     """``10 * log10(sum v^2 / sum (v - q)^2)`` in decibels; infinite where nothing is lost, and where all is zero."""
-    noise = float((values - quantized).double().square().sum())
-    return 10 * math.log10(max(float(values.double().square().sum()) / noise, 1e-30)) if noise else math.inf
+    noise = float(in_float64(values - quantized).square().sum())
+    return 10 * math.log10(max(float(in_float64(values).square().sum()) / noise, 1e-30)) if noise else math.inf
 
 
 @contextmanager

@@ -3,13 +3,13 @@ Nothing here imports torch."""
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from brfx.compat import tomllib
 from brfx.config import TEACHER_SHARE, JobConfig, QATConfig, TrainConfig, read_job_json
 from brfx.errors import ConfigError, explained, first_line
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -19,6 +18,7 @@ import torchvision
 from torch import Tensor
 from torch.nn import functional as F
 
+from brfx.compat import memory_bytes
 from brfx.data.image_files import IMAGE_SUFFIXES, ImageFiles, pixels
 from brfx.data.preprocessing import DEFAULTS, Preprocessing
 from brfx.errors import DataError, first_line
@@ -308,7 +308,7 @@ def _decode(split: Split, images: ImageFiles, skip_bad: bool, keep: bool) -> tup
 def _fits(images: ImageFiles) -> bool:
     """Whether all of them take less than a third of the memory."""
     size = images.preprocessing.image_size
-    return len(images) * 3 * size * size < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 3
+    return len(images) * 3 * size * size < memory_bytes() / 3
 
 
 def _joined(images: ImageFiles, batches: Iterable[Tensor]) -> Tensor:

@@ -149,10 +149,12 @@ def _start(loader: DataLoader[Any]) -> Iterator[Any]:
     The handler raises a worker's death wherever the main thread happens to be; left to itself, the iterator raises it
     where the next batch is asked for, within five seconds.
     """
-    before = signal.getsignal(signal.SIGCHLD)
+    child = getattr(signal, "SIGCHLD", None)  # Windows has none, and torch sets no handler there
+    if child is None or threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    before = signal.getsignal(child)
     batches = iter(loader)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, before)
+    signal.signal(child, before)
     return batches
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from brfx.export.layers import IntegerLinear, IntegerProduct, Requantize, codes_of, integer_linear
 from brfx.graph.source_rewrite import QuantizedCall

@@ -26,7 +26,7 @@ reshapes, softmax. A new operator needs a line here, a ``custom_op`` with its sh
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Sequence  # noqa: UP035 (torch before 2.7 takes typing's alone in an operator)
 
 import torch
 from torch import Tensor
@@ -94,9 +94,9 @@ def convolution(
     y_zero_point: int,
     y_low: int,
     y_high: int,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
     """A convolution of codes with int8 weights and an int32 bias into 32 bits, requantized to the grid of ``y``."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import Self
 
 from brfx.nn.layers import adopted
 from brfx.quant.factory import activation_quantizer, weight_quantizer

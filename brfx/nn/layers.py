@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from brfx.quant.factory import weight_quantizer
 from brfx.quant.quantizer import ActivationQuantizer, WeightQuantizer

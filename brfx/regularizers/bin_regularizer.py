@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from brfx.compat import in_float64
 from brfx.errors import ConfigError
 from brfx.kernels.channel_sums import once, sum_by_channel
 from brfx.kernels.masks import zero_for_nan
@@ -352,7 +353,7 @@ class BinRegularizer:
     @torch.no_grad()
     def diagnose(self, values: Tensor, step: Tensor) -> BinDiagnosis:
         """The loss in two parts, computed from means and variances as in the paper."""
-        grid, values, step = self.grid, values.double(), step.double()
+        grid, values, step = self.grid, in_float64(values), in_float64(step)
         code, distance = distances(values, step, grid, clamp=self.clamp)
         index = _index(code, grid).flatten()
         counts = torch.bincount(index, minlength=len(grid.codes))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from brfx.compat import float64_device
 from brfx.errors import DataError
 from brfx.modes import eval_mode
 
@@ -59,13 +60,13 @@ class Score:
 def evaluate_classifier(model: nn.Module, data: Iterable[Any]) -> Evaluation:
     """Top-1 accuracy and cross-entropy of ``model`` on batches ``(images, labels)``."""
     device = next(model.parameters()).device
-    correct = loss = torch.zeros((), dtype=torch.float64, device=device)
+    correct = loss = torch.zeros((), dtype=torch.float64, device=float64_device(device))
     count = 0
     with eval_mode(model):
         for images, labels in data:
             logits, labels = model(images.to(device)), labels.to(device)
-            correct = correct + (logits.argmax(1) == labels).sum()
-            loss = loss + F.cross_entropy(logits, labels, reduction="sum")
+            correct = correct + (logits.argmax(1) == labels).sum().to(correct.device)
+            loss = loss + F.cross_entropy(logits, labels, reduction="sum").to(loss.device)
             count += len(labels)
     if not count:
         raise DataError("there is nothing to evaluate on: the data gave no batch")

@@ -35,6 +35,7 @@ def random_state(generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "data": [generator.get_state() for generator in generators],
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
     }
 
 
@@ -49,3 +50,5 @@ def set_random_state(state: dict[str, Any], generators: Sequence[torch.Generator
         torch.cuda.set_rng_state_all(state["cuda"])
     for generator, own in zip(generators, state.get("data", ()), strict=False):
         generator.set_state(own)
+    if torch.backends.mps.is_available() and state.get("mps") is not None:
+        torch.mps.set_rng_state(state["mps"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import shutil
+import sys
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -42,7 +43,8 @@ Shapes = tuple[tuple[torch.Size, ...], ...]
 #: (docs/benchmarks.md), and the step is compiled anew when the warm-up is over.
 WORTH_COMPILING, WORTH_KERNELS = 1000, 500
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: None is the device's own choice, which nothing runs in: MPS warns of float32.
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def objective(config: TrainConfig, task: Task | None = None) -> Objective:
@@ -152,6 +154,9 @@ def compiles_pieces(model: nn.Module, penalty: Any | None) -> bool:
 @cache
 def _can_compile(device: str) -> bool:
     missing = None
+    if sys.platform == "win32" or device not in ("cpu", "cuda"):
+        log.warning("nothing is compiled on %s, training is slower", "Windows" if sys.platform == "win32" else device)
+        return False
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         missing = "a C++ compiler (g++ or clang++)"
     elif device == "cuda" and importlib.util.find_spec("triton") is None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
+from brfx.compat import float64_device
 from brfx.errors import ConfigError, DataError, TrainingError
 from brfx.extras import needed
 from brfx.modes import eval_mode
@@ -343,13 +344,13 @@ def evaluate_with(
     if hasattr(metric, "to"):
         metric = metric.to(device)
     metric.reset()
-    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
+    total, count = torch.zeros((), dtype=torch.float64, device=float64_device(device)), 0
     with eval_mode(model), torch.no_grad():
         for inputs, targets in on_device(data, split, device):
             output, size = call(model, inputs), count_samples(inputs)
             metric.update(*answer(output, targets))
             if loss is not None:
-                total, count = total + loss(output, targets) * size, count + size
+                total, count = total + loss(output, targets).to(total.device) * size, count + size
             else:
                 count += size
         if not count:

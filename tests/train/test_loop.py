@@ -213,6 +213,18 @@ def test_without_a_compiler_nothing_is_compiled_and_the_log_says_so_once(monkeyp
     ]
 
 
+@pytest.mark.parametrize(("platform", "device"), [("win32", "cpu"), ("win32", "cuda"), ("darwin", "mps")])
+def test_where_the_compiled_form_was_never_run_nothing_is_compiled(monkeypatch, caplog, platform, device):
+    monkeypatch.setattr("sys.platform", platform)
+    step._can_compile.cache_clear()
+    try:
+        assert {how_to_compile(choice, 10**6, device) for choice in ("auto", "on", "kernels", "off")} == {"none"}
+    finally:
+        step._can_compile.cache_clear()
+    name = "Windows" if platform == "win32" else device
+    assert [record.message for record in caplog.records] == [f"nothing is compiled on {name}, training is slower"]
+
+
 def test_compile_is_decided_by_the_length_of_the_run():
     assert how_to_compile("on", 1, "cpu") == "whole" and how_to_compile("kernels", 1, "cpu") == "kernels"
     assert how_to_compile("off", 10**6, "cpu") == how_to_compile("auto", 50, "cpu") == "none"
@@ -302,6 +314,17 @@ def test_python_and_numpy_draw_on_where_a_run_was_cut_off():
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
     set_random_state(torch_read(state))
     assert drawn() == first
+
+
+def test_dropout_on_mps_draws_on_where_a_run_was_cut_off(monkeypatch):
+    given = []
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    monkeypatch.setattr("torch.mps.get_rng_state", lambda: torch.arange(3, dtype=torch.uint8))
+    monkeypatch.setattr("torch.mps.set_rng_state", given.append)
+    set_random_state(torch_read(random_state()))
+    assert torch.equal(*given, torch.arange(3, dtype=torch.uint8))
+    set_random_state(torch_read(random_state() | {"mps": None}))  # of a run on the CPU
+    assert len(given) == 1
 
 
 def torch_read(state):

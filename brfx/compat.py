@@ -1,0 +1,45 @@
+"""What not every Python, torch or operating system has, asked for by what is there and not by version.
+
+All such questions are asked in this file. Nothing here imports torch before it is called.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["float64_device", "in_float64", "memory_bytes", "tomllib"]
+
+#: What the memory is taken to be where the system does not tell.
+_ASSUMED_MEMORY = 8 << 30
+
+
+def memory_bytes() -> int:
+    """The machine's memory in bytes; 8 GiB where the system does not tell, as Windows does not."""
+    try:
+        size, pages = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # no such call, no such name, no answer
+        return _ASSUMED_MEMORY
+    return size * pages if min(size, pages) > 0 else _ASSUMED_MEMORY
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Where float64 sums over values on ``device`` are kept: there, but for MPS, which has no float64."""
+    import torch
+
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def in_float64(values: Tensor) -> Tensor:
+    """``values`` in float64, on the CPU where their device has none."""
+    return values.to(float64_device(values.device)).double()
