@@ -1,20 +1,32 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Both make their own environment in .venv.
 PYTHON ?= python3.11
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO := runs/demo
 
-.PHONY: help demo test test-fast sweep faults lint check bench docs clean
+# Where torch comes from. Without an NVIDIA driver that is the index of CPU builds, a tenth of the other builds' size, and
+# the usual one where it cannot be reached. TORCH_INDEX= takes the usual one at once.
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
+
+.PHONY: help demo test test-fast test-matrix sweep faults lint check bench docs release-check clean
 
 help:  ## show this
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-.venv/installed: setup.cfg constraints.txt
+.venv/torch: constraints.txt
 	command -v $(PYTHON) >/dev/null && $(PYTHON) -m venv .venv || python3 -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch torchvision
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[onnx,demo,dev,docs]'
+	$(if $(TORCH_INDEX),$(PIP) --retries 0 --index-url $(TORCH_INDEX) torch torchvision ||) $(PIP) torch torchvision
 	touch $@
 
-demo: .venv/installed  ## train, quantize to 2 bits, evaluate and export on handwritten digits
+.venv/demo: .venv/torch setup.cfg
+	$(PIP) -e '.[onnx,demo]'
+	touch $@
+
+.venv/installed: .venv/demo
+	$(PIP) -e '.[onnx,demo,dev,docs]'
+	touch $@
+
+demo: .venv/demo  ## train, quantize to 2 bits, evaluate and export on handwritten digits
 	rm -rf $(DEMO)
 	$(BIN)/brfx train --model resnet20 --data digits --epochs 8 --output-dir $(DEMO)/fp32
 	$(BIN)/brfx quantize --model resnet20 --data digits --ckpt $(DEMO)/fp32/best.pth --bits 2 --qat-epochs 12 \
@@ -48,6 +60,12 @@ bench: .venv/installed  ## what a training step costs, for docs/benchmarks.md (h
 
 docs: .venv/installed  ## the documentation as a site, in site/
 	$(BIN)/mkdocs build
+
+test-matrix:  ## a core of the tests with the oldest, a middle and the newest torch, for docs/reference.md (hours)
+	python3 benchmarks/version_matrix.py
+
+release-check:  ## build, install the wheel in an environment of its own, and run the demo from it
+	bash benchmarks/release_check.sh
 
 clean:  ## remove the environment and the demo's run
 	rm -rf .venv $(DEMO)
