@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["float64_device", "in_float64", "memory_bytes", "tomllib"]
+__all__ = ["float64_device", "in_float64", "memory_bytes", "saved_tensors_are_hooked", "tomllib"]
 
 #: What the memory is taken to be where the system does not tell.
 _ASSUMED_MEMORY = 8 << 30
@@ -43,3 +43,22 @@ def float64_device(device: torch.device) -> torch.device:
 def in_float64(values: Tensor) -> Tensor:
     """``values`` in float64, on the CPU where their device has none."""
     return values.to(float64_device(values.device)).double()
+
+
+def saved_tensors_are_hooked() -> bool:
+    """Whether what autograd saves goes through hooks, such as ``torch.autograd.graph.save_on_cpu``; gradients are on.
+
+    Older versions of torch do not tell, but a saved tensor takes hooks once. Hooks see that one tensor.
+    """
+    import torch
+
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is not None:
+        return top(True) is not None
+    with torch._C.DisableTorchFunction():
+        node: Any = torch.ones((), requires_grad=True).exp().grad_fn
+        try:
+            node._raw_saved_result.register_hooks(lambda saved: saved, lambda packed: packed)
+        except RuntimeError:
+            return True
+    return False

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import brfx
-from brfx.compat import float64_device, in_float64, memory_bytes
+from brfx.compat import float64_device, in_float64, memory_bytes, saved_tensors_are_hooked
 from brfx.data.image_files import ImageFiles
 from brfx.models import _user_factory
 from brfx.train.memory import memory_kept
@@ -106,3 +106,13 @@ def test_a_path_of_windows_has_a_colon_of_its_own(monkeypatch):
 class FoundNowhere:
     def is_file(self):
         return False
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_hooks_of_saved_tensors_are_found_where_torch_does_not_tell(monkeypatch, told):
+    if not told:
+        monkeypatch.delattr("torch._C._autograd._top_saved_tensors_default_hooks", raising=False)
+    assert not saved_tensors_are_hooked()
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda packed: packed):
+        assert saved_tensors_are_hooked()
+    assert not saved_tensors_are_hooked()

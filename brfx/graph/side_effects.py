@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils._pytree import tree_leaves, tree_map
 
+from brfx.compat import saved_tensors_are_hooked
 from brfx.errors import TraceError
 from brfx.graph.functionalize import _named_in_place
 from brfx.graph.torch_ops import words
@@ -125,7 +126,7 @@ class Surroundings:
         """Raise TraceError for what a graph would lose: called where a call is recorded."""
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             raise TraceError("runs without gradients (no_grad, inference_mode, autograd.Function), which no graph says")
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        if saved_tensors_are_hooked():
             raise TraceError("runs under hooks of saved tensors, which no graph says")
         self.require_no_draws()
 

@@ -41,6 +41,9 @@ class Placeholder:
     def __setstate__(self, state: Any) -> None:
         pass
 
+    def __setitem__(self, key: Any, value: Any) -> None:  # torch 2.6 asks
+        raise pickle.UnpicklingError("Can only set items of a dict")
+
 
 def require_file(path: Path) -> None:
     """Raise CheckpointError if there is no such file; of a run's folder it names the file that is meant."""
