@@ -17,9 +17,9 @@ from brfx.errors import BrfxError, CheckpointError, ExportError, Interrupted
 from brfx.io.float_checkpoint import load_float
 from brfx.io.model_file import load
 from brfx.jobs.files import export_file
-from brfx.jobs.job import dry_run, evaluate_file, inspect, quantize, read_data, train_float
+from brfx.jobs.job import _loaders, dry_run, dry_run_float, evaluate_file, inspect, quantize, read_data, train_float
 from brfx.jobs.runs import read_runs
-from brfx.jobs.tasks import _class_logits, _mask_logits, task_of
+from brfx.jobs.tasks import _class_logits, _mask_logits, augmentation_of, task_of
 from brfx.metadata import metadata_of
 from brfx.models import build_model
 from brfx.train import Callback
@@ -247,8 +247,25 @@ def test_so_few_batches_and_a_dry_run_of_a_detector(squares, tmp_path):
     assert run.test.count == 2 and run.fit.history[0].further.keys() == {"mAP"}
     before = sorted(tmp_path.rglob("*"))
     assert dry_run(squares("quantize")).mac_share > 0.9
+    line = dry_run_float(squares("train"))
+    assert ", 2 epochs of 10 batches of 1; before training, the loss of a batch is " in line
+    assert line == dry_run_float(squares("train"))
     report = inspect(squares("inspect", ckpt=None, qat=QATConfig(bits=4), num_classes=3, image_size=64))
     assert report.mac_share > 0.9 and sorted(tmp_path.rglob("*")) == before
+
+
+def test_images_of_a_detector_are_mirrored_unless_told_otherwise(squares):
+    seen = {}
+    for flip in (None, False):
+        job = squares("train", val_fraction=0, flip=flip, train={"keep": "last"})
+        dataset = read_data(job)
+        train, _ = _loaders(job, dataset)
+        wanted = augmentation_of(job, None, flip=dataset.flip)
+        assert (wanted.crop, wanted.flip) == ("none", flip is None)
+        seen[flip] = [targets[0]["boxes"] for _, targets in train]
+        assert [len(boxes) for boxes in seen[flip]] == [len(boxes) for boxes in seen[None]]
+    moved = [not torch.equal(*boxes) for boxes in zip(seen[None], seen[False], strict=True)]
+    assert any(moved) and not all(moved)
 
 
 @pytest.mark.parametrize(
@@ -257,6 +274,12 @@ def test_so_few_batches_and_a_dry_run_of_a_detector(squares, tmp_path):
         ({"image_size": 64}, "--image-size is not for a detector: it resizes and normalizes images itself"),
         ({"mean": (0.5,) * 3}, "--mean is not for a detector: it resizes"),
         ({"std": (0.5,) * 3}, "--std is not for a detector: it resizes"),
+        ({"stretch": False}, "--stretch is not for a detector: it resizes"),
+        ({"channel_order": "bgr"}, "--channel-order is not for a detector: it resizes"),
+        ({"crop": "resized"}, "--crop is not for a detector: its images are mirrored alone"),
+        ({"rand_augment": 9}, "--rand-augment is not for a detector: its images are mirrored alone"),
+        ({"mixup": 0.2}, "--mixup is not for a detector: its images are mirrored alone"),
+        ({"class_weights": "1,2,3"}, "--class-weights is not for a detector: its losses are its own"),
         ({"skip_bad_images": True}, "--skip-bad-images is not for a detector: take such images out of the annotations"),
         ({"train": {"label_smoothing": 0.1}}, "--label-smoothing is not for a detector: its losses are its own"),
         ({"train": {"distill": 0.5}}, "--distill is not for a detector: nothing can be distilled"),
