@@ -1,11 +1,13 @@
 """What the data loader costs, beside a training step of ResNet-20.
 
-    python benchmarks/loader.py [--batch 128] [--jpegs 256] [--jpeg-batch 32] [--busy-ms 250] [--threads 2]
+    python benchmarks/loader.py [--batch 128] [--jpegs 256] [--jpeg-batch 32] [--busy-ms 250] [--threads 2] [--cpu-time]
 
-prints milliseconds a batch (median): a plain FP32 step, eager; the loader on 45,000 random CIFAR-sized images in
-memory, shifted and mirrored, and its share; the same with more augmentation; and generated JPEGs of 256x256 at 224 px,
-as the square of evaluation and as a crop of each, without and with worker processes: one batch straight after the
-other, and the wait for a batch where each keeps its consumer (asleep) busy for --busy-ms.
+prints milliseconds a batch (median): a plain FP32 step, eager, of ResNet-20 at 32 px and of ResNet-18 at 224 px; the
+loader on 45,000 random CIFAR-sized images in memory, shifted and mirrored, and its share; the same with more
+augmentation; and generated JPEGs of 256x256 at 224 px, as the square of evaluation and as a crop of each, without and
+with worker processes: one batch straight after the other, and the wait for a batch where each keeps its consumer
+(asleep) busy for --busy-ms. With --cpu-time, of the processor's time of this process, which others on the machine do
+not change; what workers take is not in it.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
 
@@ -25,35 +27,37 @@ import brfx
 from brfx.config import Augmentation
 from brfx.data import BatchLoader, ImageFiles, Preprocessing, Split
 
+Clock = Callable[[], float]
 
-def waits(batches: Iterable[object], work: float = 0.0, most: int = 50) -> float:
+
+def waits(batches: Iterable[object], work: float = 0.0, most: int = 50, clock: Clock = time.perf_counter) -> float:
     """Median seconds that ``batches`` takes to give one, with ``work`` seconds slept after each; the first is left out.
 
     Its ``most`` first batches are taken, two at least.
     """
     iterator, seconds = iter(batches), []
     while len(seconds) < most:
-        started = time.perf_counter()
+        started = clock()
         if next(iterator, None) is None:
             break
-        seconds.append(time.perf_counter() - started)
+        seconds.append(clock() - started)
         time.sleep(work)
     return median(seconds[1:])
 
 
-def step_seconds(batch: int, repeats: int = 7) -> float:
-    """Median seconds of a forward, a backward and an SGD update of ResNet-20 on ``(batch, 3, 32, 32)``."""
-    model = brfx.build_model("resnet20", 10).to(memory_format=torch.channels_last).train()
+def step_seconds(name: str, batch: int, size: int, repeats: int = 7, clock: Clock = time.perf_counter) -> float:
+    """Median seconds of a forward, a backward and an SGD update of a model on ``(batch, 3, size, size)``."""
+    model = brfx.build_model(name, 10).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    images = torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(10, (batch,))
     seconds = []
     for _ in range(repeats):
-        started = time.perf_counter()
+        started = clock()
         F.cross_entropy(model(images), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(clock() - started)
     return median(seconds[1:])
 
 
@@ -76,13 +80,15 @@ def main() -> None:
     parser.add_argument("--jpeg-batch", type=int, default=32)
     parser.add_argument("--busy-ms", type=float, default=250, help="what a training step on the JPEGs takes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cpu-time", action="store_true", help="of this process, where others use the machine too")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
 
-    step = step_seconds(given.batch)
+    clock = time.process_time if given.cpu_time else time.perf_counter
+    step = step_seconds("resnet20", given.batch, 32, clock=clock)
+    print(f"ResNet-20 step, 32 px, batch {given.batch}, FP32, {given.threads} threads: {1e3 * step:.1f} ms")
     images = torch.randint(0, 256, (45_000, 3, 32, 32), dtype=torch.uint8)
     split = Split(images, torch.zeros(45_000, dtype=torch.int64))
-    print(f"ResNet-20 step, batch {given.batch}, FP32, {given.threads} threads: {1e3 * step:.1f} ms")
     for augment in (
         Augmentation(),
         Augmentation(mixup=0.2),
@@ -90,10 +96,13 @@ def main() -> None:
         Augmentation(crop="resized"),
         Augmentation(rand_augment=9),
     ):
-        wait = waits(BatchLoader(split, Preprocessing(32), given.batch, augment=augment, num_classes=10))
+        loader = BatchLoader(split, Preprocessing(32), given.batch, augment=augment, num_classes=10)
+        wait = waits(loader, clock=clock)
         share = f"{wait / (wait + step):.2%} of step and loader"
         print(f"32 px in memory, batch {given.batch}, {augment}: {1e3 * wait:.2f} ms, {share}")
 
+    step = step_seconds("resnet18", given.jpeg_batch, 224, 3, clock)
+    print(f"ResNet-18 step, 224 px, batch {given.jpeg_batch}, FP32, {given.threads} threads: {1e3 * step:.1f} ms")
     with tempfile.TemporaryDirectory() as folder:
         paths = make_jpegs(Path(folder), given.jpegs)
         for augment in (Augmentation(), Augmentation(crop="resized"), Augmentation(crop="resized", rand_augment=9)):
@@ -101,10 +110,11 @@ def main() -> None:
                 files = ImageFiles(paths, Preprocessing(224), workers)
                 split = Split(files, torch.zeros(len(paths), dtype=torch.int64))
                 loader = BatchLoader(split, Preprocessing(224), given.jpeg_batch, augment=augment)
-                alone, beside = waits(loader), waits(loader, work=given.busy_ms / 1e3)
+                alone, beside = waits(loader, clock=clock), waits(loader, work=given.busy_ms / 1e3, clock=clock)
                 print(
-                    f"224 px JPEGs, batch {given.jpeg_batch}, {augment}, {workers} workers: {1e3 * alone:.1f} ms; "
-                    f"{1e3 * beside:.1f} ms beside a step of {given.busy_ms:g} ms"
+                    f"224 px JPEGs, batch {given.jpeg_batch}, {augment}, {workers} workers: {1e3 * alone:.1f} ms "
+                    f"({alone / (alone + step):.2%} of step and loader); {1e3 * beside:.1f} ms beside a step of "
+                    f"{given.busy_ms:g} ms"
                 )
 
 
