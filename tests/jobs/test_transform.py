@@ -162,7 +162,7 @@ def test_verify_and_benchmark_go_by_the_files(tmp_path):
     same = verify_files(files[0], files[1], data=job.data)
     assert same.bit_for_bit and same.accuracy == (runs[0].test.accuracy,) * 2
     assert verify_files(files[0], files[1]).images == 64
-    with pytest.raises(ExportError, match=r"to 18, .*to 20, .*: not files of one model"):
+    with pytest.raises(ExportError, match=r"to 18, .*to 20, .*: these are not files of one model"):
         verify_files(files[0], files[2])
     import onnxruntime
 
