@@ -22,10 +22,12 @@ GROUPS = {
     "Bits and levels": (
         *("weight_bits", "act_bits", "input_bits", "residual_bits", "stream_bits", "weight_grid", "per_channel"),
         *("weight_quantizer", "act_quantizer", "clip_value", "placement", "skip", "first_last_8bit"),
+        *("bit_budget", "size_budget"),
     ),
     "Bin regularization and steps": (
         *("warmup_epochs", "lambda_br", "lambda_br_act", "br_form", "lambda_kurtosis", "br_backprop_to_alpha_act"),
         *("freeze_alpha", "freeze_weight_alpha", "freeze_act_alpha", "start", "dead_filters"),
+        "reconstruct",
     ),
     "Training": (
         *("lr", "step_lr", "optimizer", "momentum", "weight_decay", "accumulate", "label_smoothing", "class_weights"),
@@ -44,7 +46,7 @@ GROUPS = {
             "checkpoint_minutes",
             "keep_checkpoints",
         ),
-        "tensorboard",
+        *("tensorboard", "batches", "graph", "output", "as_json"),
     ),
 }
 

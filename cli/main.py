@@ -121,8 +121,8 @@ def train(dry_run: bool, **given: Any) -> None:
 def evaluate(**given: Any) -> None:
     """Measure a checkpoint or a file on the test images.
 
-    An FP32 checkpoint needs --model. A run's model.pt knows its own preprocessing, and so does a .onnx, .pt2 or
-    .safetensors that was exported from it.
+    An FP32 checkpoint needs its model's name. A run's model.pt knows its own preprocessing, and so does a .onnx, .pt2
+    or .safetensors that was exported from it.
     """
     job = build_job("evaluate", given)
     from brfx.jobs import job as jobs
@@ -287,7 +287,7 @@ def inspect(table: str, graph: Path | None, **given: Any) -> None:
 @cli.command(
     examples=[
         "brfx sensitivity --model resnet20 --ckpt best.pth --data DIR",
-        "brfx sensitivity --model resnet20 --ckpt best.pth --data DIR --bit-budget 3 --output bits.toml",
+        "brfx sensitivity --model resnet20 --ckpt a.pth --bit-budget 3 --output a.toml",
     ]
 )
 @model_options
@@ -298,10 +298,10 @@ def inspect(table: str, graph: Path | None, **given: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the tables.")
 @data_options
 def sensitivity(batches: int, output: Path | None, as_json: bool, **given: Any) -> None:
-    """Measure what the bits of each layer's weights, and of each activation, cost alone.
+    """Measure what each layer's bits cost alone.
 
     A figure is the Kullback-Leibler divergence of the classes' probabilities from the FP32 network's, in nats an image,
-    where only this layer is quantized, on training images.
+    where the weights of one layer, or one activation, are quantized alone, on training images.
     """
     from brfx.jobs import bits
     from brfx.jobs import job as jobs

@@ -14,13 +14,20 @@ from rich.table import Table
 from brfx.errors import first_line
 
 from . import render
+from .help import Command
 
 if TYPE_CHECKING:
     from brfx.analysis.network import Place
     from brfx.report.run_files import RunFiles
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    examples=[
+        "brfx report runs/resnet20-w2a2",
+        "brfx report runs/a runs/b --output compared.html",
+    ],
+)
 @click.argument("folders", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Page to write.  [default: report.html in RUN, or here]"
@@ -30,9 +37,10 @@ if TYPE_CHECKING:
 )
 @click.option("--terminal", is_flag=True, help="Print a short form; write a page only with --output.")
 def report(folders: tuple[Path, ...], output: Path | None, figures: Path | None, terminal: bool) -> None:
-    """Show what became of runs: one HTML page with their curves, histograms, network, files and settings.
+    """Show what became of runs, on a page.
 
-    Several runs are laid over each other, with a table of where they differ.
+    It has their curves, histograms, network, files and settings. Several runs are laid over each other, with a table of
+    where they differ.
     """
     from brfx.report.write import read, write_figures, write_page
 

@@ -19,7 +19,7 @@ RUN = JobResult(
     FIT,
     Evaluation(358, 360, 0.1),
     Evaluation(356, 360, 0.1),
-    OnnxReport(Path("m.onnx"), 86_200),
+    onnx=OnnxReport(Path("m.onnx"), 86_200),
     float_bytes=1_080_000,
 )
 
