@@ -74,6 +74,8 @@ class RunStatistics(WeightStatistics):
 
 def _lines(path: Path) -> dict[int, str]:
     """The lines that are there, by epoch; none where they cannot be read."""
+    if not path.exists():  # begun by a brfx that wrote none
+        return {}
     try:
         lines = path.read_text().splitlines(keepends=True)
         return {int(json.loads(line)["epoch"]): line for line in lines}

@@ -3,6 +3,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import brfx
+from brfx.analysis.audit import Audit, LayerAudit
 from brfx.analysis.network import network
 from brfx.graph.trace import trace
 
@@ -66,6 +67,17 @@ def test_what_stays_in_floating_point_says_why(images):
     assert [layers[name].quantized for name in ("first", "second", "fc")] == [False, True, False]
     assert (layers["first"].weight_bits, layers["first"].act_bits) == (2, None)
     assert "placement 'paper'" in layers["first"].reason and not layers["second"].reason
+
+
+def test_a_module_of_several_products_is_quantized_if_all_are():
+    rows = (
+        LayerAudit("fc", "linear", weight_bits=2, act_bits=4, macs=5, quantized_macs=5),
+        LayerAudit("fc.inside", "matmul", act_bits=8, macs=7, quantized_macs=0, reason="why"),
+    )
+    places = network(trace(Small()), Audit(rows, 12, 5, (), ()))
+    layer = next(place for place in places if place.name == "fc")
+    assert (layer.weight_bits, layer.act_bits, layer.quantized, layer.macs) == (2, 8, False, 12)
+    assert layer.reason == "why"
 
 
 def test_a_product_of_activations_is_a_layer_of_its_function(images):

@@ -83,7 +83,11 @@ def test_the_config_json_of_a_run_gives_its_settings_but_for_its_folder(tmp_path
         output_dir=tmp_path / "run",
     )  # fmt: skip
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(asdict(job) | {"versions": {"brfx": "1"}, "command_line": ["brfx"]}, default=str))
+    path.write_text(
+        json.dumps(
+            asdict(job) | {"versions": {"brfx": "1"}, "command_line": ["brfx"], "machine": {"cores": 2}}, default=str
+        )
+    )
     found = read_settings(path)
     assert not {"output_dir", "download", "qat", "train"} & set(found.job)
     again = JobConfig(qat=QATConfig(**found.qat), train=TrainConfig(**found.train), **found.job)

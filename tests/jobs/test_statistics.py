@@ -62,9 +62,12 @@ def test_lines_of_epochs_that_are_run_again_are_replaced(run):
     with pytest.raises(KeyboardInterrupt):
         run("parts", stop=1)
     text = path.read_text()
-    path.write_text(
-        text + text.splitlines(keepends=True)[1].replace('"epoch": 1', '"epoch": 2')
-    )  # its checkpoint is lost
+    line = text.splitlines(keepends=True)[1]
+    lost = [line.replace('"epoch": 1', f'"epoch": {epoch}') for epoch in (2, 3)]  # their checkpoints are
+    path.write_text("".join([text, *lost]))
+    with pytest.raises(KeyboardInterrupt):
+        run("parts", stop=2, resume=True)
+    assert path.read_text() == "".join(whole.read_text().splitlines(keepends=True)[:3])
     run("parts", resume=True)
     assert path.read_text() == whole.read_text()
 

@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,15 @@ def test_runs_of_other_metrics_are_not_laid_over_each_other(finished, unfinished
     path.write_text(path.read_text().replace("val_accuracy", "val_mIoU"))
     with pytest.raises(ConfigError, match=r"it measures mIoU, .* top-1 accuracy: report them apart"):
         read([finished, unfinished])
+
+
+def test_committed_runs_have_a_page(tmp_path):
+    pytest.importorskip("matplotlib", reason="figures need matplotlib, the extra 'report'")
+    folder = Path(__file__).parents[2] / "docs" / "results" / "w2a2-30"
+    write_page(read([folder / "signed-seed0", folder / "symmetric-seed0"]), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "resnet20 at W2A2 reaches 88.71 % top-1 accuracy on 10,000 test images, 3.02 points below" in page
+    assert "<td>qat.weight_grid</td><td>signed</td><td>symmetric</td>" in page
 
 
 @pytest.mark.parametrize("run", ["finished", "older", "unfinished"])
