@@ -47,6 +47,8 @@ def test_what_comes_next_can_be_copied():
     assert own[0] == (
         "brfx evaluate --ckpt 'my runs/a/model.pt' --model mine.py:make --data digits --task segmentation"
     )
+    segmented = next_commands(replace(RUN, test=Score(0.5, "mIoU", 4, 1.0)), job(data="DIR"))
+    assert segmented[0].endswith("model.onnx'")  # verify reads no masks
     trained = next_commands(RUN, job(command="train", mean=(0.5,), std=(0.25,), image_size=16))
     assert trained[2] == (
         "brfx quantize --model resnet20 --ckpt 'my runs/a/last.pth' --data digits "
@@ -63,3 +65,12 @@ def test_every_command_is_one_that_there_is(run, settings):
         _, name, *arguments = shlex.split(line)
         command = cli.commands[name]
         command.make_context(name, arguments, parent=cli.make_context("brfx", [name]))
+
+
+def test_the_checkpoint_that_comes_next_is_the_one_that_was_kept(tmp_path):
+    kept = JobConfig(command="train", model="resnet20", train=TrainConfig(epochs=2, keep="best"))
+    assert "last.pth" in next_commands(replace(RUN, run_dir=tmp_path), kept)[2]  # there was no validation
+    (tmp_path / "best.pth").write_bytes(b"")
+    assert "best.pth" in next_commands(replace(RUN, run_dir=tmp_path), kept)[2]
+    last = replace(kept, train=TrainConfig(epochs=2))
+    assert "last.pth" in next_commands(replace(RUN, run_dir=tmp_path), last)[2]

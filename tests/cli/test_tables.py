@@ -103,6 +103,7 @@ def test_what_all_runs_share_is_said_once_and_nothing_is_said_of_no_regularizer(
     assert common == "all: model resnet20, lr 0.1, state complete"
     assert header.split() == ["run", "bits", "epochs", "seed", "val", "test", "changed"]
     assert [row.split()[:5] for row in rows] == [[n, "W2A2", "9/9", s, "-"] for n, s in (("a", "1"), ("b", "2"))]
+    assert printed(tables.runs, [run("a")], width=120)[0].split()[:3] == ["run", "model", "bits"]  # nothing is shared
     header = printed(tables.runs, [run("a", lambda_br=0.1), run("b")])[1]
     assert "BR_W" in header and "BR_A" not in header
 
