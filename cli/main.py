@@ -147,10 +147,11 @@ def evaluate(**given: Any) -> None:
 @click.option("--model", default="", help="A model of your own that it is of: path/to/file.py:factory.")
 @click.option(
     "--profile",
-    type=click.Choice(["compact", "fast", "portable"]),
+    type=click.Choice(["compact", "fast", "portable", "qdq", "qdq-int4"]),
     default="compact",
     show_default=True,
-    help="Write the smallest file (opset 25), INT8 weights (fast), or INT4 for older runtimes (portable, opset 21).",
+    help="Write the smallest file (opset 25), INT8 weights (fast), INT4 for older runtimes (portable, opset 21), or "
+    "QuantizeLinear and DequantizeLinear around ordinary operators, for runtimes other than ONNX Runtime (qdq).",
 )
 def export(ckpt: Path, output: Path, model: str, profile: str) -> None:
     """Write a run's model.pt for other runtimes.

@@ -98,7 +98,7 @@ def test_no_convolution_of_any_family_runs_in_float(tmp_path, name, difference):
 
 def test_an_unknown_profile_and_a_folder_that_is_not_there(exported, tmp_path):
     qmodel, _, _ = exported
-    with pytest.raises(brfx.BrfxError, match="compact, fast, portable"):
+    with pytest.raises(brfx.BrfxError, match="compact, fast, portable, qdq, qdq-int4"):
         brfx.export_onnx(qmodel, tmp_path / "m.onnx", torch.randn(2, 3, 32, 32), "tiny")
     with pytest.raises(brfx.BrfxError, match="there is no folder"):
         brfx.export_onnx(qmodel, tmp_path / "no" / "m.onnx", torch.randn(2, 3, 32, 32))
