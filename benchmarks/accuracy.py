@@ -85,6 +85,33 @@ TABLES = {
             "w2a2-symmetric": ("--bits", "2", *SYMMETRIC),
         },
     ),
+    "reconstructed": Table(
+        "calibrated, not trained: nearest codes, weights rounded for outputs, bits by layer",
+        ("--qat-epochs", "0"),
+        {
+            f"{name}{how}": (*flags, *more)
+            for name, flags in {
+                "w4a4": ("--bits", "4"),
+                "w4a4-symmetric": ("--bits", "4", *SYMMETRIC),
+                "w3a3": ("--bits", "3"),
+                "w3a3-symmetric": ("--bits", "3", *SYMMETRIC),
+                "w3a3-budget": ("--bits", "3", "--bit-budget", "3"),
+                "w2a2-symmetric": ("--bits", "2", *SYMMETRIC),
+            }.items()
+            for how, more in {"": (), "-reconstructed": ("--reconstruct",)}.items()
+        },
+    ),
+    "budget": Table(
+        "30 epochs: bits by layer against as many, or fewer, everywhere",
+        ("--qat-epochs", "30", *NO_BR),
+        {
+            "w3a3": ("--bits", "3"),
+            "w3a3-budget": ("--bits", "3", "--bit-budget", "3"),
+            "w2a2": ("--bits", "2", *SYMMETRIC),
+            "w2.25a2-budget": ("--bits", "2", "--bit-budget", "2.25", *SYMMETRIC),
+        },
+        control="w3a3",
+    ),
     "ablation": Table(
         "30 epochs at 2 bits, bin regularization from the 10th on: what it adds to LSQ",
         ("--bits", "2", "--qat-epochs", "30", "--warmup-epochs", "9", *SYMMETRIC),
