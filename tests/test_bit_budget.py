@@ -167,6 +167,19 @@ def test_attention_has_a_size_too(images):
     assert set(bits_of(chosen)) == {"self_attn", "linear1", "linear2"}
 
 
+def test_the_three_input_projections_of_an_attention_are_packed_each_for_itself():
+    """Nine weights of 2 bits take three bytes, 27 would take seven."""
+    x = torch.randn(2, 5, 3)
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(3, 1, 4, dropout=0.0, batch_first=True)
+    qmodel = brfx.prepare_qat(model, brfx.QATConfig(bits=2), x)
+    brfx.calibrate(qmodel, [x])
+    measured = [LayerSensitivity(name, "weights", 2, 1, {2: 0.0}) for name in ("self_attn", "linear1", "linear2")]
+    assert brfx.weight_bytes(qmodel) == 4 * 3 + 2 * 3
+    with pytest.raises(ConfigError, match="the weights take 18"):
+        brfx.assign_bits(qmodel, measured, size=17)
+
+
 class Functional(Net):
     def forward(self, x):
         return nn.functional.linear(x.flatten(1), self.body.weight.flatten()[: 5 * x[0].numel()].reshape(5, -1))

@@ -95,6 +95,10 @@ def test_a_symmetric_grid_a_sign_from_data_and_a_task_of_ones_own(images):
     )
     assert list(found[0].losses) == [8, 2] and found[0].losses[2] > found[0].losses[8]
 
+    signed = brfx.sensitivity(brfx.prepare_qat(Net(), brfx.QATConfig(bits=2), images), [images], widths=(8,))
+    alike = brfx.sensitivity(qmodel, [images], widths=(8,))
+    assert [layer.losses for layer in alike[:3]] == [layer.losses for layer in signed[:3]]  # above 4 bits it is signed
+
     class Loop(nn.Module):
         def __init__(self):
             super().__init__()
