@@ -28,16 +28,16 @@ PAIRS = [("3.10", "2.6.0", "0.21.0"), ("3.12", "2.9.1", "0.24.1"), ("3.13", "2.1
 
 #: Without compilation, without training to an accuracy: what depends on a version of Python or torch.
 CORE = [
+    "tests/graph",
+    "tests/passes",
+    "tests/export/test_operators.py tests/export/test_torch_export.py",
+    "tests/test_compat.py tests/test_prepare.py tests/test_calibration.py",
+    "tests/nn",
+    "tests/regularizers",
     "tests/config",
     "tests/io",
     "tests/data",
     "tests/quant",
-    "tests/nn",
-    "tests/graph",
-    "tests/passes",
-    "tests/regularizers",
-    "tests/test_compat.py tests/test_prepare.py tests/test_calibration.py",
-    "tests/export/test_operators.py tests/export/test_torch_export.py",
 ]
 NEEDED = "pytest pytest-timeout hypothesis scikit-learn"
 

@@ -323,7 +323,10 @@ def onnx_session(path: Path, threads: int = 0) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ExportError(f"{path}: ONNX Runtime does not load this file ({first_line(error)})") from error
+        why = first_line(error)
+        if "under development" in str(error):  # what it says of an opset that is newer than itself
+            why = f"{onnxruntime.__version__} is older than its opset; a newer one, or the profile portable, runs"
+        raise ExportError(f"{path}: ONNX Runtime does not load this file ({why})") from error
 
 
 def _saturates_here(path: Path) -> bool:
