@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["float64_device", "in_float64", "memory_bytes", "saved_tensors_are_hooked", "tomllib"]
+__all__ = ["float64_device", "in_float64", "memory_bytes", "recompilations", "saved_tensors_are_hooked", "tomllib"]
 
 #: What the memory is taken to be where the system does not tell.
 _ASSUMED_MEMORY = 8 << 30
@@ -62,3 +63,12 @@ def saved_tensors_are_hooked() -> bool:
         except RuntimeError:
             return True
     return False
+
+
+def recompilations(most: int) -> AbstractContextManager[Any]:
+    """Let ``torch.compile`` compile one code so many times; torch 2.6 has the setting under another name."""
+    import torch._dynamo
+
+    config: Any = torch._dynamo.config
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    return config.patch(**{name: most})  # type: ignore[no-any-return]

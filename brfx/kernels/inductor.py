@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from brfx.compat import recompilations
+
 #: Of inductor's own choices, those that cost training time here.
 _OPTIONS = {
     # When a value that several kernels read is written to memory instead of being made again in each. A batch norm's
@@ -35,7 +37,7 @@ def compiled(
     inner = torch.compile(function, dynamic=dynamic, fullgraph=fullgraph, options=_OPTIONS | options)
 
     def run(*args: Any, **keywords: Any) -> Any:
-        with torch._dynamo.config.patch(recompile_limit=256):
+        with recompilations(256):
             return inner(*args, **keywords)
 
     return run

@@ -88,6 +88,10 @@ def test_backward_keeps_codes_and_what_batch_norms_read(images):
     loss.backward()
 
 
+@pytest.mark.skipif(
+    not torch.__version__.startswith("2.14."),
+    reason="a canary: reads the C++ of torch 2.14, which each version words anew",
+)
 @pytest.mark.parametrize("how", ["kernels", "whole"])
 def test_bins_are_counted_in_the_loop_that_writes(images, how):
     torch._dynamo.reset()

@@ -117,7 +117,7 @@ def test_no_code_of_the_integer_form_differs_by_more_than_rounding(trained: nn.M
 
 def test_onnx_runtime_computes_the_integers_bit_for_bit(trained: nn.Module, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
-    report = brfx.export_onnx(trained, tmp_path / "model.onnx", batches()[0][0])
+    report = brfx.export_onnx(trained, tmp_path / "model.onnx", batches()[0][0], profile="portable")
     assert report.reference_difference == 0 and not report.float_layers and len(report.sites) == 7
 
 
@@ -181,7 +181,7 @@ def test_a_weight_that_a_function_reads_is_exported_prepared(tmp_path: Path) -> 
     qmodel, x = functional(), torch.randn(4, 30)
     before = qmodel(x)
     torch.testing.assert_close(integer_model(qmodel).model(x), before)
-    report = brfx.export_onnx(qmodel, tmp_path / "model.onnx", x)
+    report = brfx.export_onnx(qmodel, tmp_path / "model.onnx", x, profile="portable")
     brfx.export_qonnx(qmodel, tmp_path / "model.qonnx.onnx", x)
     assert report.reference_difference < 1e-5
     for name in ("model.onnx", "model.qonnx.onnx"):
