@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,7 +20,15 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["float64_device", "in_float64", "memory_bytes", "recompilations", "saved_tensors_are_hooked", "tomllib"]
+__all__ = [
+    "factories_are_overridden",
+    "float64_device",
+    "in_float64",
+    "memory_bytes",
+    "recompilations",
+    "saved_tensors_are_hooked",
+    "tomllib",
+]
 
 #: What the memory is taken to be where the system does not tell.
 _ASSUMED_MEMORY = 8 << 30
@@ -72,3 +81,19 @@ def recompilations(most: int) -> AbstractContextManager[Any]:
     config: Any = torch._dynamo.config
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     return config.patch(**{name: most})  # type: ignore[no-any-return]
+
+
+@cache
+def factories_are_overridden() -> bool:
+    """Whether ``torch.arange(size)`` and the like ask ``size.__torch_function__``, as torch 2.6 does not."""
+    import torch
+
+    class Number:
+        @classmethod
+        def __torch_function__(cls, *args: Any, **kwargs: Any) -> bool:
+            return True
+
+    try:
+        return torch.arange(Number()) is True  # type: ignore[call-overload, comparison-overlap]
+    except TypeError:
+        return False

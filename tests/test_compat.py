@@ -4,6 +4,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from torch import nn
 
 import brfx
 from brfx.compat import float64_device, in_float64, memory_bytes, saved_tensors_are_hooked
@@ -116,3 +117,23 @@ def test_hooks_of_saved_tensors_are_found_where_torch_does_not_tell(monkeypatch,
     with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda packed: packed):
         assert saved_tensors_are_hooked()
     assert not saved_tensors_are_hooked()
+
+
+def test_a_factory_of_a_traced_size_is_recorded_where_torch_does_not_ask_it(monkeypatch):
+    class Places(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            return self.conv(x) + torch.arange(x.shape[-1]) * torch.full((), x.shape[0])
+
+    monkeypatch.setattr("brfx.graph.side_effects.factories_are_overridden", lambda: False)
+    torch.manual_seed(0)
+    model, arange = Places(), torch.arange
+    qmodel = brfx.prepare_qat(model, example_inputs=torch.randn(2, 3, 5, 5))
+    assert torch.arange is arange and isinstance(qmodel, torch.fx.GraphModule)
+    assert {torch.arange, torch.full} <= {node.target for node in qmodel.graph.nodes}
+    with brfx.quantization_disabled(qmodel):
+        x = torch.randn(3, 3, 4, 7)
+        assert torch.equal(qmodel(x), model(x))

@@ -13,6 +13,7 @@ PACKAGE = Path(brfx.__file__).parent
 #: A module or room, and what it must not import when it is loaded.
 FORBIDDEN = {
     "errors": ("brfx",),
+    "compat": ("brfx", "torch"),
     "kernels": ("brfx.nn", "brfx.graph", "brfx.passes", "brfx.train", "brfx.fast", "brfx.regularizers"),
     "kernels/channel_sums": ("brfx",),
     "quant": ("brfx.kernels.batch_norm", "brfx.distributed", "brfx.nn", "brfx.graph", "brfx.fast", "brfx.train"),

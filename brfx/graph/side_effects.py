@@ -6,6 +6,7 @@ number drawn, a product of buffers, a counter of batches would be what they were
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import operator
@@ -22,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils._pytree import tree_leaves, tree_map
 
-from brfx.compat import saved_tensors_are_hooked
+from brfx.compat import factories_are_overridden, saved_tensors_are_hooked
 from brfx.errors import TraceError
 from brfx.graph.functionalize import _named_in_place
 from brfx.graph.torch_ops import words
@@ -47,6 +48,12 @@ _REFLECTED = {
         "matmul": operator.matmul, "and": operator.and_, "or": operator.or_, "xor": operator.xor,
     }.items()
 }  # fmt: skip
+
+#: Make tensors of numbers alone.
+_FACTORIES = words(
+    "arange empty eye full hann_window linspace logspace normal ones rand randint randn randperm tril_indices "
+    "triu_indices zeros"
+)
 
 
 class _Calls(TorchFunctionMode):
@@ -166,6 +173,18 @@ def recording(tracer: fx.Tracer, root: nn.Module) -> Iterator[None]:
         raise TraceError(f"forward changes {changed}, which the next call would read")
 
 
+def _recording_factory(tracer: fx.Tracer, factory: Callable[..., Any]) -> Callable[..., Any]:
+    """``factory`` that is recorded where a number is one of the graph's, for a torch that refuses such numbers."""
+
+    @functools.wraps(factory)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(value, fx.Proxy) for value in tree_leaves((args, kwargs))):
+            return tracer.create_proxy("call_function", factory, args, kwargs)
+        return factory(*args, **kwargs)
+
+    return call
+
+
 @contextmanager
 def _patched(tracer: fx.Tracer, root: nn.Module, state: _State) -> Iterator[None]:
     """Let what goes round a symbolic run end it; checkpoints, which save memory alone, are as if they were absent."""
@@ -196,6 +215,8 @@ def _patched(tracer: fx.Tracer, root: nn.Module, state: _State) -> Iterator[None
         (torch.utils.checkpoint.CheckpointFunction, "apply", staticmethod(reentrant)),
         (torch.utils.checkpoint, "_checkpoint_hook", not_reentrant),
     ]
+    if not factories_are_overridden():
+        places += [(torch, name, _recording_factory(tracer, getattr(torch, name))) for name in sorted(_FACTORIES)]
     with ExitStack() as stack:
         for place, name, new in places:
             stack.enter_context(mock.patch.object(place, name, new))

@@ -350,3 +350,15 @@ def test_a_runtime_that_computes_something_else_is_told(tmp_path, caplog, monkey
     monkeypatch.setattr("brfx.export.onnx.onnx_runner", lambda path: lambda x: [1.1 * y for y in right(x)])
     report = brfx.export_onnx(qmodel, tmp_path / "model.onnx", images)
     assert report.wrong and "ONNX Runtime on this machine computes something else" in logged(caplog)
+
+
+def test_a_runtime_older_than_the_opset_says_what_runs(tmp_path, monkeypatch):
+    """Python 3.10 has no newer one than that, and in its words the opset is under development."""
+
+    def refused(*args, **settings):
+        raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL : Load model failed: Opset 25 is under development")
+
+    monkeypatch.setattr(ort, "InferenceSession", refused)
+    monkeypatch.setattr(ort, "__version__", "1.23.2")
+    with pytest.raises(brfx.BrfxError, match=r"\(1\.23\.2 is older than its opset; .* the profile portable, runs\)$"):
+        onnx_runner(tmp_path / "m.onnx")
