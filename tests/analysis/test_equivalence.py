@@ -243,3 +243,23 @@ def test_nothing_compared_is_said_once(caplog):
         brfx.prepare_qat(nn.Linear(2, 2))
         brfx.prepare_qat(nn.Linear(2, 2))
     assert caplog.text.count("was not compared") == 1 and "example_inputs=" in caplog.text
+
+
+class Rounded(nn.Module):
+    """``w * x + 10_000 - 10_000``, with the sum rounded to a thousandth; or without it, or with ``w * x + offset``."""
+
+    def __init__(self, sums=True, offset=0.0):
+        super().__init__()
+        self.w, self.sums, self.offset = nn.Parameter(torch.tensor(0.7)), sums, offset
+
+    def forward(self, x):
+        y = self.w * x + self.offset
+        return (y + 1e4) - 1e4 if self.sums else y
+
+
+def test_a_difference_of_rounding_alone_is_none(x, caplog):
+    with caplog.at_level(logging.INFO):
+        prove(Rounded(), Rounded(sums=False), (x,), {})
+    assert "training mode: the two differ by rounding, and not in float64" in caplog.text
+    with pytest.raises(RewriteError, match="does not compute what the float model does in training mode"):
+        prove(Rounded(), Rounded(sums=False, offset=1e-3), (x,), {})
