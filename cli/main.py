@@ -60,6 +60,7 @@ def quantize(dry_run: bool, table: str, **given: Any) -> None:
     """Train a low-bit network from an FP32 checkpoint and export it."""
     resume = given["resume"] is not None
     job = build_job("quantize", given)
+    from brfx.jobs import inspect as inspect_job
     from brfx.jobs import job as jobs
 
     render.show_log(beside=table in ("json", "csv"))
@@ -67,7 +68,7 @@ def quantize(dry_run: bool, table: str, **given: Any) -> None:
 
     if dry_run:
         with progress(render.errors) as callback:
-            report = jobs.dry_run(job, [callback])
+            report = inspect_job.dry_run(job, [callback])
         tables.audit(render.console, report, table, regularized=bool(job.lambda_br or job.lambda_br_act))
         return
     with progress(render.console) as callback:
@@ -94,6 +95,7 @@ def train(dry_run: bool, **given: Any) -> None:
     """
     resume = given["resume"] is not None
     job = build_job("train", given)
+    from brfx.jobs import inspect as inspect_job
     from brfx.jobs import job as jobs
 
     from .progress import progress
@@ -101,7 +103,7 @@ def train(dry_run: bool, **given: Any) -> None:
     render.show_log()
     if dry_run:
         with progress(render.errors) as callback:
-            line = jobs.dry_run_float(job, [callback])
+            line = inspect_job.dry_run_float(job, [callback])
         render.console.print(line, markup=False)
         return
     with progress(render.console) as callback:
@@ -125,13 +127,13 @@ def evaluate(**given: Any) -> None:
     or .safetensors that was exported from it.
     """
     job = build_job("evaluate", given)
-    from brfx.jobs import job as jobs
+    from brfx.jobs import evaluate as evaluate_job
 
     from .progress import progress
 
     render.show_log()
     with progress(render.errors) as callback:
-        kind, result = jobs.evaluate_file(job, [callback])
+        kind, result = evaluate_job.evaluate_file(job, [callback])
     what = "top-1 accuracy" if result.metric == "accuracy" else "test"
     render.console.print(f"{kind} {what}: {render.evaluation(result)}")
 
@@ -273,14 +275,14 @@ def inspect(table: str, graph: Path | None, **given: Any) -> None:
     Of a model by its name as it would be rewritten, or of a run's model.pt. Layers that are alike share a line:
     layer1.{0,1}.conv1 x2 is layer1.0.conv1 and layer1.1.conv1, with the sum of their parameters and MACs.
     """
-    from brfx.jobs import job as jobs
+    from brfx.jobs import inspect as inspect_job
 
     job = build_job("inspect", given)
     render.show_log(beside=table in ("json", "csv"))
     if graph is None:
-        tables.audit(render.console, jobs.inspect(job), table)
+        tables.audit(render.console, inspect_job.inspect(job), table)
         return
-    found, before, after = jobs.inspect_graphs(job)
+    found, before, after = inspect_job.inspect_graphs(job)
     tables.audit(render.console, found, table)
     write_graph(before, after, graph)
 
@@ -305,13 +307,13 @@ def sensitivity(batches: int, output: Path | None, as_json: bool, **given: Any) 
     where the weights of one layer, or one activation, are quantized alone, on training images.
     """
     from brfx.jobs import bits
-    from brfx.jobs import job as jobs
+    from brfx.jobs import inspect as inspect_job
 
     job = build_job("sensitivity", given)
     bits.require_output(job, output)
     if not as_json:
         render.show_log()
-    report = jobs.sensitivity(job, batches)
+    report = inspect_job.sensitivity(job, batches)
     if output is not None:
         output.write_text(report.toml())
     render.sensitivity(report, as_json)

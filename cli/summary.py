@@ -10,7 +10,7 @@ from brfx.config import DATA_DIR, JobConfig, code_file
 from .render import console, duration, evaluation, exported, size, stage_mark
 
 if TYPE_CHECKING:
-    from brfx.jobs.job import JobResult
+    from brfx.jobs.run_folder import JobResult
 
 
 def show(result: JobResult, job: JobConfig) -> None:

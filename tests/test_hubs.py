@@ -15,7 +15,10 @@ from brfx.data import Preprocessing
 from brfx.errors import CheckpointError, ConfigError
 from brfx.hubs import hub_transform
 from brfx.io.float_checkpoint import load_float
-from brfx.jobs.job import dry_run, evaluate_file, own_preprocessing, quantize, read_data, train_float
+from brfx.jobs.data import own_preprocessing, read_data
+from brfx.jobs.evaluate import evaluate_file
+from brfx.jobs.inspect import dry_run
+from brfx.jobs.job import quantize, train_float
 from brfx.jobs.tasks import task_of
 
 HALF = (0.5, 0.5, 0.5)

@@ -9,6 +9,7 @@ from brfx_cli.main import cli
 
 from brfx.config import DATA_DIR, Augmentation, QATConfig, TrainConfig
 from brfx.errors import ConfigError
+from brfx.jobs import inspect as inspect_job
 from brfx.jobs import job as jobs
 
 
@@ -27,7 +28,8 @@ def job_of(monkeypatch, capsys):
             found.append(job)
             raise Reached
 
-        monkeypatch.setattr(jobs, {"train": "train_float"}.get(command, command), call)
+        home = inspect_job if command == "sensitivity" else jobs
+        monkeypatch.setattr(home, {"train": "train_float"}.get(command, command), call)
         with pytest.raises(Reached):
             cli([command, *map(str, arguments)], standalone_mode=False)
         return found[0]

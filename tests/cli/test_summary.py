@@ -9,7 +9,7 @@ from brfx_cli.summary import came_to, next_commands
 
 from brfx.config import JobConfig, QATConfig, TrainConfig
 from brfx.export import OnnxReport
-from brfx.jobs.job import JobResult
+from brfx.jobs.run_folder import JobResult
 from brfx.train import EpochMetrics, Evaluation, FitResult, Means, Score
 
 EPOCHS = tuple(EpochMetrics(epoch, "plain", 0.1, Means(1.0, 0.5), 1.0, 0.5, 6.2, 64.0) for epoch in (1, 2))

@@ -13,7 +13,7 @@ import brfx.data.image_files
 from brfx.config import JobConfig
 from brfx.data import DEFAULTS, BatchLoader, ImageFiles, Preprocessing, Split, load_dataset, with_overrides
 from brfx.errors import ConfigError, DataError
-from brfx.jobs.job import read_data
+from brfx.jobs.data import read_data
 
 
 def make_folder(root: Path, parts=("train", "test"), classes=("cat", "dog"), each=10) -> Path:

@@ -17,6 +17,7 @@ import brfx
 from brfx.data import BatchLoader
 from brfx.errors import TrainingError
 from brfx.jobs import job as jobs
+from brfx.jobs import run_folder
 from brfx.nn import LSQQuantizer
 from brfx.train import Callback, Evaluation, FitResult, fit
 from brfx.train.checkpoint import read_checkpoint
@@ -104,7 +105,7 @@ def test_no_room_for_the_onnx_file_is_not_taken_for_a_model_without_one(digits, 
 
     monkeypatch.setattr(onnx, "save", full)
     with pytest.raises(TrainingError, match=r"model\.onnx: .*No space left on device.* --resume"):
-        jobs._write_onnx(qmodel, tmp_path, torch.zeros(1, 3, 16, 16))
+        run_folder.write_onnx(qmodel, tmp_path, torch.zeros(1, 3, 16, 16))
 
 
 # Numbers that are not finite.
@@ -163,7 +164,7 @@ def test_a_skipped_batch_leaves_no_trace(batches, caplog, quantized):
 
 def test_skipped_batches_are_counted_in_the_result(tmp_path):
     result = FitResult((), 1, "plain", 0.5, "none", skipped=2)
-    jobs._close_run(jobs.JobResult(tmp_path, result, Evaluation(1, 2, 0.0)))
+    run_folder.close_run(run_folder.JobResult(tmp_path, result, Evaluation(1, 2, 0.0)))
     assert json.loads((tmp_path / "result.json").read_text())["skipped_batches"] == 2
 
 

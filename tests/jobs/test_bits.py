@@ -11,7 +11,9 @@ from brfx.config.recipes import read_settings
 from brfx.errors import ConfigError
 from brfx.io.model_file import load
 from brfx.jobs.bits import BITS_FILE, kind_of, require_output, settings_toml
-from brfx.jobs.job import dry_run, evaluate_file, quantize, sensitivity
+from brfx.jobs.evaluate import evaluate_file
+from brfx.jobs.inspect import dry_run, sensitivity
+from brfx.jobs.job import quantize
 
 NET = """
 from torch import nn

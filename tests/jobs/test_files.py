@@ -5,8 +5,9 @@ import torch
 
 from brfx.config import JobConfig, QATConfig, TrainConfig
 from brfx.errors import CheckpointError, DataError, ExportError
+from brfx.jobs.evaluate import evaluate_file
 from brfx.jobs.files import benchmark_files, export_file, verify_files
-from brfx.jobs.job import evaluate_file, quantize
+from brfx.jobs.job import quantize
 
 NET = """
 from torch import nn

@@ -14,18 +14,11 @@ from brfx.config import JobConfig, QATConfig, TrainConfig
 from brfx.data import Split
 from brfx.errors import CheckpointError, ConfigError, DataError, Interrupted
 from brfx.io.float_checkpoint import read_state_dict
+from brfx.jobs.data import _limited
+from brfx.jobs.evaluate import evaluate_file
 from brfx.jobs.files import export_file
-from brfx.jobs.job import (
-    NORM_IMAGES,
-    _limited,
-    banner,
-    dry_run,
-    dry_run_float,
-    evaluate_file,
-    inspect,
-    quantize,
-    train_float,
-)
+from brfx.jobs.inspect import dry_run, dry_run_float, inspect
+from brfx.jobs.job import NORM_IMAGES, banner, quantize, train_float
 from brfx.train import Callback
 
 NET = """
@@ -95,7 +88,7 @@ def test_an_export_that_fails_in_any_way_leaves_the_trained_network(job, monkeyp
         raise AssertionError("no such form")
 
     monkeypatch.setattr("brfx.jobs.job.snap_biases", fails)
-    monkeypatch.setattr("brfx.jobs.job.export_onnx", fails)
+    monkeypatch.setattr("brfx.jobs.run_folder.export_onnx", fails)
     run = quantize(job("fails"))
     assert run.onnx is None and run.onnx_problem == "AssertionError: no such form"
     assert "biases stay as they are: no such form" in caplog.text
@@ -106,7 +99,7 @@ def test_a_package_that_the_export_misses_is_named_before_anything_is_trained(jo
     monkeypatch.setattr("brfx.jobs.job.missing", lambda extra: ["onnx>=1.18"])
     monkeypatch.setattr("brfx.extras.missing", lambda extra: ["onnx>=1.18"])
     caplog.set_level(logging.INFO, "brfx")
-    monkeypatch.setattr("brfx.jobs.job.read_data", lambda job: pytest.fail("reached"))
+    monkeypatch.setattr("brfx.jobs.job.read_data", lambda *_: pytest.fail("reached"))
     with pytest.raises(pytest.fail.Exception, match="reached"):
         quantize(job("none"))
     assert "There will be no model.onnx: ONNX export needs onnx, which is not installed: pip install" in caplog.text

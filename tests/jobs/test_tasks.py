@@ -16,8 +16,11 @@ from brfx.config import JobConfig, QATConfig, TrainConfig
 from brfx.errors import BrfxError, CheckpointError, ExportError, Interrupted
 from brfx.io.float_checkpoint import load_float
 from brfx.io.model_file import load
+from brfx.jobs.data import read_data, train_and_val_loaders
+from brfx.jobs.evaluate import evaluate_file
 from brfx.jobs.files import export_file
-from brfx.jobs.job import _loaders, dry_run, dry_run_float, evaluate_file, inspect, quantize, read_data, train_float
+from brfx.jobs.inspect import dry_run, dry_run_float, inspect
+from brfx.jobs.job import quantize, train_float
 from brfx.jobs.runs import read_runs
 from brfx.jobs.tasks import _class_logits, _mask_logits, augmentation_of, task_of
 from brfx.metadata import metadata_of
@@ -259,7 +262,7 @@ def test_images_of_a_detector_are_mirrored_unless_told_otherwise(squares):
     for flip in (None, False):
         job = squares("train", val_fraction=0, flip=flip, train={"keep": "last"})
         dataset = read_data(job)
-        train, _ = _loaders(job, dataset)
+        train, _ = train_and_val_loaders(job, dataset)
         wanted = augmentation_of(job, None, flip=dataset.flip)
         assert (wanted.crop, wanted.flip) == ("none", flip is None)
         seen[flip] = [targets[0]["boxes"] for _, targets in train]

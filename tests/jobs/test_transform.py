@@ -19,8 +19,11 @@ from brfx.config import JobConfig, TrainConfig
 from brfx.data import Preprocessing
 from brfx.errors import ConfigError, DataError, ExportError
 from brfx.export.reading import preprocessing_of
+from brfx.jobs.data import data_line, own_preprocessing, read_data
+from brfx.jobs.evaluate import evaluate_file
 from brfx.jobs.files import benchmark_files, export_file, verify_files
-from brfx.jobs.job import data_line, dry_run, evaluate_file, own_preprocessing, quantize, read_data, train_float
+from brfx.jobs.inspect import dry_run
+from brfx.jobs.job import quantize, train_float
 from brfx.metadata import metadata_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "export.md"
