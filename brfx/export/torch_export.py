@@ -38,7 +38,7 @@ def export_torch(qmodel: nn.Module, path: str | Path, example_inputs: Tensor | t
     """
     require_calibrated(qmodel)
     path, inputs = destination(path), as_inputs(example_inputs)
-    batch = torch.export.Dim("batch")
+    batch = torch.export.Dim("batch", max=2**40)
     try:
         with torch.no_grad():
             model = _with_levels_as_weights(qmodel)

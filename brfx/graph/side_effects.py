@@ -51,8 +51,8 @@ _REFLECTED = {
 
 #: Make tensors of numbers alone.
 _FACTORIES = words(
-    "arange empty eye full hann_window linspace logspace normal ones rand randint randn randperm tril_indices "
-    "triu_indices zeros"
+    "arange as_tensor empty eye full hann_window linspace logspace normal ones rand randint randn randperm tensor "
+    "tril_indices triu_indices zeros"
 )
 
 

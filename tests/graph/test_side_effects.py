@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import brfx
+from brfx.compat import factories_are_overridden
 from brfx.graph.trace import trace_islands
 
 
@@ -291,7 +292,10 @@ def test_in_the_graph(case, proved, x):
     torch.manual_seed(0)
     how = (STATE | ALIVE)[case]
     qmodel = require_sound(Net(how), x, x if proved else None)
-    assert isinstance(qmodel, GraphModule)
+    if case == "the batch's size" and not factories_are_overridden():
+        assert isinstance(qmodel, Net)  # no traced number for a method of a parameter; that is said
+    else:
+        assert isinstance(qmodel, GraphModule)
 
 
 @pytest.mark.parametrize("case", PYTHON)
