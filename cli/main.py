@@ -197,7 +197,7 @@ def verify(first: Path, second: Path, data: str, data_dir: Path, images: int, mo
     """Compare two files of one model, image by image.
 
     They are .onnx, .pt2, .safetensors or brfx's .pt. Outputs, decisions and accuracy are compared, and of a .pt the
-    codes by layer. A .pt2 is read by torch itself, which may run code in it: give only one that you trust.
+    codes by layer.
     """
     from brfx.jobs import files
 

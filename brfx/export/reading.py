@@ -17,6 +17,7 @@ from brfx.export.onnx import onnx_runner, tensors
 from brfx.export.packed import read_packed
 from brfx.export.packed_runner import packed_runner
 from brfx.extras import needed
+from brfx.io.exported_program import load_program, read_extra
 from brfx.metadata import metadata_of
 
 #: Suffixes of exported files that can be run.
@@ -46,9 +47,7 @@ def entries_of(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return read_packed(path).header
         if path.suffix == ".pt2":
-            extra = {"brfx.json": ""}
-            torch.export.load(path, extra_files=extra)
-            return dict(json.loads(extra["brfx.json"] or "{}"))
+            return dict(json.loads(read_extra(path, "brfx.json") or "{}"))
         import onnx
 
         found = {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
@@ -78,7 +77,7 @@ def preprocessing_in(path: Path, entries: dict[str, Any]) -> Preprocessing | Non
 
 def runner(path: Path, load: Callable[[Path], nn.Module], *, integer: bool = False) -> Callable[..., list[Tensor]]:
     """A file as a function of tensors on the CPU: ``.onnx`` in ONNX Runtime, ``.pt`` and ``.pt2`` in PyTorch, packed
-    codes by their own operations. A ``.pt2`` is read by torch itself, which may run code in it.
+    codes by their own operations. No file can run code.
 
     Args:
         path: the file.
@@ -109,7 +108,9 @@ def runner(path: Path, load: Callable[[Path], nn.Module], *, integer: bool = Fal
 
 def _torch_runner(path: Path) -> Callable[..., list[Tensor]]:
     try:
-        module = torch.export.load(path).module()
+        module = load_program(path).module()
+    except BrfxError:
+        raise
     except Exception as error:  # zip, JSON and torch each have their own
         raise ExportError(f"{path}: torch.export does not load this file ({first_line(error)})") from error
 
