@@ -77,7 +77,7 @@ def reconstruct(
 
     Raises:
         NotCalibratedError: a quantizer has no step.
-        ConfigError: weights are quantized by a method that does not round them as they are, such as DoReFa.
+        ConfigError: weights are quantized by a method that does not round them as they are.
         DataError: there was no batch.
     """
     require_calibrated(qmodel)

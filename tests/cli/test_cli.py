@@ -144,10 +144,10 @@ def test_bits_by_layer_are_measured_edited_and_used(float_run, tmp_path):
     text = (tmp_path / "bits.toml").read_text().splitlines()
     at = next(index for index, line in enumerate(text) if line.startswith('match = "linear"'))
     (tmp_path / "bits.toml").write_text("\n".join([*text[: at + 1], "weight_bits = 7", *text[at + 2 :]]))
-    done = brfx("quantize", *common, "--config", tmp_path / "bits.toml", "--qat-epochs", 0, "--dry-run")
-    rows = {line.split()[0]: line.split()[1:3] for line in done.stdout.splitlines() if "Quantized" in line}
-    assert rows["linear"] == ["QuantizedLinear", "7"]
-    assert all(rows[layer["name"]][1] == str(layer["assigned"]) for layer in weights[:-1])
+    done = brfx("quantize", *common, "--config", tmp_path / "bits.toml", "--qat-epochs", 0, "--dry-run", "--json")
+    bits = {layer["name"]: layer["weight_bits"] for layer in json.loads(done.stdout)["layers"]}
+    assert bits["linear"] == 7
+    assert all(bits[layer["name"]] == layer["assigned"] for layer in weights[:-1])
 
 
 def test_the_real_checkpoint_is_91_73_before_anything_is_quantized(real_checkpoint, cifar10_batches):
