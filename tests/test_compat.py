@@ -8,6 +8,7 @@ from torch import nn
 
 import brfx
 from brfx.compat import float64_device, in_float64, memory_bytes, saved_tensors_are_hooked
+from brfx.data import Preprocessing
 from brfx.data.image_files import ImageFiles
 from brfx.models import _user_factory
 from brfx.train.memory import memory_kept
@@ -70,7 +71,7 @@ def test_images_are_read_where_children_send_no_signal(monkeypatch, tmp_path, wo
     paths = [tmp_path / f"{number}.png" for number in range(4)]
     for number, path in enumerate(paths):
         Image.new("RGB", (4, 4), (number, 0, 0)).save(path)
-    found = torch.cat(list(ImageFiles(paths, 4, workers).batches(torch.arange(4).split(2))))
+    found = torch.cat(list(ImageFiles(paths, Preprocessing(4), workers).batches(torch.arange(4).split(2))))
     assert found[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
 
 
@@ -85,7 +86,7 @@ def test_workers_are_forked_on_linux_alone(monkeypatch, tmp_path, platform, meth
     monkeypatch.setattr("sys.platform", platform)
     monkeypatch.setattr("brfx.data.image_files.DataLoader", loader)
     with pytest.raises(OSError, match="no workers here"):
-        next(ImageFiles([tmp_path] * 4, 4, 2).batches(torch.arange(4).split(2)))
+        next(ImageFiles([tmp_path] * 4, Preprocessing(4), 2).batches(torch.arange(4).split(2)))
     assert given == [method]
 
 
