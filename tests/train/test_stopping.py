@@ -15,7 +15,15 @@ from brfx.train import Callback, fit
 from brfx.train.stopping import stop_requests
 
 
-def test_a_signal_is_acknowledged_and_waits_for_the_batch(caplog):
+@pytest.fixture
+def python_handles_sigint():
+    """A shell starts what is in the background with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_is_acknowledged_and_waits_for_the_batch(caplog, python_handles_sigint):
     with stop_requests() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signal == signal.SIGTERM
