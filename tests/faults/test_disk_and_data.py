@@ -17,7 +17,7 @@ import brfx
 from brfx.data import BatchLoader
 from brfx.errors import TrainingError
 from brfx.jobs import job as jobs
-from brfx.jobs import run_folder
+from brfx.jobs import networks, run_folder
 from brfx.nn import LSQQuantizer
 from brfx.train import Callback, Evaluation, FitResult, fit
 from brfx.train.checkpoint import read_checkpoint
@@ -233,7 +233,7 @@ def test_a_batch_of_one_that_a_batch_norm_cannot_take(batches, compile):
 def test_calibration_with_batches_of_one(digits, tmp_path, monkeypatch):
     model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 10))
     torch.save(model.state_dict(), tmp_path / "one.pth")
-    monkeypatch.setattr(jobs, "build_model", lambda *arguments, **named: model)
+    monkeypatch.setattr(networks, "build_model", lambda *arguments, **named: model)
     job = brfx.config.JobConfig(
         command="quantize", model="resnet20", data="digits", ckpt=tmp_path / "one.pth", batch_size=1,
         output_dir=tmp_path / "run",
