@@ -88,7 +88,13 @@ __all__ = [  # noqa: RUF022  (in the order of use)
 ]
 
 
+#: Rooms that are read from outside, as in ``brfx.train.TensorBoard``.
+_ROOMS = ("config", "data", "export", "quant", "regularizers", "report", "train")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"brfx.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'brfx' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

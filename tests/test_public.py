@@ -19,6 +19,11 @@ def test_every_public_name_is_there_and_documented():
     assert [name for name in brfx.__all__ if f"`{name}`" not in reference] == []
 
 
+def test_rooms_are_there_without_an_import_of_their_own():
+    code = "import brfx; print(brfx.train.TensorBoard.__name__, brfx.data.BatchLoader.__name__, brfx.config.__name__)"
+    assert run(code).split() == ["TensorBoard", "BatchLoader", "brfx.config"]
+
+
 def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
 

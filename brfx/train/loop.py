@@ -153,7 +153,7 @@ def fit(
             it told.
         run_dir: where ``metrics.jsonl``, ``last.pth`` (the last epoch), ``best.pth`` (the epoch that ``keep="best"``
             chooses, whatever ``keep`` is; none without validation) and ``checkpoints/`` are written; nothing is when
-            ``None``.
+            ``None``. The folder is made where there is none.
         resume: go on from the newest whole checkpoint in ``run_dir``; where there is none, start from ``model``.
         about: plain data that ``last.pth`` and ``best.pth`` hold beside the weights, such as what images go through.
         callbacks: told of batches and epochs.
@@ -190,6 +190,9 @@ def fit(
         run.resume()
     elif run_dir is not None and has_checkpoints(run_dir):
         raise ConfigError(f"{run_dir}: holds a run that can be resumed: resume it, or give another folder")
+    if run_dir is not None and rank() == 0:
+        with written_into(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
     if statistics is not None and (run.epoch, run.batch) == (1, 0):
         statistics.begin()
     with stop_requests() as stop, name_lost_ranks(), sync_batch_norms(model), memory_kept(), _frozen_for_now(model):
