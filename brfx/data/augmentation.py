@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 
 class VaryImage:
-    """A picture and a seed to uint8 ``(3, S, S)``: a resized crop, or the square of evaluation; then RandAugment."""
+    """A picture to uint8 ``(3, S, S)`` by the seed of its place: a resized crop, or the square of evaluation; then
+    RandAugment."""
 
-    def __init__(self, augmentation: Augmentation, preprocessing: Preprocessing) -> None:
+    def __init__(self, augmentation: Augmentation, preprocessing: Preprocessing, seeds: Tensor) -> None:
         steps: list[Callable[[Any], Any]] = []
         if augmentation.crop == "resized":
             size = (preprocessing.image_size, preprocessing.image_size)
@@ -31,20 +32,20 @@ class VaryImage:
             steps.append(preprocessing.square)
         if augmentation.rand_augment:
             steps.append(v2.RandAugment(magnitude=augmentation.rand_augment))
-        self.steps = steps
+        self.steps, self.seeds = steps, seeds
 
-    def __call__(self, image: Image, seed: int) -> Tensor:
-        with seeded(seed):
+    def __call__(self, image: Image, place: int) -> Tensor:
+        with seeded(int(self.seeds[place])):
             for step in self.steps:
                 image = step(image)
         return pixels(image)
 
-    def all(self, images: Tensor, seeds: list[int]) -> Tensor:
-        """The same of uint8 ``(N, 3, H, W)``, and a seed for each."""
+    def all(self, images: Tensor, places: Tensor) -> Tensor:
+        """The same of uint8 ``(N, 3, H, W)``."""
         from PIL import Image
 
         pictures = (Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in images)
-        return torch.stack([self(picture, seed) for picture, seed in zip(pictures, seeds, strict=True)])
+        return torch.stack([self(picture, place) for picture, place in zip(pictures, places.tolist(), strict=True)])
 
 
 class Erase:

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as transforms
 
 from brfx.data.annotations import Annotated, Annotations, Box, read_coco, read_voc
 from brfx.data.datasets import Dataset
-from brfx.data.image_files import IMAGE_SUFFIXES, decode_ahead, upright_rgb, upright_size
+from brfx.data.image_files import IMAGE_SUFFIXES, decode_ahead, decoded, pixels, upright_size
 from brfx.data.loader import Parts, epoch_generator
 from brfx.errors import DataError, first_line
 
@@ -110,10 +112,10 @@ class DetectionLoader:
             mirrored = torch.rand(samples, generator=generator) < (0.5 if self.flip else 0.0)
         chosen = [order[part] for part in self.parts.starting_at(batch)]
         pin = self.device.type == "cuda"
-        decoded = decode_ahead(self.split.paths, _read, chosen, self.split.workers, pin=pin)
-        for indices, (images, bad) in zip(chosen, decoded, strict=True):
+        batches = decode_ahead(self.split.paths, _read, chosen, self.split.workers, pin=pin)
+        for indices, (images, bad) in zip(chosen, batches, strict=True):
             for path, why in bad.items():
-                raise DataError(f"{path}: cannot read this image ({why}): mend it, or take it out of the annotations")
+                raise _unreadable(path, why)
             pairs = [
                 self._sample(image, i, bool(mirrored[i])) for image, i in zip(images, indices.tolist(), strict=True)
             ]
@@ -132,9 +134,6 @@ class DetectionLoader:
 
 def mirror(image: Tensor, target: Target) -> tuple[Tensor, Target]:
     """An image ``(3, H, W)`` and its boxes with left and right exchanged."""
-    from torchvision import tv_tensors
-    from torchvision.transforms.v2 import functional as transforms
-
     size = (image.shape[-2], image.shape[-1])
     boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)
     flipped: Tensor = transforms.horizontal_flip(boxes).as_subclass(Tensor)
@@ -292,10 +291,7 @@ def _require_size(image: Annotated) -> tuple[int, int]:
     try:
         size = upright_size(image.path)
     except Exception as error:  # PIL has many for damaged files
-        why = first_line(error)
-        raise DataError(
-            f"{image.path}: cannot read this image ({why}): mend it, or take it out of the annotations"
-        ) from error
+        raise _unreadable(image.path, first_line(error)) from error
     if image.size is not None and image.size != size:
         (width, height), (says_width, says_height) = size, image.size
         turned = ", turned upright as its EXIF orientation says" if (says_height, says_width) == size else ""
@@ -304,6 +300,10 @@ def _require_size(image: Annotated) -> tuple[int, int]:
             "boxes must be of that image; mend them and the size"
         )
     return size
+
+
+def _unreadable(path: Path, why: str) -> DataError:
+    return DataError(f"{path}: cannot read this image ({why}): mend it, or take it out of the annotations")
 
 
 def _inside(box: Box, image: Annotated, size: tuple[int, int]) -> tuple[float, float, float, float]:
@@ -324,14 +324,10 @@ def _inside(box: Box, image: Annotated, size: tuple[int, int]) -> tuple[float, f
 
 def _read(paths: Sequence[Path]) -> tuple[list[Tensor], dict[Path, str]]:
     """uint8 images ``(3, H, W)``, upright, and why files cannot be read; an empty one is in the place of these."""
-    from PIL import Image
-    from torchvision.transforms.v2 import functional as transforms
-
     images, bad = [], {}
     for path in paths:
         try:
-            with Image.open(path) as opened:
-                images.append(transforms.pil_to_tensor(upright_rgb(opened)))
+            images.append(pixels(decoded(path)))
         except Exception as error:  # PIL has many for damaged files
             bad[path] = first_line(error)
             images.append(torch.empty(3, 0, 0, dtype=torch.uint8))

@@ -22,7 +22,7 @@ from brfx.errors import DataError, first_line
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-#: A picture and a seed to the uint8 ``(3, S, S)`` that a model is trained on.
+#: A picture and its place among the images to the uint8 ``(3, S, S)`` that a model is trained on.
 Variation = Callable[["Image", int], Tensor]
 
 IMAGE_SUFFIXES = frozenset(torchvision.datasets.folder.IMG_EXTENSIONS)
@@ -46,38 +46,23 @@ class ImageFiles:
         return len(self.paths)
 
     def __getitem__(self, indices: Tensor) -> Tensor:
-        images, bad = _read([(self.paths[i], 0) for i in indices.tolist()], self.preprocessing, None)
+        images, bad = _read([(i, self.paths[i]) for i in indices.tolist()], self.preprocessing, None)
         require_readable(bad)
         return images
 
-    def batches(
-        self,
-        order: Sequence[Tensor],
-        *,
-        pin: bool = False,
-        vary: Variation | None = None,
-        seeds: Sequence[int] | None = None,
-    ) -> Iterator[Tensor]:
-        """``files[indices]`` for each of ``order``; with ``pin`` in pinned memory.
-
-        With ``vary`` what that makes of each picture and its seed instead; ``seeds`` has one for each file.
-        """
-        for images, bad in self.attempts(order, pin=pin, vary=vary, seeds=seeds):
+    def batches(self, order: Sequence[Tensor], *, pin: bool = False, vary: Variation | None = None) -> Iterator[Tensor]:
+        """``files[indices]`` for each of ``order``, or what ``vary`` makes of these files; with ``pin`` in pinned
+        memory."""
+        for images, bad in self.attempts(order, pin=pin, vary=vary):
             require_readable(bad)
             yield images
 
     def attempts(
-        self,
-        order: Sequence[Tensor],
-        *,
-        pin: bool = False,
-        vary: Variation | None = None,
-        seeds: Sequence[int] | None = None,
+        self, order: Sequence[Tensor], *, pin: bool = False, vary: Variation | None = None
     ) -> Iterator[tuple[Tensor, dict[Path, str]]]:
         """As :meth:`batches`, beside why files among them cannot be read; what is in their place means nothing."""
-        files = list(zip(self.paths, seeds or [0] * len(self.paths), strict=True))
         read = partial(_read, preprocessing=self.preprocessing, vary=vary)
-        return decode_ahead(files, read, order, self.workers, pin=pin)
+        return decode_ahead(list(enumerate(self.paths)), read, order, self.workers, pin=pin)
 
     def take(self, indices: Tensor) -> ImageFiles:
         return ImageFiles([self.paths[i] for i in indices.tolist()], self.preprocessing, self.workers)
@@ -115,10 +100,10 @@ def decode_ahead(
 
 
 def _read(
-    files: Sequence[tuple[Path, int]], preprocessing: Preprocessing, vary: Variation | None
+    files: Sequence[tuple[int, Path]], preprocessing: Preprocessing, vary: Variation | None
 ) -> tuple[Tensor, dict[Path, str]]:
-    """uint8 ``(len(files), 3, S, S)`` of files and seeds, in shared memory in a worker process, and why files cannot be
-    read.
+    """uint8 ``(len(files), 3, S, S)`` of places and files, in shared memory in a worker process, and why files cannot
+    be read.
 
     They are returned, not raised: an error that a worker process raises comes out with its traceback in the message.
     """
@@ -127,10 +112,10 @@ def _read(
     if get_worker_info() is not None:
         images.share_memory_()  # type: ignore[no-untyped-call]
     bad = {}
-    for image, (path, seed) in zip(images, files, strict=True):
+    for image, (place, path) in zip(images, files, strict=True):
         try:
-            picture = _decoded(path)
-            image.copy_(pixels(preprocessing.square(picture)) if vary is None else vary(picture, seed))
+            picture = decoded(path)
+            image.copy_(pixels(preprocessing.square(picture)) if vary is None else vary(picture, place))
         except Exception as error:  # PIL has many for damaged files
             bad[path] = first_line(error)
     return images, bad
@@ -158,7 +143,8 @@ def _start(loader: DataLoader[Any]) -> Iterator[Any]:
     return batches
 
 
-def _decoded(path: Path) -> Image:
+def decoded(path: Path) -> Image:
+    """The image in a file, as :func:`upright_rgb` has it; PIL raises many kinds of errors for damaged files."""
     from PIL import Image
 
     with Image.open(path) as opened:

@@ -174,10 +174,10 @@ class BatchLoader:
             if isinstance(images, ImageFiles):
                 return images.batches(chosen, pin=pin)
             return (images[indices] for indices in chosen)
-        vary = VaryImage(self.augment, self.preprocessing)
+        vary = VaryImage(self.augment, self.preprocessing, seeds)
         if isinstance(images, ImageFiles):
-            return images.batches(chosen, pin=pin, vary=vary, seeds=seeds.tolist())
-        return (vary.all(images[indices], seeds[indices].tolist()) for indices in chosen)
+            return images.batches(chosen, pin=pin, vary=vary)
+        return (vary.all(images[indices], indices) for indices in chosen)
 
     def _copy(self, values: Tensor) -> Tensor:
         """``values`` on the device; a GPU copies from pinned memory, and nobody waits for it."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from brfx.data.datasets import Dataset, Split
-from brfx.data.image_files import IMAGE_SUFFIXES, pixels, upright_rgb
+from brfx.data.image_files import IMAGE_SUFFIXES, decoded, pixels
 from brfx.data.preprocessing import Preprocessing
 from brfx.errors import DataError, first_line
 
@@ -134,11 +134,8 @@ def _read(files: Sequence[tuple[Path, Path]], preprocessing: Preprocessing, clas
 
 def _image(path: Path, preprocessing: Preprocessing) -> tuple[Tensor, tuple[int, int]]:
     """An image as uint8 ``(3, S, S)``, and the height and width that its file has."""
-    from PIL import Image
-
     try:
-        with Image.open(path) as opened:
-            image = upright_rgb(opened)
+        image = decoded(path)
     except Exception as error:
         raise DataError(f"{path}: cannot read this image ({first_line(error)}): mend it, or remove it") from error
     return pixels(preprocessing.square(image)), (image.height, image.width)

@@ -154,14 +154,14 @@ def test_a_class_of_bad_images_alone_is_named(tmp_path):
 
 def test_a_worker_that_dies_is_a_data_error(tmp_path, monkeypatch):
     make_folder(tmp_path, ("train",))
-    decoded, parent = brfx.data.image_files._decoded, os.getpid()
+    decoded, parent = brfx.data.image_files.decoded, os.getpid()
 
     def deadly(path):
         if path.parts[-2:] == ("dog", "3.png") and os.getpid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
         return decoded(path)
 
-    monkeypatch.setattr(brfx.data.image_files, "_decoded", deadly)
+    monkeypatch.setattr(brfx.data.image_files, "decoded", deadly)
     monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))  # looks each 5 s else
     with pytest.raises(DataError, match=r"^decoding .* failed \(.+\): .*$"):
         list(folder_batches(tmp_path, 2))
