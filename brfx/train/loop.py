@@ -44,7 +44,7 @@ from brfx.train.ema import WeightAverage
 from brfx.train.evaluate import Evaluation, Score, evaluate
 from brfx.train.finite import culprit
 from brfx.train.memory import memory_kept
-from brfx.train.random_state import generators_of, random_state, set_random_state
+from brfx.train.random_state import generators_of, parts_of, random_state, set_random_state
 from brfx.train.report import Callback, EpochMetrics, FitResult, Phase, Progress, Sums, tell
 from brfx.train.step import (
     COMPILING_TAKES,
@@ -79,7 +79,7 @@ def always_syncs(config: TrainConfig) -> bool:
 class Batches(Protocol):
     """What ``fit`` trains on: iterable once an epoch, such as any ``DataLoader``. Its length is the batches of an
     epoch, unless the settings say how many these are. ``set_epoch(epoch)`` is called where it exists, of a loader also
-    of its sampler and its data set, and ``starting_at(batch)`` instead of dropping batches where a resumed run
+    of its samplers and its data set, and ``starting_at(batch)`` instead of dropping batches where a resumed run
     continues inside an epoch."""
 
     def __iter__(self) -> Iterator[Any]: ...
@@ -470,10 +470,9 @@ class _Run:
 
     def _remaining(self) -> Iterator[tuple[Any, Any]]:
         """The epoch's batches from ``self.batch`` on, on the device."""
-        owners: list[Any] = [getattr(self.data, name, None) for name in ("sampler", "batch_sampler", "dataset")]
-        for owner in (self.data, *owners):
-            if hasattr(owner, "set_epoch"):
-                owner.set_epoch(self.epoch)
+        for part in parts_of(self.data):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(self.epoch)
         if not self.batch:
             self.epoch_random = random_state(self.generators)
         for batch in self._resumed() if self.batch else self.data:
@@ -576,7 +575,7 @@ class _Run:
         self.epoch, self.batch = self.epoch + 1, 0
         self.sums, self.seconds = Sums(), 0.0
         if self.run_dir is not None and rank() == 0:
-            content = {"state_dict": weights, "metrics": metrics.as_dict(), **self.about}
+            content = {**self.about, "state_dict": weights, "metrics": metrics.as_dict()}
             with written_into(self.run_dir):
                 write_metrics(self.run_dir, self.history)
                 for name in ("last.pth", "best.pth") if improved else ("last.pth",):

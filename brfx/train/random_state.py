@@ -10,12 +10,18 @@ import numpy as np
 import torch
 
 
-def generators_of(data: Any) -> list[torch.Generator]:
-    """The generators that a ``DataLoader`` was given, or its samplers."""
-    sampler = getattr(data, "sampler", None)
+def parts_of(data: Any) -> list[Any]:
+    """What an epoch of ``data`` may be drawn by, each once: itself, and of a ``DataLoader`` its samplers and its data
+    set."""
     batch_sampler = getattr(data, "batch_sampler", None)
-    owners = (data, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
-    found = [getattr(owner, "generator", None) for owner in owners]
+    inner = getattr(data, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)
+    parts = (data, *inner, getattr(data, "dataset", None))
+    return list({id(part): part for part in parts if part is not None}.values())
+
+
+def generators_of(data: Any) -> list[torch.Generator]:
+    """The generators of :func:`parts_of`."""
+    found = [getattr(part, "generator", None) for part in parts_of(data)]
     return list(dict.fromkeys(generator for generator in found if isinstance(generator, torch.Generator)))
 
 

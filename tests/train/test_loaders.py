@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 import brfx
 from brfx.errors import ConfigError, DataError, Interrupted
@@ -70,17 +70,17 @@ def test_an_epoch_that_ends_early_is_an_error_and_not_a_shorter_schedule(data):
 
 
 class Noisy(Dataset):
-    """Draws by the global generator, in the workers by theirs."""
+    """Draws by the global generator, in the workers by theirs; or by its own."""
 
-    def __init__(self, data):
-        self.data = data
+    def __init__(self, data, generator=None):
+        self.data, self.generator = data, generator
 
     def __len__(self):
         return len(self.data)
 
     def __getitem__(self, index):
         image, label = self.data[index]
-        return image + 0.1 * torch.randn(image.shape), label
+        return image + 0.1 * torch.randn(image.shape, generator=self.generator), label
 
 
 def own_generator(data):
@@ -104,7 +104,11 @@ class StopAt(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("make", [own_generator, own_sampler, workers])
+def own_data_set(data):
+    return DataLoader(Noisy(data, torch.Generator().manual_seed(5)), 8)
+
+
+@pytest.mark.parametrize("make", [own_generator, own_sampler, own_data_set, workers])
 def test_a_run_goes_on_exactly_on_a_loader_with_a_generator_of_its_own(data, tmp_path, make):
     expected = weights(make(data))
     assert not torch.equal(expected, weights(DataLoader(data, 8)))
@@ -120,6 +124,8 @@ def test_samplers_are_told_the_epoch(data):
         def set_epoch(self, epoch):
             self.epochs = (*self.epochs, epoch)
 
-    loader = DataLoader(data, 8, sampler=Sampler(data))
-    weights(loader)
-    assert loader.sampler.epochs == (1, 2)
+    sampler = Sampler(data)
+    weights(DataLoader(data, 8, sampler=sampler))
+    assert sampler.epochs == (1, 2)
+    weights(DataLoader(data, batch_sampler=BatchSampler(sampler, 8, drop_last=False)))
+    assert sampler.epochs == (1, 2, 1, 2)
