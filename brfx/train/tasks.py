@@ -148,10 +148,15 @@ def _weighted(class_weights: Sequence[float]) -> Callable[..., Tensor]:
     weights = torch.tensor(class_weights, dtype=torch.float32)
 
     def loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        settings: dict[str, Any] = {"weight": weights.to(logits), "label_smoothing": label_smoothing}
+        settings: dict[str, Any] = {"weight": _beside(logits, weights), "label_smoothing": label_smoothing}
         return F.cross_entropy(logits, labels, reduction="sum", **settings) / len(labels)
 
     return loss
+
+
+def _beside(logits: Tensor, weights: Tensor) -> Tensor:
+    """``weights`` where ``logits`` are, and of their type; the host does not wait for the copy."""
+    return weights.to(logits.device, logits.dtype, non_blocking=True)
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
@@ -187,13 +192,12 @@ def segmentation(
     except ImportError as error:
         raise ConfigError(needed("mIoU", "tasks", error)) from error
     mean_iou = MulticlassJaccardIndex(num_classes, average="macro", ignore_index=ignore_index, validate_args=False)
-
     weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
 
     def loss(output: Any, masks: Tensor, label_smoothing: float = 0.0) -> Tensor:
         def of(logits: Tensor) -> Tensor:
             settings: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-            settings["weight"] = None if weights is None else weights.to(logits)
+            settings["weight"] = None if weights is None else _beside(logits, weights)
             total = F.cross_entropy(logits, masks, reduction="sum", **settings)
             return total / (masks != ignore_index).sum().clamp(min=1)  # a mean of none would be NaN
 
