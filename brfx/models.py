@@ -271,11 +271,8 @@ def _use_cifar_stem(model: nn.Module, name: str) -> None:
 def example_inputs(name: str, image_size: int, batch: int = 1, *, channels: int = 3) -> tuple[Any, ...]:
     """Random inputs for a model that :func:`build_model` makes: images ``(batch, channels, S, S)`` in 0..1; clips of 16
     frames for torchvision's video models, two images for its optical flow, a list of images for its detectors."""
-    home = (
-        ""
-        if code_file(name) or name not in model_names() or name in CIFAR_RESNETS
-        else (torchvision.models.get_model_builder(name).__module__)
-    )
+    known = name in torchvision.models.list_models()
+    home = torchvision.models.get_model_builder(name).__module__ if known else ""
     generator = torch.Generator().manual_seed(0)
     shape: tuple[int, ...] = (batch, channels, image_size, image_size)
     if ".video." in home:

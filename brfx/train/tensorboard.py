@@ -14,7 +14,8 @@ class TensorBoard(Callback):
     """Writes event files into ``folder``, for ``tensorboard --logdir folder``; the first figure makes the folder.
 
     Every few batches, over the batches since the run began: ``train/loss``, ``train/accuracy``, ``penalty/NAME`` for
-    each term, ``lr``. Over the epochs, where there is validation: ``val/loss``, ``val/accuracy`` or the task's metric.
+    each term, ``lr``. Over the epochs, where there is validation: ``val/loss``, ``val/accuracy`` or the task's metric,
+    and what else it tells, such as ``val/mAP``.
     A run that goes on in the same folder replaces what was logged after the batch it goes on from.
 
     Raises:
