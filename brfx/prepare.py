@@ -24,6 +24,7 @@ from brfx.graph.source_rewrite import QuantizedFunction, rewrite_methods
 from brfx.graph.trace import Tracing, trace_islands
 from brfx.graph.user_classes import copied, keep_containers
 from brfx.graph.utils import check, module_calls
+from brfx.kernels.hooks import has_hooks
 from brfx.metadata import ModelMetadata, attach
 from brfx.modes import eval_mode
 from brfx.nn import (
@@ -109,7 +110,8 @@ def prepare_qat(
 
     Raises:
         ConfigError: there is nothing in the model that ``config`` would quantize, a lazy module has not been run, an
-            override matches nothing, or the model does not run on ``example_inputs``.
+            override matches nothing, the model does not run on ``example_inputs``, or its first call registers hooks
+            and was not made.
         RewriteError: the rewritten model differs from the float one; names the first value that does, and its line.
     """
     config = config or QATConfig()
@@ -142,6 +144,7 @@ def rewrite(model: nn.Module, config: QATConfig, tracing: Tracing) -> nn.Module:
     _require_plain_weights(model)
     leaf_modules = tracing.leaf_modules
     traced = trace_islands(model, tracing)
+    _require_hooked_before(model, traced.model)
     config = _with_first_and_last(traced.model, config)
     for name, reason in traced.stopped.items():
         log.info("%s: %s; its traceable submodules are rewritten instead", name or "the model", reason)
@@ -174,6 +177,17 @@ def rewrite(model: nn.Module, config: QATConfig, tracing: Tracing) -> nn.Module:
     _name_quantizers(qmodel)
     attach(qmodel, ModelMetadata(config, source=getattr(model, "brfx_source", None), tracing=tracing))
     return qmodel
+
+
+def _require_hooked_before(model: nn.Module, traced: nn.Module) -> None:
+    """Raise ConfigError where the trace, as the first call of ``model``, registered hooks: they ran in it alone."""
+    before = {name for name, module in model.named_modules() if has_hooks(module)}
+    hooked = [name for name, module in traced.named_modules() if has_hooks(module) and name not in before]
+    if hooked:
+        raise ConfigError(
+            f"{type(model).__name__}: its first call registers hooks, such as of {hooked[0] or 'itself'}: call the "
+            "model once, as model(inputs), before it is rewritten"
+        )
 
 
 def _name_quantizers(qmodel: nn.Module) -> None:

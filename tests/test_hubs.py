@@ -13,7 +13,7 @@ import brfx
 from brfx.config import JobConfig, TrainConfig
 from brfx.data import Preprocessing
 from brfx.errors import CheckpointError, ConfigError
-from brfx.hubs import hub_transform
+from brfx.hubs import HubSegmenter, hub_transform
 from brfx.io.float_checkpoint import load_float
 from brfx.jobs.data import own_preprocessing, read_data
 from brfx.jobs.evaluate import evaluate_file
@@ -137,6 +137,11 @@ def test_a_segmenter_of_hugging_face_gives_logits_of_each_pixel_and_is_saved_and
     brfx.calibrate(qmodel, [images])
     brfx.save(qmodel, tmp_path / "model.pt")
     assert torch.equal(brfx.load(tmp_path / "model.pt")(images), qmodel.eval()(images))
+    fresh = HubSegmenter(transformers.SegformerForSemanticSegmentation(config))
+    with pytest.raises(ConfigError, match=r"HubSegmenter: its first call registers hooks, .*stages.0: call the model"):
+        brfx.load(tmp_path / "model.pt", model=fresh)
+    fresh(images)
+    assert torch.equal(brfx.load(tmp_path / "model.pt", model=fresh)(images), qmodel(images))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -156,6 +161,11 @@ def test_what_is_no_such_model_is_named(tmp_path, transformers):
     with pytest.raises(ConfigError, match=r"config.json has BertForMaskedLM: takes an image classifier or a segmenter"):
         brfx.build_model(f"hf/{tmp_path}")
     assert hub_transform(f"hf/{tmp_path}") is None
+    (tmp_path / "code.py").write_text("raise SystemExit('its code was run')\n")
+    code = {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(code))
+    with pytest.raises(ConfigError, match=r"config.json: transformers cannot read it \(.* custom code"):
+        brfx.build_model(f"hf/{tmp_path}")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard of"}))
     with pytest.raises(ConfigError, match=r"config.json: transformers cannot read it"):
         brfx.build_model(f"hf/{tmp_path}")

@@ -90,6 +90,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     Raises:
         CheckpointError: the file cannot be read, is not brfx's, does not fit ``model``, or needs one; or a type that
             was not to be traced into is neither in ``model`` nor beside its class.
+        ConfigError: the first call of ``model`` registers hooks, and it was not made.
     """
     path = Path(path)
     content = read_file(path)
