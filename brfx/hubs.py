@@ -1,6 +1,6 @@
 """Models of other libraries, and the evaluation transforms that come with them: ``timm/NAME`` and ``hf/FOLDER``.
 
-Neither library is needed but for such a name, and nothing is downloaded.
+Neither library is needed but for such a name, nothing is downloaded, and no code of a folder is run.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def build_hub_model(name: str, num_classes: int | None = None) -> nn.Module:
     if num_classes is not None:
         config.num_labels = num_classes
     wrapper = HubSegmenter if hub_task(name) == "segmentation" else HubClassifier
-    model = wrapper(_hf_class(name).from_config(config))
+    model = wrapper(_hf_class(name).from_config(config, trust_remote_code=False))
     size = getattr(config, "image_size", None) or 64
     height, width = (size, size) if isinstance(size, int) else size
     with eval_mode(model), torch.no_grad():  # its first call attaches hooks, which a rewritten model must have too
@@ -84,7 +84,9 @@ def hub_state_dict(name: str) -> dict[str, Tensor]:
     """
     folder = _folder(name)
     try:
-        model, found = _hf_class(name).from_pretrained(folder, output_loading_info=True, dtype="float32")
+        model, found = _hf_class(name).from_pretrained(
+            folder, output_loading_info=True, dtype="float32", trust_remote_code=False
+        )
     except Exception as error:
         raise CheckpointError(f"{folder}: transformers cannot read its weights ({first_line(error)})") from error
     missing = sorted(found["missing_keys"])
@@ -147,7 +149,7 @@ def hub_transform(name: str) -> dict[str, Any] | None:
 
     reader: Any = transformers.AutoImageProcessor
     try:
-        processor = reader.from_pretrained(folder)
+        processor = reader.from_pretrained(folder, trust_remote_code=False)
         transform = _hf_transform(processor)
     except Exception as error:  # of another library, for files of any kind
         raise ConfigError(f"{name}: its image processor cannot be read ({first_line(error)})") from error
@@ -194,7 +196,7 @@ def _hf_config(name: str) -> Any:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{name}: there is no {folder}/config.json: give the folder that save_pretrained wrote")
     try:
-        return AutoConfig.from_pretrained(folder)  # runs no code of the folder's unless trusted to
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise ConfigError(f"{folder}/config.json: transformers cannot read it ({first_line(error)})") from error
 
