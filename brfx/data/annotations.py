@@ -91,7 +91,10 @@ def read_coco(path: Path, folder: Path) -> Annotations:
             raise DataError(f"{where}: category {category} is not among the file's categories: add it, or mend this")
         left, top, width, height = _numbers(where, row.get("bbox"))
         corners = left, top, left + width, top + height
-        boxes[image].append(Box(where, corners, names[category], bool(row.get("iscrowd", 0))))
+        crowd = row.get("iscrowd") or 0
+        if crowd not in (0, 1):
+            raise DataError(f"{where}: its iscrowd is {crowd!r:.40}: it takes 0 or 1")
+        boxes[image].append(Box(where, corners, names[category], bool(crowd)))
     found = []
     for number, row in sorted(images.items()):
         where = f"{path}: image {number}"

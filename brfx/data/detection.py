@@ -215,10 +215,11 @@ def _voc_files(root: Path, part: str) -> Iterator[tuple[list[Path], Path]]:
     """XML files with the folder of their images."""
     names = root / "ImageSets" / "Main" / f"{part}.txt"
     if names.is_file():
-        found = [
-            root / "Annotations" / f"{line.split()[0]}.xml" for line in names.read_text().splitlines() if line.strip()
-        ]
-        yield found, root / "JPEGImages"
+        try:
+            lines = names.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise DataError(f"{names}: cannot be read as text ({first_line(error)}): mend it") from error
+        yield [root / "Annotations" / f"{line.split()[0]}.xml" for line in lines if line.strip()], root / "JPEGImages"
     for folder, images in ((root / part / "Annotations", root / part / "JPEGImages"), (root / part, root / part)):
         files = sorted(folder.glob("*.xml"))
         if files:

@@ -349,6 +349,7 @@ BOMB = '<!DOCTYPE a [<!ENTITY b "c">]><annotation><object><name>&b;</name></obje
             changed(annotations=(0, {"bbox": [5, 6, 4, float("nan")]})),
             r"annotation 0: its box .*: it takes finite numbers",
         ),
+        (changed(annotations=(0, {"iscrowd": "0"})), r"annotation 0: its iscrowd is '0': it takes 0 or 1"),
         (changed(annotations=(0, {"category_id": 5})), r"annotation 0: category 5 is not among the file's categories"),
         (changed(annotations=(0, {"image_id": 44})), r"annotation 0: image 44 is not among the file's images"),
         (changed(annotations=(1, {"id": 0})), r"train.json: annotation 0 is there twice: give each an id of its own"),
@@ -418,6 +419,10 @@ def test_voc_in_one_folder_needs_lists_and_an_image_is_in_one_of_them(folder):
     (lists / "test.txt").write_text("2\n3\n")
     with pytest.raises(DataError, match=r"JPEGImages/2.png: is in training and in test: take it out of one"):
         load(folder)
+    (lists / "test.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(DataError, match=r"Main/test.txt: cannot be read as text \(.*\): mend it"):
+        load(folder)
+    (lists / "test.txt").write_text("3\n")
     (folder / "JPEGImages").rename(folder / "Pictures")
     with pytest.raises(DataError, match=r"JPEGImages: there is no such folder, which the images of 2 XML files are"):
         load(folder)
