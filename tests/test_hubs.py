@@ -153,7 +153,7 @@ def test_weights_that_lack_something_are_refused(tmp_path, transformers):
         load_float(brfx.build_model(f"hf/{folder}"), folder / "model.safetensors")
 
 
-def test_what_is_no_such_model_is_named(tmp_path, transformers):
+def test_what_is_no_such_model_is_named(tmp_path, transformers, monkeypatch):
     with pytest.raises(ConfigError, match=r"there is no /nowhere/config.json: give the folder that save_pretrained"):
         brfx.build_model("hf//nowhere")
     bert = transformers.BertConfig(architectures=["BertForMaskedLM"])
@@ -162,6 +162,7 @@ def test_what_is_no_such_model_is_named(tmp_path, transformers):
         brfx.build_model(f"hf/{tmp_path}")
     assert hub_transform(f"hf/{tmp_path}") is None
     (tmp_path / "code.py").write_text("raise SystemExit('its code was run')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # whoever is asked says yes
     code = {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}
     (tmp_path / "config.json").write_text(json.dumps(code))
     with pytest.raises(ConfigError, match=r"config.json: transformers cannot read it \(.* custom code"):
