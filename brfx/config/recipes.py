@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from brfx.compat import tomllib
-from brfx.config import TEACHER_SHARE, JobConfig, QATConfig, TrainConfig, read_job_json
+from brfx.config import BR_FORMS, TEACHER_SHARE, JobConfig, QATConfig, TrainConfig, read_job_json
 from brfx.errors import ConfigError, explained, first_line
 
 _FOLDER = files("brfx") / "recipes"
@@ -32,9 +32,9 @@ class Settings:
         """These settings, and ``above`` where both say something.
 
         What follows from another setting by default follows ``above``: weights' and activations' bits its ``bits``, the
-        weights' grid their bits; the warm-up its ``epochs`` and the steps' rate its ``lr``, unless they are others here
-        than would follow; the share of distillation its ``teacher``, if it is 0 here. Of the two budgets that of
-        ``above`` is the one.
+        weights' grid their bits; the warm-up its ``epochs``, the steps' rate its ``lr`` and the lambdas its
+        ``br_form``, unless they are others here than would follow; the share of distillation its ``teacher``, if it is
+        0 here. Of the two budgets that of ``above`` is the one.
         """
         job, qat, train = dict(self.job), dict(self.qat), dict(self.train)
         if "bit_budget" in above.job or "size_budget" in above.job:
@@ -44,6 +44,11 @@ class Settings:
                 qat.pop(name, None)
         if "bits" in above.qat or "weight_bits" in above.qat:
             qat.pop("weight_grid", None)
+        if "br_form" in above.job:
+            lambdas = BR_FORMS[job.get("br_form", JobConfig.br_form)]
+            for name, usual in zip(("lambda_br", "lambda_br_act"), lambdas, strict=True):
+                if job.get(name) == usual:
+                    del job[name]
         if "teacher" in above.job and not train.get("distill"):
             train.pop("distill", None)
         default = TrainConfig(**{name: train[name] for name in ("epochs", "lr") if name in train})

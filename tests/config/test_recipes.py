@@ -110,6 +110,12 @@ def test_the_config_json_of_a_run_gives_its_settings_but_for_its_folder(tmp_path
         ({"train": {"lr": 0.1, "step_lr": 0.01}}, {"train": {"lr": 0.2}}, {"train": {"lr": 0.2, "step_lr": 0.01}}),
         ({"job": {"lambda_br": 1.0, "start": "lsq"}}, {"job": {"start": "mse"}},
          {"job": {"lambda_br": 1.0, "start": "mse"}}),
+        ({"job": {"br_form": "mean", "lambda_br": 0.1, "lambda_br_act": 0.02}}, {"job": {"br_form": "per_value"}},
+         {"job": {"br_form": "per_value", "lambda_br_act": 0.02}}),
+        ({"job": {"br_form": "per_value", "lambda_br": 0.001, "lambda_br_act": 0.0}}, {"job": {"br_form": "mean"}},
+         {"job": {"br_form": "mean"}}),
+        ({"job": {"lambda_br": 0.1}}, {"job": {"br_form": "per_value", "lambda_br": 0.2}},
+         {"job": {"br_form": "per_value", "lambda_br": 0.2}}),
     ],
 )  # fmt: skip
 def test_what_follows_from_another_setting_follows_the_one_above(below, above, result):
