@@ -103,6 +103,8 @@ def _resumed_job(command: str, run_dir: Path, given: dict[str, Any]) -> JobConfi
         raise ConfigError(f"{run_dir}: was begun by `brfx {job.command}`, so resume it with that")
     if code_file(job.model) and new.get("model") != job.model:
         raise ConfigError(f"{run_dir}: its model is code, which runs only if you name it: --model {job.model}")
+    if new.get("model", job.model) != job.model:
+        raise ConfigError(f"{run_dir}: was begun with --model {job.model}, so resume it with that")
     if job.teacher is not None and code_file(job.teacher.partition("=")[0]) and "teacher" not in new:
         raise ConfigError(f"{run_dir}: its teacher is code, which runs only if you name it: --teacher {job.teacher}")
     names = {field.name for field in fields(TrainConfig)} & set(new)
