@@ -306,6 +306,7 @@ def sensitivity(batches: int, output: Path | None, as_json: bool, **given: Any) 
     A figure is the Kullback-Leibler divergence of the classes' probabilities from the FP32 network's, in nats an image,
     where the weights of one layer, or one activation, are quantized alone, on training images.
     """
+    from brfx.io.atomic import write_text_atomically
     from brfx.jobs import bits
     from brfx.jobs import inspect as inspect_job
 
@@ -315,7 +316,7 @@ def sensitivity(batches: int, output: Path | None, as_json: bool, **given: Any) 
         render.show_log()
     report = inspect_job.sensitivity(job, batches)
     if output is not None:
-        output.write_text(report.toml())
+        write_text_atomically(output, report.toml())
     render.sensitivity(report, as_json)
 
 

@@ -80,7 +80,7 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(B|kB|KB|MB)?", str(value).strip())
         if found is None:
             self.fail(f"{value!r}: a number of bytes, such as 400kB, 1.5MB or 400000", param, ctx)
-        return int(float(found[1]) * {"kB": 1e3, "KB": 1e3, "MB": 1e6}.get(found[2], 1))
+        return round(float(found[1]) * {"kB": 1e3, "KB": 1e3, "MB": 1e6}.get(found[2], 1))
 
 
 def _job(flag: str, name: str, **settings: Any) -> Callable[[F], F]:

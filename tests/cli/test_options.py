@@ -102,6 +102,24 @@ def test_a_runs_config_json_begins_a_new_run(job_of, tmp_path):
             cli(["quantize", "--config", str(path), *arguments], standalone_mode=False)
 
 
+def test_lambdas_of_a_runs_config_json_follow_another_form(job_of, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(asdict(job_of("quantize", "--lambda-br-act", 0.5)), default=str))
+    job = job_of("quantize", "--config", path, "--br-form", "per_value")
+    assert (job.lambda_br, job.lambda_br_act) == (0.001, 0.5)
+
+
+def test_a_run_is_resumed_with_its_own_model(job_of, tmp_path):
+    first = job_of("quantize", "--model", "resnet20", "--ckpt", "a.pth")
+    (tmp_path / "config.json").write_text(json.dumps(asdict(first), default=str))
+    resume = ("quantize", "--resume", tmp_path)
+    assert job_of(*resume).model == job_of(*resume, "--model", "resnet20").model == "resnet20"
+    assert str(job_of(*resume, "--ckpt", "b.pth").ckpt) == "b.pth"
+    for other in ("resnet32", "mine.py:make"):
+        with pytest.raises(ConfigError, match="was begun with --model resnet20, so resume it with that"):
+            cli([*map(str, resume), "--model", other], standalone_mode=False)
+
+
 def test_a_teacher_has_a_share_of_its_own(job_of):
     named = ("quantize", "--teacher", "resnet56=big.pth")
     assert (job_of(*named).train.distill, job_of(*named, "--distill", 0.2).train.distill) == (0.5, 0.2)
@@ -170,7 +188,14 @@ def test_every_command_looks_for_named_data_in_the_same_folder():
 
 
 def test_a_budget_is_given_in_bits_or_bytes_and_a_flags_wins_over_a_files(job_of, tmp_path):
-    sizes = {"400kB": 400_000, "1.5MB": 1_500_000, "98304": 98_304, "98304B": 98_304, "0.5 kB": 500}
+    sizes = {
+        "400kB": 400_000,
+        "0.5 kB": 500,
+        "1.5MB": 1_500_000,
+        "1.001MB": 1_001_000,
+        "98304": 98_304,
+        "98304B": 98_304,
+    }
     assert {given: job_of("quantize", "--size-budget", given).size_budget for given in sizes} == sizes
     with pytest.raises(click.BadParameter, match="a number of bytes, such as 400kB"):
         cli(["quantize", "--size-budget", "400kb/s"], standalone_mode=False)
