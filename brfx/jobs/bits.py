@@ -6,26 +6,26 @@ import glob
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from brfx.analysis.sensitivity import WIDTHS, LayerSensitivity, sensitivity
+from brfx.analysis.sensitivity import LayerSensitivity, sensitivity
 from brfx.bit_budget import assign_bits, free_layers, layer_bits, mean_bits
 from brfx.config import JobConfig, QATConfig
+from brfx.data import Dataset
 from brfx.distributed import broadcast_object, rank
 from brfx.errors import ConfigError
+from brfx.jobs.data import example_batch, training_images
+from brfx.jobs.tasks import training_task
 from brfx.metadata import metadata_of
 from brfx.prepare import prepare_qat
 from brfx.train import Task
 
 log = logging.getLogger(__name__)
-
-#: Training batches that sensitivities are measured on, unless another number is given.
-BATCHES = 4
 
 #: In the folder of a run with a budget, the bits of each layer as a ``--config``.
 BITS_FILE = "bits.toml"
@@ -70,7 +70,6 @@ def measure(
     batches: Sequence[Tensor],
     task: Task,
     *,
-    widths: Sequence[int] = WIDTHS,
     activations: bool = True,
 ) -> BitsReport:
     """The sensitivities of ``qmodel``, and what the job's budget, if it has one, makes of them.
@@ -84,7 +83,6 @@ def measure(
     layers = sensitivity(
         qmodel,
         batches,
-        widths=widths,
         activations=activations,
         start=job.start,
         distance=lambda output, reference: distance(output, reference, 1.0),
@@ -96,21 +94,28 @@ def measure(
     return BitsReport(layers, qat, sum(map(len, batches)))
 
 
-def with_budget(
-    job: JobConfig, model: nn.Module, example: Tensor, batches: Callable[[], list[Tensor]], task: Task
-) -> BitsReport | None:
+def bits_within_budget(job: JobConfig, model: nn.Module, dataset: Dataset, head: tuple[str, ...]) -> BitsReport | None:
     """The bits that the job's budget gives to each layer of the FP32 ``model``, the same on all ranks; ``None``: it has
     no budget.
 
     Layers whose bits are overridden already keep them. Where all are, as in a run that is resumed, nothing is measured.
+
+    Raises:
+        ConfigError: the budget is too small, or ``head`` names parameters that the checkpoint has for other classes.
     """
     if not has_budget(job):
         return None
-    report = BitsReport((), job.qat, 0)
+    if head:
+        raise ConfigError(
+            f"a budget needs an FP32 network to compare with, and {job.ckpt} is of other classes: "
+            f"`brfx train --model {job.model} --ckpt {job.ckpt}` first"
+        )
+    example, report = example_batch(job, dataset, 2), BitsReport((), job.qat, 0)
     if rank() == 0:
         qmodel = prepare_qat(model, job.qat, example).to(job.train.device)
         if free_layers(qmodel):
-            report = measure(job, qmodel, batches(), task, activations=False)
+            images = training_images(job, dataset)
+            report = measure(job, qmodel, images, training_task(job, dataset), activations=False)
         else:
             assign_bits(qmodel, (), mean_bits=job.bit_budget, size=job.size_budget)  # refuses what costs too much
         log.info("Weights: %s", _in_words(prepare_qat(model, report.qat, example)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import fields
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,25 +17,17 @@ from brfx.distributed import rank, world_size
 from brfx.errors import DataError
 from brfx.hubs import hub_transform, is_hub_model
 from brfx.io.float_checkpoint import read_about
-from brfx.jobs.bits import BATCHES
-from brfx.jobs.tasks import augmentation_of, class_weights, task_of
-from brfx.models import (
-    CIFAR_RESNETS,
-    build_model,
-    published_as,
-)
-from brfx.train import Callback, Task
+from brfx.jobs.tasks import augmentation_of, task_of
+from brfx.models import CIFAR_RESNETS, build_model, published_as
+from brfx.train import Callback
 from brfx.train.loop import Batches
 from brfx.train.report import Told
 from brfx.train.tasks import to_device
 
 log = logging.getLogger(__name__)
 
-
-def training_images(job: JobConfig, dataset: Dataset, batches: int = BATCHES) -> list[Any]:
-    """Some training batches as one process sees them, on the device."""
-    loader = calibration_loader(job, dataset)
-    return [to_device(images, job.train.device) for images, _ in islice(iter(loader), batches)]
+#: Training batches that sensitivities are measured on, unless another number is given.
+BATCHES = 4
 
 
 def read_data(job: JobConfig, preprocessing: Preprocessing | None = None) -> Dataset:
@@ -89,12 +80,6 @@ def published_preprocessing(job: JobConfig) -> Preprocessing | None:
     return Preprocessing.from_dict(published.transform | {"mean": mean, "std": std})
 
 
-def about_run(job: JobConfig, dataset: Dataset) -> dict[str, Any]:
-    """What a run writes beside its weights, for :func:`brfx.io.float_checkpoint.read_about`."""
-    seen = dataset.preprocessing and dataset.preprocessing.as_dict()
-    return {"brfx": version("brfx"), "model": job.model, "preprocessing": seen, "classes": list(dataset.classes)}
-
-
 def data_line(job: JobConfig, dataset: Dataset) -> str:
     """What a run trains on: images of each split, classes, the transform and the augmentation."""
     splits = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
@@ -108,10 +93,6 @@ def data_line(job: JobConfig, dataset: Dataset) -> str:
     )
 
 
-def training_task(job: JobConfig, dataset: Dataset) -> Task:
-    return task_of(job).of(len(dataset.classes), class_weights(job, dataset))
-
-
 def _own_dataset(model: str) -> str:
     if model in CIFAR_RESNETS:
         return "cifar10"
@@ -122,12 +103,6 @@ def _own_dataset(model: str) -> str:
 
 def own_image_size(model: str) -> int:
     return 32 if model in CIFAR_RESNETS else 224
-
-
-def class_count(job: JobConfig, dataset: Dataset) -> int:
-    if job.num_classes not in (None, len(dataset.classes)):
-        raise DataError(f"--num-classes {job.num_classes}, but {dataset.name} has {len(dataset.classes)} classes")
-    return len(dataset.classes)
 
 
 def example_batch(job: JobConfig, dataset: Dataset, count: int) -> Any:
@@ -157,6 +132,12 @@ def calibration_loader(job: JobConfig, dataset: Dataset) -> Loader:
     """Of whole training batches, whose images are cropped and mirrored as in training, and not changed otherwise."""
     augment = augmentation_of(job, dataset.preprocessing, flip=dataset.flip)
     return _train_loader(job, dataset, Augmentation(crop=augment.crop, flip=augment.flip))
+
+
+def training_images(job: JobConfig, dataset: Dataset, batches: int = BATCHES) -> list[Any]:
+    """Some training batches as one process sees them, on the device."""
+    loader = calibration_loader(job, dataset)
+    return [to_device(images, job.train.device) for images, _ in islice(iter(loader), batches)]
 
 
 def _train_loader(job: JobConfig, dataset: Dataset, augment: Augmentation, **part: int) -> Loader:

@@ -13,14 +13,13 @@ from brfx.export.reading import AsModule, entries_of, is_exported, preprocessing
 from brfx.io.float_checkpoint import read_about, read_state_dict
 from brfx.io.model_file import is_brfx_file, load
 from brfx.jobs.bits import kind_of
-from brfx.jobs.data import read_data, stored_preprocessing, tell_of_other_images, test_loader, training_task
+from brfx.jobs.data import read_data, stored_preprocessing, tell_of_other_images, test_loader
 from brfx.jobs.files import load_built
-from brfx.jobs.job import require_device
+from brfx.jobs.machine import require_device
 from brfx.jobs.networks import float_model, with_checkpoint
+from brfx.jobs.tasks import training_task
 from brfx.metadata import metadata_of
-from brfx.models import (
-    require_model,
-)
+from brfx.models import require_model
 from brfx.train import Callback, Evaluation, Score, evaluate
 from brfx.train.report import Phase, tell
 

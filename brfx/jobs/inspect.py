@@ -18,8 +18,9 @@ from brfx.errors import ConfigError, DataError
 from brfx.graph.trace import trace_islands
 from brfx.io.float_checkpoint import load_float
 from brfx.io.model_file import is_brfx_file
-from brfx.jobs.bits import BATCHES, BitsReport, measure
+from brfx.jobs.bits import BitsReport, bits_within_budget, measure
 from brfx.jobs.data import (
+    BATCHES,
     data_line,
     example_batch,
     own_image_size,
@@ -28,19 +29,13 @@ from brfx.jobs.data import (
     stored_preprocessing,
     train_and_val_loaders,
     training_images,
-    training_task,
 )
 from brfx.jobs.files import load_built
-from brfx.jobs.job import bits_within_budget, require_device
+from brfx.jobs.machine import require_device
 from brfx.jobs.networks import float_model, input_channels, required_checkpoint, with_checkpoint
-from brfx.jobs.tasks import task_of
+from brfx.jobs.tasks import task_of, training_task
 from brfx.metadata import metadata_of
-from brfx.models import (
-    ModelSource,
-    build_model,
-    example_inputs,
-    require_model,
-)
+from brfx.models import ModelSource, build_model, example_inputs, require_model
 from brfx.prepare import prepare_qat
 from brfx.train import Callback
 from brfx.train.batch_norm import small_batches_named
@@ -80,6 +75,7 @@ def dry_run(job: JobConfig, callbacks: Iterable[Callback] = ()) -> Audit:
     """What ``quantize`` would train, layer by layer; nothing is written."""
     job, callbacks = with_checkpoint(job), tuple(callbacks)
     ckpt = required_checkpoint(job)
+    require_device(job.train.device)
     tell(callbacks, Phase("reading data"))
     dataset = read_data(job, stored_preprocessing(job))
     log.info(data_line(job, dataset))

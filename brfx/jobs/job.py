@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from brfx.calibration import calibrate, quantizers
@@ -21,9 +20,8 @@ from brfx.export import snap_biases
 from brfx.extras import missing, needed
 from brfx.io.atomic import write_text_atomically
 from brfx.io.float_checkpoint import read_state_dict
-from brfx.jobs.bits import BITS_FILE, BitsReport, has_budget, kind_of, with_budget
+from brfx.jobs.bits import BITS_FILE, bits_within_budget, kind_of
 from brfx.jobs.data import (
-    about_run,
     calibration_loader,
     data_line,
     example_batch,
@@ -31,9 +29,8 @@ from brfx.jobs.data import (
     stored_preprocessing,
     test_loader,
     train_and_val_loaders,
-    training_images,
-    training_task,
 )
+from brfx.jobs.machine import require_device
 from brfx.jobs.networks import (
     float_model,
     require_trained_teacher,
@@ -44,6 +41,7 @@ from brfx.jobs.networks import (
 )
 from brfx.jobs.run_folder import (
     JobResult,
+    about_run,
     close_run,
     folder_for,
     open_run,
@@ -54,11 +52,9 @@ from brfx.jobs.run_folder import (
     write_onnx,
 )
 from brfx.jobs.statistics import RunStatistics
-from brfx.jobs.tasks import task_of
+from brfx.jobs.tasks import task_of, training_task
 from brfx.metadata import metadata_of
-from brfx.models import (
-    require_model,
-)
+from brfx.models import require_model
 from brfx.prepare import prepare_qat
 from brfx.quant.factory import about_activations, about_weights
 from brfx.quant.grid import Grid
@@ -258,18 +254,6 @@ def _statistics(job: JobConfig, qmodel: nn.Module, dataset: Dataset, run_dir: Pa
     return RunStatistics(qmodel, job.train.warmup_epochs or 0, run_dir, example_batch(job, dataset, images))
 
 
-def bits_within_budget(job: JobConfig, model: nn.Module, dataset: Dataset, head: tuple[str, ...]) -> BitsReport | None:
-    """See :func:`brfx.jobs.bits.with_budget`."""
-    if head and has_budget(job):
-        raise ConfigError(
-            f"a budget needs an FP32 network to compare with, and {job.ckpt} is of other classes: "
-            f"`brfx train --model {job.model} --ckpt {job.ckpt}` first"
-        )
-    return with_budget(
-        job, model, example_batch(job, dataset, 2), lambda: training_images(job, dataset), training_task(job, dataset)
-    )
-
-
 def banner(job: JobConfig) -> list[str]:
     """What is about to happen to weights and activations, a line each."""
     assert job.qat.weight_bits is not None and job.qat.act_bits is not None
@@ -318,10 +302,3 @@ def _require_penalty_epochs(job: JobConfig) -> None:
             f"a warm-up of {warmup} epochs leaves none of {job.train.epochs} for bin regularization: "
             f"lower --warmup-epochs, raise --qat-epochs, or set --lambda-br 0 --lambda-br-act 0{also}"
         )
-
-
-def require_device(device: str) -> None:
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {device}: not usable here ({str(error).splitlines()[0]})") from error

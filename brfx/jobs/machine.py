@@ -1,4 +1,4 @@
-"""What a run ran on, for its ``config.json``."""
+"""The machine that a run is on: what it is, for ``config.json``, and whether a device can be used."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from brfx.errors import ConfigError, first_line
+
 
 def machine(device: str) -> dict[str, Any]:
     """The operating system, the processor and how many cores of it may be used, and the GPU where ``device`` is one."""
@@ -17,6 +19,14 @@ def machine(device: str) -> dict[str, Any]:
     if torch.device(device).type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
     return found
+
+
+def require_device(device: str) -> None:
+    """Raise ConfigError unless a tensor can be made on ``device``."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {device}: not usable here ({first_line(error)})") from error
 
 
 def _cores() -> int:

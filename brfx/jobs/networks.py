@@ -10,11 +10,11 @@ from torch import nn
 
 from brfx.config import JobConfig
 from brfx.data import Dataset, Preprocessing
-from brfx.errors import ConfigError
+from brfx.errors import ConfigError, DataError
 from brfx.hubs import hub_transform, hub_weights
 from brfx.io.float_checkpoint import load_float, read_about
 from brfx.io.torch_file import require_file
-from brfx.jobs.data import class_count, tell_of_other_images
+from brfx.jobs.data import tell_of_other_images
 from brfx.jobs.tasks import task_of
 from brfx.models import (
     CIFAR_RESNETS,
@@ -39,7 +39,7 @@ def float_model(
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The FP32 model of a job, for the data's classes, with the checkpoint's weights if there is one; and the
     parameters that the checkpoint has for other classes, where ``new_head`` lets these stay as initialized."""
-    model = build_model(job.model, class_count(job, dataset), cifar_stem=job.cifar_stem)
+    model = build_model(job.model, _class_count(job, dataset), cifar_stem=job.cifar_stem)
     head: tuple[str, ...] = ()
     if ckpt is not None:
         head = load_float(model, ckpt, key=job.ckpt_key, new_head=new_head)
@@ -49,6 +49,12 @@ def float_model(
         _compare_normalization(job.model, model, ckpt, dataset.preprocessing)
     task_of(job).require(model, job.model, dataset)
     return model, head
+
+
+def _class_count(job: JobConfig, dataset: Dataset) -> int:
+    if job.num_classes not in (None, len(dataset.classes)):
+        raise DataError(f"--num-classes {job.num_classes}, but {dataset.name} has {len(dataset.classes)} classes")
+    return len(dataset.classes)
 
 
 def required_checkpoint(job: JobConfig) -> Path:

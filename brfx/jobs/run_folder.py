@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from brfx.analysis.audit import audit
 from brfx.analysis.network import network
 from brfx.config import JobConfig, code_file
+from brfx.data import Dataset
 from brfx.distributed import broadcast_object, rank
 from brfx.errors import BrfxError, ConfigError, Interrupted, TrainingError, first_line
 from brfx.export import OnnxReport, export_onnx
@@ -144,6 +145,12 @@ def open_run(job: JobConfig, run_dir: Path, resume: bool) -> None:
         "machine": machine(job.train.device),
     }
     write_text_atomically(run_dir / "config.json", json.dumps(settings, indent=2, default=str) + "\n")
+
+
+def about_run(job: JobConfig, dataset: Dataset) -> dict[str, Any]:
+    """What a run writes beside its weights, for :func:`brfx.io.float_checkpoint.read_about`."""
+    seen = dataset.preprocessing and dataset.preprocessing.as_dict()
+    return {"brfx": version("brfx"), "model": job.model, "preprocessing": seen, "classes": list(dataset.classes)}
 
 
 def close_run(result: JobResult) -> JobResult:

@@ -115,6 +115,11 @@ def class_weights(job: JobConfig, dataset: Dataset) -> tuple[float, ...] | None:
     return tuple((weights * counts.sum() / total).tolist())
 
 
+def training_task(job: JobConfig, dataset: Dataset) -> Task:
+    """The job's task for the data's classes, as :func:`brfx.fit` and :func:`brfx.evaluate` take it."""
+    return task_of(job).of(len(dataset.classes), class_weights(job, dataset))
+
+
 def _own_task(model: str) -> str:
     if is_hub_model(model):
         return hub_task(model)

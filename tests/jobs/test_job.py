@@ -105,6 +105,15 @@ def test_a_package_that_the_export_misses_is_named_before_anything_is_trained(jo
     assert "There will be no model.onnx: ONNX export needs onnx, which is not installed: pip install" in caplog.text
 
 
+@pytest.mark.parametrize("begin", [quantize, dry_run, dry_run_float])
+def test_a_device_that_there_is_not_is_refused_before_data_are_read(job, monkeypatch, begin):
+    for module in ("job", "inspect"):
+        monkeypatch.setattr(f"brfx.jobs.{module}.read_data", lambda *_: pytest.fail("reached"))
+    ours = job("none")
+    with pytest.raises(ConfigError, match="--device cuda:77"):
+        begin(replace(ours, train=replace(ours.train, device="cuda:77")))
+
+
 def test_phases_are_told_in_their_order(job):
     class Phases(Callback):
         seen: ClassVar = []
