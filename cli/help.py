@@ -26,8 +26,7 @@ GROUPS = {
     ),
     "Bin regularization and steps": (
         *("warmup_epochs", "lambda_br", "lambda_br_act", "br_form", "lambda_kurtosis", "br_backprop_to_alpha_act"),
-        *("freeze_alpha", "freeze_weight_alpha", "freeze_act_alpha", "start", "dead_filters"),
-        "reconstruct",
+        *("freeze_alpha", "freeze_weight_alpha", "freeze_act_alpha", "start", "dead_filters", "reconstruct"),
     ),
     "Training": (
         *("lr", "step_lr", "optimizer", "momentum", "weight_decay", "accumulate", "label_smoothing", "class_weights"),
@@ -35,18 +34,8 @@ GROUPS = {
         *("precision", "on_nonfinite"),
     ),
     "The run": (
-        *(
-            "recipe",
-            "config",
-            "dry_run",
-            "table",
-            "resume",
-            "keep",
-            "patience",
-            "checkpoint_minutes",
-            "keep_checkpoints",
-        ),
-        *("tensorboard", "batches", "graph", "output", "as_json"),
+        *("recipe", "config", "dry_run", "table", "resume", "keep", "patience", "checkpoint_minutes"),
+        *("keep_checkpoints", "tensorboard", "batches", "graph", "output", "as_json"),
     ),
 }
 

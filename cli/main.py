@@ -365,10 +365,7 @@ def main() -> None:
         render.console.quiet = True
     try:
         cli(standalone_mode=False)
-    except click.exceptions.Abort:
-        render.error("stopped")
-        sys.exit(130)
-    except KeyboardInterrupt:
+    except (click.exceptions.Abort, KeyboardInterrupt):
         render.error("stopped")
         sys.exit(130)
     except click.ClickException as error:

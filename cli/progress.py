@@ -15,7 +15,7 @@ from rich.text import Text
 
 from brfx.train import Callback, EpochMetrics, Phase, Progress
 
-from .render import duration, epoch_line, stage_mark
+from .render import duration, epoch_line, stage_mark, term_name
 
 #: Seconds between two lines where there is no terminal.
 LINE_EVERY = 60.0
@@ -26,8 +26,7 @@ def figures(where: Progress, room: int) -> str:
     found = [f"loss {_three(where.means.loss)}"]
     if where.means.accuracy is not None:
         found.append(f"acc {_three(100 * where.means.accuracy)} %")
-    names = {"weight": "BR_W", "act": "BR_A"}
-    found += [f"{names.get(name, name)} {_three(value)}" for name, value in where.means.terms.items()]
+    found += [f"{term_name(name)} {_three(value)}" for name, value in where.means.terms.items()]
     line = found[0]
     for each in found[1:]:
         if len(line) + 2 + len(each) > room:

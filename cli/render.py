@@ -32,13 +32,13 @@ class _LogLines(logging.Handler):
         self.where.print(record.getMessage(), markup=False)
 
 
-def show_log(*, passes: bool = False, beside: bool = False) -> None:
-    """Print what the library says at INFO; the passes' counts only if asked; ``beside`` the output, on stderr."""
+def show_log(*, beside: bool = False) -> None:
+    """Print what the library says at INFO, but the passes' counts; ``beside`` the output, on stderr."""
     logger = logging.getLogger("brfx")
     logger.handlers = [_LogLines(errors if beside else console)]
     logger.setLevel(logging.INFO)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of no CUDA at every compile
-    logging.getLogger("brfx.prepare").setLevel(logging.INFO if passes else logging.WARNING)
+    logging.getLogger("brfx.prepare").setLevel(logging.WARNING)
 
 
 def error(message: str) -> None:
@@ -49,14 +49,14 @@ def epoch_line(metrics: EpochMetrics, epochs: int) -> str:
     return (
         f"Epoch {metrics.epoch}/{epochs}{stage_mark(metrics.stage)} (LR={metrics.lr:.3g}): "
         f"Loss={metrics.train.loss:.3g}, "
-        f"{_accuracy('Train Acc=', metrics.train, ', ')}"
-        f"Val {_short(metrics.metric)}={_or('.2%', metrics.val_metric, '-')}"
-        f"{_terms(metrics.train.terms, ', ')}, {metrics.seconds:.1f} s ({metrics.images_per_second:.0f} images/s)"
+        f"{_accuracy(metrics.train)}"
+        f"Val {_short(metrics.metric)}={or_blank('.2%', metrics.val_metric, '-')}"
+        f"{_terms(metrics.train.terms)}, {metrics.seconds:.1f} s ({metrics.images_per_second:.0f} images/s)"
     )
 
 
-def _accuracy(name: str, means: Means, after: str = "") -> str:
-    return "" if means.accuracy is None else f"{name}{means.accuracy:.2%}{after}"
+def _accuracy(means: Means) -> str:
+    return "" if means.accuracy is None else f"Train Acc={means.accuracy:.2%}, "
 
 
 def _short(metric: str) -> str:
@@ -68,9 +68,13 @@ def stage_mark(stage: str | None) -> str:
     return {"warm-up": " [LSQ]", "penalty": " [BR]"}.get(stage or "", "")
 
 
-def _terms(terms: dict[str, float], separator: str = " ") -> str:
-    names = {"weight": "BR_W", "act": "BR_A"}
-    return "".join(f"{separator}{names.get(name, name)}={value:.3g}" for name, value in terms.items())
+def _terms(terms: dict[str, float]) -> str:
+    return "".join(f", {term_name(name)}={value:.3g}" for name, value in terms.items())
+
+
+def term_name(term: str) -> str:
+    """A regularizer's term as it is shown: ``BR_W`` and ``BR_A`` of the bin regularizers, another's own name."""
+    return {"weight": "BR_W", "act": "BR_A"}.get(term, term)
 
 
 def exported(report: OnnxReport) -> None:
@@ -150,7 +154,8 @@ def timings(rows: list[Timing]) -> None:
     console.print(table)
 
 
-def _or(form: str, value: float | None, absent: str = "") -> str:
+def or_blank(form: str, value: float | None, absent: str = "") -> str:
+    """``value`` in a format, or ``absent`` where there is none."""
     return absent if value is None else format(value, form)
 
 

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 def show(result: JobResult, job: JobConfig) -> None:
     """Print all of it."""
-    kind = result.kind
     if result.fit is not None:
         how = {"whole": "compiled", "kernels": "compiled kernels", "none": "eager"}[result.fit.compiled]
         kept, epochs = result.fit, len(result.fit.history)
@@ -26,7 +25,7 @@ def show(result: JobResult, job: JobConfig) -> None:
         )
     if result.test_float is not None:
         console.print(f"Test: FP32 {evaluation(result.test_float)}")
-    console.print(f"Test: {kind} {evaluation(result.test)}")
+    console.print(f"Test: {result.kind} {evaluation(result.test)}")
     if result.onnx_problem:
         console.print(f"No model.onnx: {result.onnx_problem}", style="yellow", markup=False)
     if result.onnx is not None:
@@ -34,16 +33,16 @@ def show(result: JobResult, job: JobConfig) -> None:
     console.print("Files:")
     for path in sorted(path for path in result.run_dir.iterdir() if path.is_file()):
         console.print(f"  {path}  {size(path.stat().st_size)}", markup=False)
-    console.print(came_to(result, kind), markup=False, style="bold")
+    console.print(came_to(result), markup=False, style="bold")
     console.print("Next:")
     for command in next_commands(result, job):
         console.print(f"  {command}", markup=False)
 
 
-def came_to(result: JobResult, kind: str) -> str:
+def came_to(result: JobResult) -> str:
     """The result in a line: ``FP32 98.89 % -> W2A2 99.44 %; 1.08 MB -> 86.2 kB, 12.5 times smaller; 25 s``."""
     metric = "" if result.test.metric == "accuracy" else f" {result.test.metric}"
-    parts = [f"{kind} {100 * result.test.value:.2f} %{metric}"]
+    parts = [f"{result.kind} {100 * result.test.value:.2f} %{metric}"]
     if result.test_float is not None:
         parts[0] = f"FP32 {100 * result.test_float.value:.2f} % -> {parts[0]}"
     if result.onnx is not None and result.float_bytes:

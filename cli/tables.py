@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .folding import broken, fold, grouped, that_fit
+from .render import or_blank, stage_mark
 
 if TYPE_CHECKING:
     from brfx.analysis.audit import Audit, LayerAudit
@@ -135,7 +136,7 @@ def _has_step(row: LayerAudit) -> bool:
 
 
 def _steps(rows: list[LayerAudit]) -> str:
-    steps = [row.step for row in rows if row.step is not None and not math.isnan(row.step)]
+    steps = [row.step for row in rows if row.step is not None and _has_step(row)]
     if not steps:
         return ""
     least, most = f"{min(steps):.3g}", f"{max(steps):.3g}"
@@ -223,20 +224,19 @@ def _runs_table(columns: list[str], rows: list[dict[str, str]]) -> Table:
 
 
 def _run_cells(run: Run) -> dict[str, str]:
-    stage = {"warm-up": " [LSQ]", "penalty": " [BR]"}.get(run.stage or "", "")
     return {
         "run": _printable(run.name),
         "model": _printable(run.model or ""),
         "bits": run.bits,
-        "epochs": f"{_or('d', run.epochs_done, '?')}/{_or('d', run.epochs, '?')}",
-        "BR_W": _or("g", run.lambda_br or None),
-        "BR_A": _or("g", run.lambda_br_act or None),
-        "lr": _or("g", run.lr),
-        "seed": _or("d", run.seed),
-        "shipped": _or("d", run.epoch) + stage,
-        "val": _or(".2%", run.val_accuracy, "-" if run.epochs_done else ""),
-        "test": _or(".2%", run.test_accuracy) + ("" if run.metric == "accuracy" else f" {_printable(run.metric)}"),
-        "time": _or(".0f", run.seconds) + (" s" if run.seconds is not None else ""),
+        "epochs": f"{or_blank('d', run.epochs_done, '?')}/{or_blank('d', run.epochs, '?')}",
+        "BR_W": or_blank("g", run.lambda_br or None),
+        "BR_A": or_blank("g", run.lambda_br_act or None),
+        "lr": or_blank("g", run.lr),
+        "seed": or_blank("d", run.seed),
+        "shipped": or_blank("d", run.epoch) + stage_mark(run.stage),
+        "val": or_blank(".2%", run.val_accuracy, "-" if run.epochs_done else ""),
+        "test": or_blank(".2%", run.test_accuracy) + ("" if run.metric == "accuracy" else f" {_printable(run.metric)}"),
+        "time": or_blank(".0f", run.seconds) + (" s" if run.seconds is not None else ""),
         "state": run.state,
         "changed": f"{run.changed:%Y-%m-%d %H:%M}",
     }
@@ -246,10 +246,6 @@ def _print_whole(console: Console, table: Table) -> None:
     """Print every cell in one line, whatever the screen's width."""
     table.width = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
     console.print(table)
-
-
-def _or(form: str, value: float | None, absent: str = "") -> str:
-    return absent if value is None else format(value, form)
 
 
 def _printable(text: str) -> str:

@@ -19,17 +19,18 @@ RUN = JobResult(
     FIT,
     Evaluation(358, 360, 0.1),
     Evaluation(356, 360, 0.1),
+    "W2A2",
     onnx=OnnxReport(Path("m.onnx"), 86_200),
     float_bytes=1_080_000,
 )
 
 
 def test_the_result_is_a_line():
-    assert came_to(RUN, "W2A2") == (
+    assert came_to(RUN) == (
         "Result: FP32 98.89 % -> W2A2 99.44 %; 1.08 MB -> 86.2 kB, 12.5 times smaller; trained in 12 s"
     )
-    alone = JobResult(Path("a"), None, Score(0.5, "mIoU", 4, 1.0))
-    assert came_to(alone, "W4A4") == "Result: W4A4 50.00 % mIoU; nothing trained"
+    alone = JobResult(Path("a"), None, Score(0.5, "mIoU", 4, 1.0), kind="W4A4")
+    assert came_to(alone) == "Result: W4A4 50.00 % mIoU; nothing trained"
 
 
 def job(**settings):
