@@ -65,12 +65,7 @@ class BitsReport:
 
 
 def measure(
-    job: JobConfig,
-    qmodel: nn.Module,
-    batches: Sequence[Tensor],
-    task: Task,
-    *,
-    activations: bool = True,
+    job: JobConfig, qmodel: nn.Module, batches: Sequence[Tensor], task: Task, *, activations: bool = True
 ) -> BitsReport:
     """The sensitivities of ``qmodel``, and what the job's budget, if it has one, makes of them.
 
