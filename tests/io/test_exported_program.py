@@ -74,10 +74,78 @@ def test_sizes_are_symbols_and_numbers(saved, size):
         load_program(changed(saved, "models/model.json", put))
 
 
-@pytest.mark.parametrize("call", ["torch.os.system", "os.system", "_operator.methodcaller", "torch.ops.load_library"])
+CALLS = """torch.os.system os.system _operator.methodcaller torch.ops.load_library math.__loader__
+torch.ops.aten.__class__.__init__ torch.ops.aten.__getattr__.__globals__ torch.ops.aten.relu.default.__class__
+torch.ops.higher_order.cond.__call__ torch.ops.higher_order.call_torchbind torch.ops.aten.from_file.default
+torch.ops.aten.save.default"""
+
+
+@pytest.mark.parametrize("call", CALLS.split())
 def test_calls_are_operators(saved, call):
     def put(content):
         return content.replace(b"torch.ops.aten.relu.default", call.encode())
 
     with pytest.raises(ExportError, match=f"'{call}' in it could run code"):
         load_program(changed(saved, "models/model.json", put))
+
+
+def with_entry(path, name, content):
+    new = path.with_name("more.pt2")
+    new.write_bytes(path.read_bytes())
+    with zipfile.ZipFile(new, "a") as file:
+        file.writestr(f"{file.namelist()[0].split('/')[0]}/{name}", content)
+    return new
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["data/aotinductor/m/a.so", "models/modelABCDE", "models/extra/m.json", "Models/model.json", "models/m.JSON"],
+)
+def test_only_a_program_is_loaded(saved, name):
+    with pytest.raises(ExportError, match=f"{name}' in it could run code"):
+        load_program(with_entry(saved, name, "{}"))
+
+
+def test_torch_sees_only_entries_that_were_checked(saved):
+    """Its reader finds the first of two entries with one name, Python's the last."""
+    graph = zipfile.ZipFile(saved).read("net/models/model.json")
+    twice = changed(saved, "models/model.json", lambda content: content.replace(b"aten.relu.", b"aten.neg."))
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        both = with_entry(twice, "models/model.json", graph)
+    x = torch.randn(5, 3)
+    assert torch.equal(load_program(both).module()(x), Net()(x))
+
+
+@pytest.mark.parametrize("kind", ["opaque_obj_0", "custom_obj_0"])
+def test_constants_are_tensors(saved, tmp_path, kind):
+    config = {"config": {"c": {"path_name": kind, "is_param": False, "use_pickle": True, "tensor_meta": None}}}
+    hostile = changed(saved, "model_constants_config.json", lambda _: json.dumps(config).encode())
+    hostile = with_entry(hostile, f"data/constants/{kind}", pickle.dumps(Touch(tmp_path / "ran")))
+    with pytest.raises(ExportError, match=f"{kind}' in it could run code"):
+        load_program(hostile)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "context", [{"__enum__": None, "fqn": "antigravity.X", "name": "X"}, {"default_factory_module": "antigravity"}]
+)
+def test_structures_import_no_modules(saved, context):
+    def put(content):
+        graph = json.loads(content)
+        signature = graph["graph_module"]["module_call_graph"][0]["signature"]
+        spec = json.loads(signature["in_spec"])
+        spec[1]["context"] = json.dumps([context])
+        signature["in_spec"] = json.dumps(spec)
+        return json.dumps(graph).encode()
+
+    with pytest.raises(ExportError, match=f"'{next(iter(context))}' in it could run code"):
+        load_program(changed(saved, "models/model.json", put))
+
+
+def test_values_may_be_called_like_keys(tmp_path):
+    class Named(nn.Module):
+        def forward(self, target):
+            return torch.relu(target)
+
+    torch.export.save(torch.export.export(Named(), (torch.ones(2),)), tmp_path / "named.pt2")
+    assert load_program(tmp_path / "named.pt2").module()(torch.ones(2)).tolist() == [1, 1]
