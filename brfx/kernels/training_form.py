@@ -34,7 +34,8 @@ class HasTrainingForm(nn.Module):
         """Let calls in training mode run the form that trains fastest, with its pieces compiled at the first call.
 
         It takes the place of ``torch.nn.Module.compile`` and no arguments; where there is no such form, it is that.
-        Calls in eval mode, without gradients, with keyword arguments or with hooks run as before.
+        Calls in eval mode, without gradients, with keyword arguments or with hooks run as before; of the hooks inside,
+        those that were registered since.
         """
         if args or kwargs:
             raise TypeError("compile() takes no arguments here; torch.compile(module, ...) takes them")
@@ -43,8 +44,11 @@ class HasTrainingForm(nn.Module):
             super().compile()
             return
 
+        known = {module for module in self.modules() if module is not self and has_hooks(module)}  # the form calls them
+
         def call(*inputs: Any, **keywords: Any) -> Any:
-            if keywords or not self.training or not torch.is_grad_enabled() or has_hooks(self) or not self.can_train():
+            trains = self.training and torch.is_grad_enabled() and self.can_train()
+            if keywords or not trains or any(has_hooks(module) and module not in known for module in self.modules()):
                 return self._call_impl(*inputs, **keywords)  # type: ignore[no-untyped-call]
             return form(*inputs)
 

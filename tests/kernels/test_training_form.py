@@ -79,6 +79,22 @@ def test_other_modes_run_as_before(qmodel: nn.Module) -> None:
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("wrap", [bare, penalized])
+@pytest.mark.parametrize("since", [False, True])
+def test_hooks_inside_run(qmodel: nn.Module, wrap: Any, since: bool) -> None:
+    module = wrap(copy.deepcopy(qmodel))
+    if since:
+        module.compile()
+    seen: list[str] = []
+    for name, layer in module.named_modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear, nn.BatchNorm2d)):
+            layer.register_forward_hook(lambda layer, args, output, name=name: seen.append(name))
+    if not since:
+        module.compile()
+    module(torch.randn(4, 3, 8, 8, dtype=torch.float64))
+    assert len(seen) == len(set(seen)) == 4
+
+
 def test_arguments_are_torchs() -> None:
     with pytest.raises(TypeError, match=r"torch\.compile\(module"):
         HasTrainingForm().compile(dynamic=True)
