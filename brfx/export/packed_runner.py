@@ -21,10 +21,18 @@ _SAID_BY_TENSORS = {"affine", "elementwise_affine", "num_channels", "num_feature
 #: Functions of lists of tensors, which are no methods of one.
 _OF_LISTS = {"cat", "concat", "concatenate", "stack", "einsum"}
 
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):  # a function, say, which an operation would call
+        raise ValueError(f"{name!r} is no dtype")
+    return found
+
+
 #: What stands in where JSON has no word.
 _WORDS: dict[str, Callable[[Any], Any]] = {
     "float": float,
-    "dtype": lambda name: getattr(torch, name),
+    "dtype": _dtype,
     "ellipsis": lambda _: Ellipsis,
     "text": str,
 }

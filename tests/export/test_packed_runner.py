@@ -79,3 +79,5 @@ def test_what_it_does_not_know_is_named(tmp_path, tiny, images):
             given(op)
     with pytest.raises(ExportError, match=r"mean.* \(mean\) failed: "):
         given("mean", dim=[7])
+    with pytest.raises(ExportError, match=r"mean.* \(map_\) failed: 'save' is no dtype"):
+        given("map_", callable={"dtype": "save"})
