@@ -140,14 +140,20 @@ def _(left: Tensor, right: Tensor, *args: Any) -> Tensor:
     return left @ right
 
 
+def constant(value: float, kind: type) -> Any:
+    """A number of this NumPy type in an ONNX graph that onnxscript traces."""
+    import numpy as np
+    import onnx
+    from onnxscript import opset21 as op
+
+    return op.Constant(value=onnx.numpy_helper.from_array(np.array(value, dtype=kind)))
+
+
 def translations() -> dict[Any, Any]:
     """The translations of the operators above for torch's exporter: ``custom_translation_table``."""
     import numpy as np
     import onnx
     from onnxscript import opset21 as op
-
-    def constant(value: float, kind: type) -> Any:
-        return op.Constant(value=onnx.numpy_helper.from_array(np.array(value, dtype=kind)))
 
     def clipped(codes: Any, low: int, high: int) -> Any:
         if (low, high) == (0, 255):

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from brfx.export.integer import IntegerModel
+from brfx.export.operators import constant
 from brfx.export.packing import CONTAINERS, pack
 
 
@@ -28,9 +29,6 @@ def qdq_translations(*, integer_bias: bool) -> dict[Any, Any]:
     """The translations of the operators of :mod:`brfx.export.operators`: ``custom_translation_table``."""
     import onnx
     from onnxscript import opset21 as op
-
-    def constant(value: float, kind: Any) -> Any:
-        return op.Constant(value=onnx.numpy_helper.from_array(np.array(value, dtype=kind)))
 
     def unit(value: float) -> Any:
         return constant(value, np.float32)
@@ -43,22 +41,8 @@ def qdq_translations(*, integer_bias: bool) -> dict[Any, Any]:
         zero = constant(0, np.int8) if signed else constant(zero_point, np.uint8)
         return op.DequantizeLinear(op.QuantizeLinear(x, unit(scale), zero), unit(scale_out), zero)
 
-    def convolution(
-        x: Any,
-        weight: Any,
-        weight_scale: Any,
-        bias: Any,
-        x_scale: float,
-        x_zero_point: int,
-        y_scale: float,
-        y_zero_point: int,
-        y_low: int,
-        y_high: int,
-        stride: Any,
-        padding: Any,
-        dilation: Any,
-        groups: int,
-    ) -> Any:
+    def convolution(x: Any, weight: Any, weight_scale: Any, bias: Any, x_scale: float, *rest: Any) -> Any:
+        _, y_scale, y_zero_point, y_low, y_high, stride, padding, dilation, groups = rest
         levels = op.DequantizeLinear(weight, weight_scale, axis=0)
         worth = op.Mul(weight_scale, unit(x_scale))
         if integer_bias:
