@@ -15,11 +15,11 @@ help:  ## show this
 
 .venv/torch: constraints.txt
 	command -v $(PYTHON) >/dev/null && $(PYTHON) -m venv .venv || python3 -m venv .venv
-	$(if $(TORCH_INDEX),$(PIP) --retries 0 --index-url $(TORCH_INDEX) torch torchvision ||) $(PIP) torch torchvision
+	$(if $(TORCH_INDEX),$(PIP) --retries 0 --index-url $(TORCH_INDEX) torch torchvision 2>/dev/null ||) $(PIP) torch torchvision
 	touch $@
 
 .venv/demo: .venv/torch setup.cfg
-	$(PIP) -e '.[onnx,demo]'
+	$(PIP) -e '.[onnx,demo,report]'
 	touch $@
 
 .venv/installed: .venv/demo

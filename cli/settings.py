@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -36,11 +39,26 @@ def build_job(command: str, given: dict[str, Any]) -> JobConfig:
     defaults = _by_place(given)
     if settings.job.get("teacher") is not None and "distill" not in settings.train:
         settings.train["distill"] = TEACHER_SHARE
-    return JobConfig(
-        qat=QATConfig(**settings.qat),
-        train=TrainConfig(**defaults.train | settings.train),
-        **defaults.job | settings.job | {"command": command},
-    )
+    with _named_as_typed():
+        return JobConfig(
+            qat=QATConfig(**settings.qat),
+            train=TrainConfig(**defaults.train | settings.train),
+            **defaults.job | settings.job | {"command": command},
+        )
+
+
+@contextmanager
+def _named_as_typed() -> Iterator[None]:
+    """Let an error about a setting that came from a flag name the flag: ``bits=9: ...`` becomes ``--bits 9: ...``."""
+    try:
+        yield
+    except ConfigError as error:
+        context = click.get_current_context()
+        named = re.match(r"(\w+)=", str(error))
+        if named is None or context.get_parameter_source(named[1]) != ParameterSource.COMMANDLINE:
+            raise
+        flag = next(option for each in context.command.params if each.name == named[1] for option in each.opts)
+        raise ConfigError(f"{flag} {str(error)[named.end() :]}") from error
 
 
 def _with_grid(settings: Settings) -> Settings:

@@ -468,7 +468,7 @@ def _trace(model: nn.Module, tracing: Tracing, name: str = "", *, write_back: bo
                 raise TraceError(f"cannot trace {type(model).__name__}: {_where(error)}: {error}") from error
     changed = functionalize(graphs, model, write_back=write_back)
     if changed:
-        log.info("%s: %d operations in place", type(model).__name__, changed)
+        log.debug("%s: %d operations in place made new values", type(model).__name__, changed)
     for graph in graphs:
         _check_arguments(graph, arguments)
     _merge(*graphs)

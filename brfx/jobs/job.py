@@ -187,7 +187,7 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
             test_data = test_loader(job, dataset, callbacks)
             test = evaluate(qmodel, test_data, task)
             test_float = None if head else evaluate(model, test_data, task)
-            weighs = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+            weighs = sum(value.numel() * value.element_size() for value in model.parameters())
             kind = kind_of(qmodel)
             return close_run(JobResult(run_dir, result, test, test_float, kind, onnx_report, problem, weighs))
 

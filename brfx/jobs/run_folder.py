@@ -43,7 +43,7 @@ class JobResult:
     kind: str = "FP32"  #: ``"W2A2"``, say; see :func:`brfx.jobs.bits.kind_of`
     onnx: OnnxReport | None = None
     onnx_problem: str | None = None
-    float_bytes: int = 0  #: of the FP32 network's weights and buffers
+    float_bytes: int = 0  #: of the FP32 network's parameters
 
 
 @contextmanager

@@ -126,7 +126,7 @@ def test_a_teacher_has_a_share_of_its_own(job_of):
     assert job_of(*named, "--recipe", "fast").train.distill == 0.5  # which has 0, and no teacher
     for arguments, message in [
         ((*named, "--distill", "0"), "--teacher says nothing at --distill 0"),
-        (("quantize", "--teacher", "resnet56"), "teacher='resnet56': takes NAME=FILE"),
+        (("quantize", "--teacher", "resnet56"), "--teacher 'resnet56': takes NAME=FILE"),
         (("quantize", "--teacher", "=a.pth"), "takes NAME=FILE"),
     ]:
         with pytest.raises(ConfigError, match=message):
@@ -172,7 +172,7 @@ def test_kurtosis_regularization_is_a_flag_and_off_by_default(job_of):
     assert job_of("quantize").lambda_kurtosis == 0
     job = job_of("quantize", "--lambda-kurtosis", "0.5", "--qat-epochs", 5)
     assert job.lambda_kurtosis == 0.5 and jobs.banner(job)[0].endswith("BR lambda 0.1, kurtosis lambda 0.5")
-    with pytest.raises(ConfigError, match=r"lambda_kurtosis=-1\.0: takes 0 or more"):
+    with pytest.raises(ConfigError, match=r"--lambda-kurtosis -1\.0: takes 0 or more"):
         job_of("quantize", "--lambda-kurtosis", "-1")
 
 
@@ -204,3 +204,23 @@ def test_a_budget_is_given_in_bits_or_bytes_and_a_flags_wins_over_a_files(job_of
     assert job_of("sensitivity", "--config", path).bit_budget == 3
     job = job_of("quantize", "--config", path, "--size-budget", "1MB")
     assert (job.bit_budget, job.size_budget) == (None, 1_000_000)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("--bits", 9), "--bits 9: takes 1 to 8, or 32 to stay in FP32"),
+        (("--lambda-br", -1), r"--lambda-br -1\.0: "),
+        (("--qat-epochs", -1), "--qat-epochs -1: "),
+        (("--weight-bits", 0), "--weight-bits 0: "),
+    ],
+)
+def test_a_wrong_value_is_named_by_its_flag(arguments, line):
+    with pytest.raises(ConfigError, match=f"^{line}"):
+        cli(["quantize", *map(str, arguments)], standalone_mode=False)
+
+
+def test_a_wrong_value_of_a_file_is_named_as_there(tmp_path):
+    (tmp_path / "q.toml").write_text("bits = 9\n")
+    with pytest.raises(ConfigError, match="bits=9: takes 1 to 8"):
+        cli(["quantize", "--config", str(tmp_path / "q.toml")], standalone_mode=False)
