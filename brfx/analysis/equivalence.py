@@ -122,14 +122,28 @@ class _Comparison:
 
     def _equal_in_float64(self) -> bool:
         """Whether the difference goes away there: a deep network can make a thousand times as much of the last bit, in
-        which a sum in another order differs."""
+        which a sum in another order differs.
+
+        It goes away for other reasons where a value is cast: autocast leaves float64 alone, and ``x.float()`` is ``x``
+        itself in FP32 and a copy in float64. So no cast is allowed in either model.
+        """
         models = [copied(model).double() for model in (self.model, self.rewritten)]
         exact = _Comparison(models[0], models[1], tree_map(_double, self.inputs), self.changed)
         try:
+            if any(run._casts(model) for run in (self, exact) for model in (run.model, run.rewritten)):
+                return False
             wanted = exact._run(exact.model)
             return _problem(wanted, exact._run(exact.rewritten, wanted)) is None
         except Exception:  # the model is not for float64
             return False
+
+    def _casts(self, model: nn.Module) -> bool:
+        """Whether ``model`` makes floating-point values of one type out of those of another; it is left as it is."""
+        model = copied(model)
+        with torch.no_grad(), _Casts() as casts:  # type: ignore[no-untyped-call]
+            _seed(self.changed)
+            model(*tree_map(_cloned, self.inputs))
+        return casts.seen
 
     def _found(self, wanted: _Run) -> _Run:
         try:
@@ -274,6 +288,19 @@ class _NoiseOfAnyLayout(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return first.copy_(out) if func._schema.is_mutable else out
 
 
+class _Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Whether an operation gave a floating-point type that none of its operands has."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {value.dtype for value in _tensors((args, kwargs)) if value.is_floating_point()}
+        made = {value.dtype for value in _tensors(out) if value.is_floating_point()}
+        self.seen |= bool(given) and not made <= given
+        return out
+
+
 _INSERTED = (ActivationQuantizer, ActivationObserver)
 
 
@@ -295,7 +322,7 @@ def _problem(wanted: _Run, found: _Run) -> tuple[str, str] | None:
 
 
 def _types(run: _Run) -> list[torch.dtype]:
-    return [value.dtype for value in (*run.outputs, *run.buffers.values())]
+    return [value.dtype for value in (*run.outputs, *run.buffers.values(), *(run.gradients or {}).values())]
 
 
 def _different(wanted: list[Tensor], found: list[Tensor], relative: float = TOLERANCE, least: float = 0.0) -> bool:

@@ -263,3 +263,68 @@ def test_a_difference_of_rounding_alone_is_none(x, caplog):
     assert "training mode: the two differ by rounding, and not in float64" in caplog.text
     with pytest.raises(RewriteError, match="does not compute what the float model does in training mode"):
         prove(Rounded(), Rounded(sums=False, offset=1e-3), (x,), {})
+
+
+def autocast(m, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return F.linear(x, m.w).to(x.dtype)
+
+
+def in_half(m, x):
+    return F.linear(x.half(), m.w.half()).to(x.dtype)
+
+
+def in_double(m, x):
+    return ((F.linear(x, m.w).double() + 1e6) - 1e6).to(x.dtype)
+
+
+def in_single(m, x):
+    return ((F.linear(x, m.w) + 1e6) - 1e6).to(x.dtype)
+
+
+def changed_in_place(m, x):
+    y = F.linear(x, m.w)
+    return y + y.float().mul_(2)  # y itself in FP32, a copy of it in float64
+
+
+def changed_apart(m, x):
+    y = F.linear(x, m.w)
+    return y + y * 2
+
+
+def linear(m, x):
+    return F.linear(x, m.w)
+
+
+class Linear(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.w, self.how = nn.Parameter(torch.eye(8) + 0.1), how
+
+    def forward(self, x):
+        return self.how(self, x)
+
+
+@pytest.mark.parametrize(
+    ("model", "rewritten"),
+    [
+        (autocast, linear),
+        (linear, autocast),
+        (in_half, linear),
+        (linear, in_half),
+        (in_double, in_single),
+        (in_single, in_double),
+        (changed_in_place, changed_apart),
+        (changed_apart, changed_in_place),
+    ],
+)
+def test_float64_does_not_excuse_another_precision(model, rewritten, x):
+    with pytest.raises(RewriteError, match="does not compute what the float model does in training mode"):
+        prove(Linear(model), Linear(rewritten), (x,), {})
+
+
+def test_a_parameter_of_another_type_is_a_difference(x):
+    wide = Rounded(sums=False)
+    wide.w = nn.Parameter(wide.w.double())
+    with pytest.raises(RewriteError, match="the gradient w differs"):
+        prove(Rounded(sums=False), wide, (x,), {})
