@@ -139,8 +139,8 @@ class _Comparison:
 
     def _casts(self, model: nn.Module) -> bool:
         """Whether ``model`` makes floating-point values of one type out of those of another; it is left as it is."""
-        model = copied(model)
-        with torch.no_grad(), _Casts() as casts:  # type: ignore[no-untyped-call]
+        model, casts = copied(model), _Casts()  # type: ignore[no-untyped-call]
+        with torch.no_grad(), casts:
             _seed(self.changed)
             model(*tree_map(_cloned, self.inputs))
         return casts.seen
@@ -291,7 +291,7 @@ class _NoiseOfAnyLayout(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class _Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Whether an operation gave a floating-point type that none of its operands has."""
 
-    seen = False
+    seen: bool = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
