@@ -17,7 +17,7 @@ Where a bias or a batch norm behind the layer takes up a constant, x and y are t
 from __future__ import annotations
 
 import copy
-import logging
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -29,13 +29,13 @@ from torch.nn import functional as F
 
 from brfx.analysis.observe import graphs
 from brfx.calibration import batch_norms_in_training, quantization_disabled, require_calibrated, run_first
+from brfx.compat import in_float64
 from brfx.errors import ConfigError, DataError
 from brfx.graph.utils import module_calls
+from brfx.kernels.precision import at_least_float32
 from brfx.modes import eval_mode
 from brfx.nn import QuantizedLayer
 from brfx.quant.grid import Grid
-
-log = logging.getLogger(__name__)
 
 #: Share of the mean of H's diagonal that is added to it: there is an inverse, and inputs that are always 0 keep their
 #: weights.
@@ -117,14 +117,17 @@ def _layers(qmodel: nn.Module) -> dict[str, QuantizedLayer]:
 
 
 def _norms_behind(qmodel: nn.Module) -> dict[str, _BatchNorm]:
-    """By layer, the batch norm that alone reads its output."""
+    """By layer, the batch norm that alone reads its output, where both are called once."""
     found = {}
     for prefix, gm in graphs(qmodel).items():
         modules = dict(module_calls(gm))
+        calls = Counter(modules.values())
         for node, module in modules.items():
             users = list(node.users)
             norm = modules.get(users[0]) if len(users) == 1 else None
-            if isinstance(module, QuantizedLayer) and isinstance(norm, _BatchNorm) and norm.running_mean is not None:
+            if not isinstance(module, QuantizedLayer) or not isinstance(norm, _BatchNorm) or norm.running_mean is None:
+                continue
+            if calls[module] == calls[norm] == 1:
                 found[f"{prefix}.{node.target}".lstrip(".")] = norm
     return found
 
@@ -179,7 +182,8 @@ def _moments(
             chosen = torch.randint(x.shape[1], (POSITIONS,), generator=generator).to(x.device)
             x, y = x[:, chosen], y[:, chosen]
         parts = (y.mT @ y, x.mT @ y, x.sum(1), y.sum(1))
-        sums = [part.double() for part in parts] if sums is None else [a + b for a, b in zip(sums, parts, strict=True)]
+        exact = [in_float64(part) for part in parts]
+        sums = exact if sums is None else [a + b for a, b in zip(sums, exact, strict=True)]
         count += x.shape[1]
     assert sums is not None
     return Moments(*(part / count for part in sums))
@@ -201,7 +205,7 @@ def _inputs(model: nn.Module, name: str, batch: Any, run: Callable[[nn.Module, A
         pass
     finally:
         handle.remove()
-    return patches(layer, _few(layer, seen[0]))
+    return at_least_float32(patches(layer, _few(layer, seen[0])))
 
 
 def _few(layer: Any, x: Tensor) -> Tensor:
@@ -236,14 +240,14 @@ def _round(layer: Any, moments: Moments, norm: _BatchNorm | None) -> None:
     if layer.bias is not None or norm is not None:
         moments = moments.centred()
     quantizer, groups = layer.weight_quantizer, len(moments.h)
-    weight = layer.weight.detach().double().reshape(groups, -1, moments.h.shape[-1])
+    weight = in_float64(layer.weight.detach()).reshape(groups, -1, moments.h.shape[-1])
     ridge = DAMPING * moments.h.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + 1e-30
     h = moments.h + ridge * torch.eye(weight.shape[-1], dtype=torch.float64, device=weight.device)
     target = torch.linalg.solve(h, weight @ moments.c + ridge * weight, left=False)
-    step = quantizer.step.detach().double().expand(layer.weight.shape).reshape(weight.shape)[..., :1]  # one a row
+    step = in_float64(quantizer.step.detach()).expand(layer.weight.shape).reshape(weight.shape)[..., :1]  # one a row
     step, rounded = _best_step(target, h, step, quantizer.grid, shared=quantizer.step.numel() == 1)
-    shift = (rounded @ moments.y[..., None] - weight @ moments.x[..., None]).flatten().to(layer.weight.dtype)
-    quantizer.set_step(step.flatten()[: quantizer.step.numel()].reshape(quantizer.step.shape).to(quantizer.step.dtype))
+    shift = (rounded @ moments.y[..., None] - weight @ moments.x[..., None]).flatten().to(layer.weight)
+    quantizer.set_step(step.flatten()[: quantizer.step.numel()].reshape(quantizer.step.shape))
     layer.weight.copy_(rounded.reshape(layer.weight.shape))
     if norm is not None:
         norm.running_mean += shift  # type: ignore[operator]

@@ -6,11 +6,21 @@ import torch
 from torch import nn
 
 import brfx
-from brfx.calibration import quantization_disabled
+from brfx.calibration import quantization_disabled, run_first
 from brfx.errors import ConfigError, DataError, NotCalibratedError
 from brfx.nn import QuantizedLinear
 from brfx.quant.grid import Grid
-from brfx.reconstruction import Moments, _best_step, _gptq, _round, least_squares_levels, patches, reconstruct
+from brfx.reconstruction import (
+    Moments,
+    _best_step,
+    _gptq,
+    _inputs,
+    _moments,
+    _round,
+    least_squares_levels,
+    patches,
+    reconstruct,
+)
 
 
 def spd(groups, size, seed=0):
@@ -232,3 +242,38 @@ def test_what_is_looked_at_of_large_images_is_bounded(monkeypatch):
     qmodel = prepared(images, bits=4)
     reconstruct(qmodel, [images])
     assert set(seen) == {1, 2, 3, 64}  # 18 * 18 positions, 16 * 16, and 1
+
+
+class Shared(nn.Module):
+    """One batch norm behind two convolutions, and two behind one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.twice = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
+        self.shared, self.first, self.second = nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        x = torch.relu(self.shared(self.a(x))) + torch.relu(self.shared(self.b(x)))
+        return self.second(self.twice(torch.relu(self.first(self.twice(x)))))
+
+
+def test_a_norm_of_several_layers_and_one_of_several_calls_are_left_alone(images):
+    """A bias takes up the error of its layer; a norm's mean would be shifted for the other one too."""
+    qmodel = brfx.prepare_qat(Shared().eval(), brfx.QATConfig(bits=2), images)
+    brfx.calibrate(qmodel, [images])
+    means = {name: value.clone() for name, value in qmodel.named_buffers() if name.endswith("running_mean")}
+    image = qmodel.get_submodule("a_input")(images)
+    with torch.no_grad(), quantization_disabled(qmodel):
+        expected = qmodel.a(images).mean((0, 2, 3))
+    reconstruct(qmodel, [images])
+    left = dict(qmodel.named_buffers())
+    assert len(means) == 3 and all(torch.equal(left[name], mean) for name, mean in means.items())
+    torch.testing.assert_close(qmodel.a(image).mean((0, 2, 3)), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_moments_of_bfloat16_are_no_bfloat16(images):
+    half = prepared(images, bits=8).bfloat16()
+    moments = _moments("stem", half, half, [images.bfloat16()], run_first)
+    rows = _inputs(half, "stem", images.bfloat16(), run_first).double()
+    torch.testing.assert_close(moments.h, rows.mT @ rows / rows.shape[1], rtol=1e-5, atol=1e-5)
