@@ -39,7 +39,8 @@ class LayerSensitivity:
         kind: ``"weights"`` or ``"activations"``.
         bits: as the model has them.
         values: how many weights, or activations a sample.
-        losses: by bits, the distance of the outputs from the FP32 network's; of classes in nats a sample.
+        losses: by bits, the distance of the outputs from the FP32 network's; of classes in nats a sample. The mean over
+            samples; over batches where outputs are no tensors.
     """
 
     name: str
@@ -180,12 +181,14 @@ class _Measuring:
         }
 
     def loss(self, name: str, width: int) -> float:
-        total = 0.0
+        total, samples = 0.0, 0
         for batch, reference in zip(self.batches, self.references, strict=True):
-            total += float(self.distance(self.forward(self.model, batch), reference))
+            count = len(reference) if isinstance(reference, Tensor) and reference.dim() else 1
+            total += count * float(self.distance(self.forward(self.model, batch), reference))
+            samples += count
         if not abs(total) < float("inf"):
             raise ConfigError(f"{name} at {width} bits: the outputs' distance from the FP32 network's is {total}")
-        return total / len(self.batches)
+        return total / samples
 
 
 @contextmanager
