@@ -236,10 +236,11 @@ def _calibrate(
 
         with small_batches_named("calibration"):
             settings: dict[str, Any] = {"dead_filters": job.dead_filters, "seed": job.train.seed, "start": job.start}
-            settings["forward"] = lambda qmodel, images: qmodel(images)  # a list of images is one input
-            calibrate(qmodel, batches(job.calibration_batches), batch_statistics=coarse, **settings)
+            how: dict[str, Any] = {"batch_statistics": coarse}
+            how["forward"] = lambda qmodel, images: qmodel(images)  # a list of images is one input
+            calibrate(qmodel, batches(job.calibration_batches), **how, **settings)
             if job.reconstruct:
-                layers = reconstruct(qmodel, batches(job.calibration_batches), batch_statistics=coarse)
+                layers = reconstruct(qmodel, batches(job.calibration_batches), **how)
                 log.info("Rounded the weights of %d layers to keep their outputs", len(layers))
             if coarse:
                 reestimate_batch_norm(qmodel, batches(norm_batches))
