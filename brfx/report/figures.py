@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from brfx.report.run_files import Line, RunFiles
+from brfx.report.run_files import Line, RunFiles, mean_of_weights
 from brfx.report.style import DASHES, INK, MUTED, PAPER, SERIES, figure_style
 
 if TYPE_CHECKING:
@@ -112,13 +112,9 @@ def _distance(
     runs: Sequence[RunFiles], name: str, title: str, unit: str, scale: float = 1
 ) -> tuple[str, str, Figure] | None:
     """A figure of ``metrics.jsonl`` of each weight: of one run a line a layer, of several their means over layers."""
-
-    def mean(line: Line) -> float | None:
-        values = [found for figures in line.get("weights", {}).values() if (found := figures.get(name)) is not None]
-        return scale * sum(values) / len(values) if values else None
-
     if len(runs) > 1:
-        return _curve(runs, f"weights-{name}", f"{title}, mean of layers", unit, mean)
+        what = f"{title}, mean of layers"
+        return _curve(runs, f"weights-{name}", what, unit, lambda line: _scaled(mean_of_weights(line, name), scale))
     layers = list(runs[0].metrics[0].get("weights", {})) if runs[0].metrics else []
     lines = {
         layer: runs[0].over_epochs(lambda line, layer=layer: _scaled(line["weights"].get(layer, {}).get(name), scale))  # type: ignore[misc]

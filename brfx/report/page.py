@@ -219,5 +219,5 @@ def _style() -> str:
     def variables(colours: dict[str, str]) -> str:
         return "".join(f"{name}:{colour};" for name, colour in colours.items())
 
-    text = Path(__file__).with_name("page.css").read_text().partition("*/")[2]
+    text = Path(__file__).with_name("page.css").read_text(encoding="utf-8").partition("*/")[2]
     return text.replace("LIGHT", variables(LIGHT)).replace("DARK", variables(DARK))

@@ -72,6 +72,12 @@ class RunFiles:
         return stages.count("warm-up") if "warm-up" in stages and "penalty" in stages else None
 
 
+def mean_of_weights(line: Line, name: str) -> float | None:
+    """A figure of ``metrics.jsonl`` that each weight has: its mean over the weights that have it in ``line``."""
+    found = [value for figures in line.get("weights", {}).values() if (value := figures.get(name)) is not None]
+    return sum(found) / len(found) if found else None
+
+
 def read_run_files(path: Path, label: str = "") -> RunFiles:
     """Everything a report shows of the run in ``path``.
 
@@ -79,7 +85,7 @@ def read_run_files(path: Path, label: str = "") -> RunFiles:
         ConfigError: it is no run, or one of its files is damaged; names the file.
     """
     run = read_run(path)
-    files = RunFiles(
+    return RunFiles(
         label=label or run.name,
         run=run,
         config=_json(path / "config.json") or {},
@@ -88,14 +94,13 @@ def read_run_files(path: Path, label: str = "") -> RunFiles:
         result=_json(path / "result.json"),
         network=_json(path / "network.json"),
     )
-    return files
 
 
 def _json(path: Path) -> Line | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: damaged, no JSON ({error})") from error
     if not isinstance(content, dict):
@@ -108,7 +113,7 @@ def _lines(path: Path, fields: dict[str, type]) -> list[Line]:
     if not path.is_file():
         return []
     found = []
-    texts = path.read_text().split("\n")
+    texts = path.read_bytes().split(b"\n")
     for number, text in enumerate(texts, start=1):
         try:
             line = json.loads(text) if text.strip() else None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from brfx.report.figures import levels_of
-from brfx.report.run_files import Line, RunFiles
+from brfx.report.run_files import Line, RunFiles, mean_of_weights
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
@@ -74,21 +74,13 @@ def facts(run: RunFiles) -> list[tuple[str, str]]:
 
 def curves(run: RunFiles) -> Iterator[tuple[str, list[int], list[float]]]:
     """Name, epochs and values of what a short form shows, where there is any."""
-
-    def mean(name: str) -> Callable[[Line], float | None]:
-        def of(line: Line) -> float | None:
-            found = [value for figures in line.get("weights", {}).values() if (value := figures.get(name)) is not None]
-            return sum(found) / len(found) if found else None
-
-        return of
-
     values: dict[str, Callable[[Line], float | None]] = {
         f"{run.metric}, val": lambda line: line.get(f"val_{run.run.metric}"),
         "loss": lambda line: line["train"]["loss"],
         "BR_W": lambda line: line["train"].get("terms", {}).get("weight"),
         "BR_A": lambda line: line["train"].get("terms", {}).get("act"),
-        "distance to levels": mean("distance"),
-        "quantization error": mean("mse"),
+        "distance to levels": lambda line: mean_of_weights(line, "distance"),
+        "quantization error": lambda line: mean_of_weights(line, "mse"),
     }
     for name, value in values.items():
         epochs, found = run.over_epochs(value)

@@ -42,13 +42,15 @@ def test_the_epoch_that_was_shipped_is_after(unfinished, finished):
         ("histograms.jsonl", '{"epoch": 0}\n', "histograms.jsonl: line 1: damaged, weights is missing"),
         ("histograms.jsonl", '{"epoch": 0\n{}\n', "histograms.jsonl: line 1: damaged, no JSON"),
         ("metrics.jsonl", "[]\n", "metrics.jsonl"),
+        ("histograms.jsonl", b'{"epoch": "\xff"}\n{}\n', "histograms.jsonl: line 1: damaged, no JSON"),
+        ("network.json", b"\xff", "network.json: damaged, no JSON"),
         ("network.json", "{", "network.json: damaged, no JSON"),
         ("network.json", "[]", "network.json: damaged, no table"),
         ("result.json", "{", "result.json: damaged"),
     ],
 )
 def test_a_damaged_file_is_named(unfinished, name, content, said):
-    (unfinished / name).write_text(content)
+    (unfinished / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError, match=said):
         read_run_files(unfinished)
 
