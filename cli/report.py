@@ -42,12 +42,13 @@ def report(folders: tuple[Path, ...], output: Path | None, figures: Path | None,
     It has their curves, histograms, network, files and settings. Several runs are laid over each other, with a table of
     where they differ.
     """
-    from brfx.report.write import read, write_figures, write_page
+    from brfx.report.write import damage_named, read, write_figures, write_page
 
     runs = read(folders)
     if terminal:
         for run in runs:
-            _short_form(run)
+            with damage_named([run]):
+                _short_form(run)
     if figures is not None:
         count = write_figures(runs, figures)
         render.console.print(f"{figures}  {count} figures", markup=False)

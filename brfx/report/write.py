@@ -53,7 +53,7 @@ def write_page(runs: Sequence[RunFiles], path: Path) -> None:
     from brfx.report.page import page
 
     _require_folder(path.parent)
-    with _damage_named(runs):
+    with damage_named(runs):
         content = page(runs)
     write_text_atomically(path, content)
 
@@ -87,7 +87,7 @@ def write_figures(runs: Sequence[RunFiles], folder: Path) -> int:
     _require_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     count = 0
-    with _damage_named(runs):
+    with damage_named(runs):
         for name, _, figure in figures(runs):
             with figure_style():
                 for suffix in SUFFIXES:
@@ -111,8 +111,8 @@ def _require_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _damage_named(runs: Sequence[RunFiles]) -> Iterator[None]:
-    """What a file lacks that brfx always writes is the file's fault."""
+def damage_named(runs: Sequence[RunFiles]) -> Iterator[None]:
+    """Within the block, what a file lacks that brfx always writes is a ConfigError that names the runs."""
     try:
         yield
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError) as error:

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from brfx_cli.main import cli
+from click.testing import CliRunner
 
 from brfx.analysis.network import Place
 from brfx.errors import ConfigError
@@ -90,6 +92,14 @@ def test_what_cannot_be_written_or_read_is_said(unfinished, tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match="pip install 'matplotlib"):
         write_page(runs, tmp_path / "report.html")
+
+
+def test_a_short_form_of_a_damaged_run_names_it(unfinished):
+    path = unfinished / "histograms.jsonl"
+    path.write_text(path.read_text().replace('"levels"', '"lvls"'))
+    done = CliRunner().invoke(cli, ["report", str(unfinished), "--terminal"])
+    assert isinstance(done.exception, ConfigError)
+    assert "unfinished: a file of the run is damaged, or of another brfx" in str(done.exception)
 
 
 def test_a_graph_is_an_svg(tmp_path):
