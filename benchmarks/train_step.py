@@ -686,6 +686,8 @@ it that hold the median with 95 % probability (of fewer than 6 rounds: the least
 - **FP32** is plain eager, or `torch.compile` as it comes, and what all ratios are to. **FP32 in brfx.fit** is the same
   float model with the compiler options that `fit` gives (`brfx/kernels/inductor.py`): part of what brfx gains is
   open to every network.
+- **a loop of one's own** calls the penalty as the README does: plain, without any compiler, in the first column, and
+  after `penalty.compile()` in the second.
 - **published** is LSQ from autograd operations with `detach`, and the regularizer's loop over bins, mean and variance
   of the values that a mask selects, as the papers print them.
 - **Brevitas** has learned scales for weights and ReLUs, {BITS} bits. **torchao** is `prepare_qat_pt2e` with

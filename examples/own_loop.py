@@ -23,7 +23,7 @@ def main(epochs: int = 8, compiled: bool = False) -> float:
 
     model = brfx.BinPenalty(qmodel, weight=0.1, act=0.01)  # wrap this, not qmodel, in DDP
     if compiled:
-        model.compile()  # what brfx.fit does: twice as fast from the second batch on, the same numbers
+        model.compile()  # twice as fast from the second batch on, the same numbers
     optimizer = torch.optim.SGD(brfx.parameter_groups(qmodel, lr=0.04, step_lr=0.004), momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(train))
     for epoch in range(1, epochs + 1):
