@@ -283,7 +283,7 @@ def test_mistakes_are_one_line_with_exit_code_2_and_touch_nothing(float_run, tmp
         ((*base, "--ckpt", half), "truncated"),
         ((*base, "--ckpt", other), "layer1.3.conv1.weight"),
         (("quantize", "--model", "resnet21", "--ckpt", ckpt, "--data", "digits"), "did you mean resnet32, resnet20"),
-        ((*base, "--ckpt", ckpt, "--bits", 9), "bits=9"),
+        ((*base, "--ckpt", ckpt, "--bits", 9), "--bits 9: takes 1 to 8"),
         ((*base, "--ckpt", ckpt, "--bits", "two"), "--bits"),
         ((*base, "--ckpt", ckpt, "--num-classes", 7), "has 10 classes"),
         ((*base, "--ckpt", ckpt, "--qat-epochs", 3, "--warmup-epochs", 3), "leaves none of 3"),
