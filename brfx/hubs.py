@@ -126,10 +126,11 @@ def hub_task(name: str) -> str:
 
 
 def hub_weights(name: str) -> Path | None:
-    """The file of weights in a Hugging Face folder, if there is one."""
+    """The file of weights in a Hugging Face folder, or the index of several, if there is one."""
     if not name.startswith(HF):
         return None
-    found = (_folder(name) / file for file in ("model.safetensors", "pytorch_model.bin"))
+    whole = ("model.safetensors", "pytorch_model.bin")
+    found = (_folder(name) / file for file in (*whole, *(f"{file}.index.json" for file in whole)))
     return next((path for path in found if path.is_file()), None)
 
 

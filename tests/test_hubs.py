@@ -19,6 +19,7 @@ from brfx.jobs.data import own_preprocessing, read_data
 from brfx.jobs.evaluate import evaluate_file
 from brfx.jobs.inspect import dry_run
 from brfx.jobs.job import quantize, train_float
+from brfx.jobs.networks import with_checkpoint
 from brfx.jobs.tasks import task_of
 
 HALF = (0.5, 0.5, 0.5)
@@ -151,6 +152,22 @@ def test_weights_that_lack_something_are_refused(tmp_path, transformers):
     save_file({key: value for key, value in state.items() if "classifier" not in key}, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"its weights lack classifier.1.bias, classifier.1.weight: fine-tune it"):
         load_float(brfx.build_model(f"hf/{folder}"), folder / "model.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_in_several_files_are_read_and_their_network_is_the_same(tmp_path, transformers, caplog):
+    one, several = save_classifier(transformers, tmp_path / "one"), tmp_path / "several"
+    transformers.AutoModelForImageClassification.from_pretrained(one).save_pretrained(several, max_shard_size="3KB")
+    assert len(list(several.glob("model-*.safetensors"))) > 1
+    caplog.set_level(logging.INFO, "brfx")
+    job = with_checkpoint(job_of(tmp_path, "train", f"hf/{several}"))
+    assert caplog.messages == [f"Starting from {several}/model.safetensors.index.json"]
+    image, outputs = torch.rand(1, 3, 28, 28), []
+    for folder, ckpt in ((one, one / "model.safetensors"), (several, job.ckpt)):
+        model = brfx.build_model(f"hf/{folder}")
+        load_float(model, ckpt)
+        outputs.append(model.eval()(image))
+    assert torch.equal(*outputs)
 
 
 def test_what_is_no_such_model_is_named(tmp_path, transformers, monkeypatch):

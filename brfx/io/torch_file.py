@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import io
+import json
 import pickle
 import pickletools
 import zipfile
@@ -15,6 +16,9 @@ from typing import IO, Any
 import torch
 
 from brfx.errors import CheckpointError, first_line
+
+#: The end of the name of a file that says in which of several files each weight is.
+INDEX = ".index.json"
 
 #: Modules whose functions reach outside the file. A name of theirs is refused, although it would not be run.
 _REACH_OUT = {
@@ -60,12 +64,15 @@ def read_file(path: Path) -> Any:
     such as a numpy scalar, an ``argparse.Namespace`` or a date. No file can run code.
 
     Args:
-        path: .safetensors, or whatever ``torch.save`` wrote (zip or legacy), under any name.
+        path: .safetensors, or whatever ``torch.save`` wrote (zip or legacy), under any name; or the ``.index.json`` of
+            weights that Hugging Face's ``save_pretrained`` spread over several files, all of which are read.
 
     Raises:
         CheckpointError: absent, empty, truncated; or it names a function that would run code, which is refused.
     """
     require_file(path)
+    if path.name.endswith(INDEX):
+        return _read_shards(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -88,6 +95,27 @@ def read_file(path: Path) -> Any:
         raise CheckpointError(
             f"{path}: truncated, damaged or not a checkpoint ({first_line(error)}); copy it again from its source"
         ) from error
+
+
+def _read_shards(index: Path) -> dict[str, Any]:
+    """The weights of all files that an index names.
+
+    Raises:
+        CheckpointError: it is no index; a file is not beside it, or lacks a weight that the index says it has.
+    """
+    try:
+        file_of = dict(json.loads(index.read_bytes())["weight_map"])
+        files = {str(file): index.parent / str(file) for file in file_of.values()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index}: not an index of weights ({first_line(error)})") from error
+    outside = next((name for name in files if Path(name).name != name or name.endswith(INDEX)), None)
+    if outside is not None:
+        raise CheckpointError(f"{index}: names {outside!r}, which is no file of weights beside it")
+    contents = {name: read_file(file) for name, file in files.items()}
+    missing = next((key for key, name in file_of.items() if key not in contents[name]), None)
+    if missing is not None:
+        raise CheckpointError(f"{files[file_of[missing]]}: lacks {missing}, which {index.name} says it has")
+    return {key: contents[name][key] for key, name in file_of.items()}
 
 
 def _placeholders(path: Path) -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:

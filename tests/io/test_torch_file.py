@@ -1,12 +1,14 @@
 import argparse
 import dataclasses
 import datetime
+import json
 import pathlib
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from brfx.errors import CheckpointError
@@ -140,3 +142,27 @@ def test_containers_of_ones_own_are_refused_by_name(tmp_path):
     torch.save({"state_dict": class_(w=torch.ones(1))}, path)
     with pytest.raises(CheckpointError, match="refused, it holds Python objects"):
         read_file(path)
+
+
+def test_weights_in_several_files_are_read_by_their_index_and_damage_is_named(tmp_path):
+    one, two = {"a.weight": torch.ones(2)}, {"b.weight": torch.zeros(3)}
+    torch.save(one, tmp_path / "1.bin")
+    save_file(two, tmp_path / "2.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    places = {"a.weight": "1.bin", "b.weight": "2.safetensors"}
+    index.write_text(json.dumps({"weight_map": places}))
+    found = read_file(index)
+    assert list(found) == ["a.weight", "b.weight"]
+    assert torch.equal(found["a.weight"], one["a.weight"]) and torch.equal(found["b.weight"], two["b.weight"])
+
+    for content, message in (
+        ({}, "not an index of weights"),
+        ([], "not an index of weights"),
+        ({"weight_map": {"a.weight": "absent.bin"}}, "absent.bin: no such file"),
+        ({"weight_map": {"c.weight": "1.bin"}}, "1.bin: lacks c.weight, which model.safetensors.index.json says"),
+        ({"weight_map": {"a.weight": "../1.bin"}}, "names '../1.bin', which is no file of weights beside it"),
+        ({"weight_map": {"a.weight": index.name}}, "which is no file of weights beside it"),
+    ):
+        index.write_text(json.dumps(content))
+        with pytest.raises(CheckpointError, match=message):
+            read_file(index)
