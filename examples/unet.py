@@ -3,6 +3,8 @@
 brfx train --model examples/unet.py:unet --task segmentation --data ../shared/data/nuclei
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -23,9 +25,8 @@ class UNet(nn.Module):
         self.down = nn.ModuleList(double_conv(i, o) for i, o in zip([3, *widths], widths, strict=False))
         self.pool = nn.MaxPool2d(2)
         widths.reverse()
-        pairs = list(zip(widths, widths[1:], strict=False))
-        self.enlarge = nn.ModuleList(nn.ConvTranspose2d(i, o, 2, stride=2) for i, o in pairs)
-        self.up = nn.ModuleList(double_conv(2 * o, o) for _, o in pairs)
+        self.enlarge = nn.Upsample(scale_factor=2)
+        self.up = nn.ModuleList(double_conv(i + o, o) for i, o in pairwise(widths))
         self.head = nn.Conv2d(width, num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -34,8 +35,8 @@ class UNet(nn.Module):
             x = block(self.pool(x) if skips else x)
             skips.append(x)
         skips.pop()
-        for enlarge, block in zip(self.enlarge, self.up, strict=True):
-            x = block(torch.cat([skips.pop(), enlarge(x)], dim=1))
+        for block in self.up:
+            x = block(torch.cat([skips.pop(), self.enlarge(x)], dim=1))
         return self.head(x)  # type: ignore[no-any-return]
 
 
