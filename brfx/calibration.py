@@ -16,11 +16,18 @@ from brfx.analysis.dead_filters import dead_filters as found_dead
 from brfx.analysis.sqnr import LEAST_DB, lossy_at_8_bits
 from brfx.config import DEAD_FILTERS
 from brfx.errors import BrfxError, ConfigError, DataError, NotCalibratedError, first_line
+from brfx.metadata import metadata_of
 from brfx.modes import eval_mode
 from brfx.nn import Quantizer, ResidualAdd
 from brfx.quant.step_init import STEP_INIT_RULES
 
 log = logging.getLogger(__name__)
+
+
+def require_rewritten(model: nn.Module) -> None:
+    """Raise BrfxError of a model that has no quantizer and was not made by :func:`brfx.prepare_qat`."""
+    if not quantizers(model):
+        metadata_of(model)
 
 
 def quantizers(model: nn.Module) -> dict[str, Quantizer]:
@@ -59,6 +66,7 @@ def calibrate(
         seed: of the new weights.
 
     Raises:
+        BrfxError: the model was not made by :func:`brfx.prepare_qat`.
         ConfigError: no such rule or treatment; or a filter to revive is in a layer that computes its weight; or a batch
             is a dict that the model does not take as it is.
         DataError: there was no batch.
@@ -69,6 +77,7 @@ def calibrate(
         raise ConfigError(f"start={start!r}: takes {' or '.join(STEP_INIT_RULES)}")
     if dead_filters not in DEAD_FILTERS:
         raise ConfigError(f"dead_filters={dead_filters!r}: takes {' or '.join(DEAD_FILTERS)}")
+    require_rewritten(qmodel)
     dead = _treated(qmodel, dead_filters, start, seed)
     found = quantizers(qmodel)
     with (
@@ -207,6 +216,7 @@ def require_calibrated(qmodel: nn.Module) -> None:
 @contextmanager
 def quantization_disabled(qmodel: nn.Module) -> Iterator[None]:
     """Within the block every quantizer lets its values through (ReLUs stay): the rewritten graph in FP32."""
+    require_rewritten(qmodel)
     found = [module for module in qmodel.modules() if isinstance(module, (Quantizer, ResidualAdd))]
     modes = [quantizer.mode for quantizer in found]
     for quantizer in found:

@@ -5,6 +5,7 @@ import torch
 
 import brfx
 from brfx.calibration import quantizers
+from brfx.errors import BrfxError
 from brfx.nn import LSQQuantizer, ResidualAdd
 
 
@@ -225,3 +226,13 @@ def test_a_quantizer_without_a_step_is_named(tiny, images):
         qmodel(images)
     with pytest.raises(brfx.BrfxError, match=r"^conv1_input met NaN or infinite values"):
         brfx.calibrate(qmodel, [images * torch.nan])
+
+
+def test_a_model_that_was_not_rewritten_is_refused(tiny, images):
+    for use in (
+        lambda: brfx.calibrate(tiny, [images]),
+        lambda: brfx.BinPenalty(tiny),
+        lambda: brfx.quantization_disabled(tiny).__enter__(),
+    ):
+        with pytest.raises(BrfxError, match=r"this TinyNet was not made by brfx\.prepare_qat"):
+            use()

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from brfx.config import CHANNEL_ORDERS, INTERPOLATIONS
-from brfx.errors import ConfigError
+from brfx.config.checks import check_types
+from brfx.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,10 +55,14 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_types(self)
+        if self.image_size < 1:
+            raise ConfigError(f"image_size={self.image_size}: takes 1 or more")
         if self.resize is None:
             object.__setattr__(self, "resize", self.image_size)
-        if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
+        if len(self.mean) != len(self.std):
             raise ConfigError(
                 f"--mean of {len(self.mean)} and --std of {len(self.std)} numbers: give three each, or one each for a "
                 "model of one channel, which then sees grey images"
@@ -69,7 +75,9 @@ class Preprocessing:
         for name, choices in (("interpolation", INTERPOLATIONS), ("channel_order", CHANNEL_ORDERS)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: takes {', '.join(choices)}")
-        if not self.divisor > 0 or not all(value > 0 for value in self.std):
+        if not all(map(isfinite, self.mean)):
+            raise ConfigError(f"mean={self.mean}: takes finite numbers")
+        if not all(value > 0 and isfinite(value) for value in (self.divisor, *self.std)):
             raise ConfigError(f"divisor={self.divisor}, std={self.std}: takes numbers above 0")
 
     @property
@@ -120,14 +128,16 @@ class Preprocessing:
         """What :meth:`as_dict` gave, from a file of any age.
 
         Raises:
-            ConfigError: a setting is unknown, as of a newer brfx, or has no such value.
+            ConfigError: a setting is unknown, as of a newer brfx, missing, or has no such value.
         """
         strange = sorted(set(content) - {field.name for field in fields(cls)}) if isinstance(content, Mapping) else [""]
         if strange:
             raise ConfigError(f"preprocessing: this brfx knows no setting {strange[0]!r}")
         try:
             return cls(**content)
-        except TypeError as error:
+        except TypeError as error:  # one is missing
+            raise ConfigError(f"preprocessing: {first_line(error)}") from error
+        except ConfigError as error:
             raise ConfigError(f"preprocessing: {error}") from error
 
     def __str__(self) -> str:

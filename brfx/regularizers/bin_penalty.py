@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from brfx.analysis.observe import observed_forward, observed_sites
-from brfx.calibration import quantizers
+from brfx.calibration import quantizers, require_rewritten
 from brfx.config import BR_FORMS
 from brfx.distributed import all_reduce_sum, world_size
 from brfx.errors import ConfigError
@@ -63,6 +63,7 @@ class BinPenalty(Regularizer):
         freeze_weight_steps, freeze_act_steps: what :meth:`begin` freezes.
 
     Raises:
+        BrfxError: the model was not made by :func:`brfx.prepare_qat`.
         ConfigError: a lambda is negative; no such form; or one that trains no step is to train the activations'.
     """
 
@@ -81,6 +82,7 @@ class BinPenalty(Regularizer):
         freeze_act_steps: bool = False,
     ) -> None:
         super().__init__()
+        require_rewritten(qmodel)
         for name, value in (("weight", weight), ("act", act)):
             if not value >= 0:
                 raise ConfigError(f"{name}={value!r}: a lambda takes 0 or more")
@@ -120,7 +122,7 @@ class BinPenalty(Regularizer):
     def training_form(self, kernels: bool, *, deferred: bool = True) -> Callable[..., tuple[Any, BinLoss]]:
         """A function that computes what calling this computes and trains faster (:mod:`brfx.fast.training_graph`).
 
-        What has a lambda of 0 is not computed: its term is 0.
+        What was given a lambda of 0 is not computed: its term is 0.
 
         Args:
             kernels: compile the pieces between layers, for use without ``torch.compile`` around the whole.
@@ -149,7 +151,16 @@ class BinPenalty(Regularizer):
         return run
 
     def can_train(self) -> bool:
-        return is_quantizing(self.model)
+        lambdas = ((self.weight, self._train_weight), (self.act, self._train_act))
+        return is_quantizing(self.model) and all(given or not was_raised(value) for value, given in lambdas)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: all but a function that is made of the model."""
+        return {name: value for name, value in super().__getstate__().items() if name != "_observed_forward"}  # type: ignore[no-untyped-call]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._observed_forward = observed_forward(self.model, self._observe_fn)
 
     def weight_loss(self) -> Tensor:
         """L_BR summed over the quantized weights of layers; 0 without any."""
@@ -166,10 +177,10 @@ class BinPenalty(Regularizer):
 
     def _terms(self, seen: dict[str, tuple[Tensor, ...]], weight_loss: Callable[[], Tensor]) -> BinLoss:
         of_functions = [isinstance(self._sites[site], WeightQuantizer) for site in seen]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._train_weight):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (self._train_weight or was_raised(self.weight))):
             read = [bin_loss(*sums[:2]) for sums, weight in zip(seen.values(), of_functions, strict=True) if weight]
             weight = weight_loss() + self._total(read)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._train_act):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (self._train_act or was_raised(self.act))):
             acts = [sums for sums, weight in zip(seen.values(), of_functions, strict=True) if not weight]
             deferred = [zero for sums in acts for zero in sums[2:]]
             act = self._total([bin_loss(*sums) for sums in of_global_batch([sums[:2] for sums in acts])] + deferred)
@@ -177,6 +188,12 @@ class BinPenalty(Regularizer):
 
     def _total(self, losses: list[Tensor]) -> Tensor:
         return torch.stack(losses).sum() if losses else self.weight.new_zeros(())
+
+
+def was_raised(strength: Tensor) -> bool:
+    """Whether a lambda that was given as 0 is above it by now. Its value is read, which waits for the device, only
+    if it was written to. Compiled code keeps the lambdas that were given."""
+    return not torch.compiler.is_compiling() and strength._version > 0 and bool(strength > 0)
 
 
 def logged_in_backward(model: nn.Module) -> tuple[Tensor, Tensor]:

@@ -79,6 +79,14 @@ class Regularizers(Regularizer):
             raise ConfigError(f"two regularizers of one name: {', '.join(names)}")
         self._fields = namedtuple("Terms", ("total", *names))  # type: ignore[misc]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: all but a class that is made of the names."""
+        return {name: value for name, value in super().__getstate__().items() if name != "_fields"}  # type: ignore[no-untyped-call]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._fields = namedtuple("Terms", ("total", *self.logged_terms))  # type: ignore[misc]
+
     @property
     def terms(self) -> list[WeightTerm]:
         return list(self._list)  # type: ignore[arg-type]

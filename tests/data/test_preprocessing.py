@@ -17,8 +17,29 @@ def test_a_mean_of_one_number_makes_images_grey_as_pillow_does():
     assert torch.equal(Preprocessing(5, (0.0,), (1.0,)).normalize(flat), flat[:, :1].float() / 255)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_size": "32"}, "image_size='32': takes a whole number"),
+        ({"image_size": 0}, "image_size=0: takes 1 or more"),
+        ({"mean": (0.5, 0.5), "std": (0.2, 0.2)}, r"mean=\(0.5, 0.5\): takes one number or three"),
+        ({"mean": 0.5}, "mean=0.5: takes one number or three"),
+        ({"mean": (float("nan"),) * 3}, r"mean=\(nan, nan, nan\): takes finite numbers"),
+        ({"std": (float("inf"),) * 3}, "takes numbers above 0"),
+        ({"divisor": 0}, "takes numbers above 0"),
+        ({"stretch": 1}, "stretch=1: takes true or false"),
+        ({"resize": 8.5}, "resize=8.5: takes a whole number, or None"),
+        ({"interpolation": None}, "interpolation=None: takes a string"),
+        ({"colour": "rgb"}, "this brfx knows no setting 'colour'"),
+    ],
+)
+def test_a_wrong_value_in_a_file_is_named(settings, message):
+    with pytest.raises(ConfigError, match=f"preprocessing: {message}" if "colour" in settings else message):
+        Preprocessing.from_dict({"image_size": 8} | settings)
+
+
 def test_mean_and_std_have_as_many_numbers():
-    for mean, std in [((0.5,), (0.2,) * 3), ((0.5,) * 2, (0.2,) * 2), ((0.5,) * 3, (0.2,))]:
+    for mean, std in [((0.5,), (0.2,) * 3), ((0.5,) * 3, (0.2,))]:
         with pytest.raises(ConfigError, match=rf"--mean of {len(mean)} and --std of {len(std)} numbers"):
             Preprocessing(8, mean, std)
     with pytest.raises(ConfigError, match="one each"):

@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -6,8 +9,10 @@ from torch.nn import functional as F
 import brfx
 from brfx.models import build_model
 from brfx.nn import LSQWeightQuantizer, QuantizedLayer, ResidualAdd, StreamAdd, StreamQuantizer
+from brfx.regularizers import Regularizers
 from brfx.regularizers.bin_penalty import per_value
 from brfx.regularizers.bin_regularizer import bin_loss
+from brfx.regularizers.kurtosis import KurtosisTerm
 from brfx.train.optim import build_optimizer
 from brfx.train.step import build_step, loss_step
 
@@ -242,6 +247,32 @@ def test_every_form_of_the_step_has_the_gradients_of_plain_calls(tiny, images, l
 def test_so_has_the_regularizer_per_value(tiny, images, lambdas, compiled):
     qmodel = calibrated(tiny.double(), images.double()).train()
     assert_forms_agree(qmodel, brfx.BinPenalty(qmodel, *lambdas, form="per_value"), images.double(), compiled)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_lambda_that_is_raised_later_trains(tiny, images, compiled):
+    qmodel = calibrated(tiny, images)
+    penalty, raised = brfx.BinPenalty(qmodel, 1, 0.5), brfx.BinPenalty(copy.deepcopy(qmodel), 0, 0)
+    if compiled:
+        raised.compile()
+    raised.train()(images)
+    raised.weight.fill_(1), raised.act.fill_(0.5)
+    for each in (penalty, raised):
+        each.train()(images)[1].total.backward()
+    for (name, wanted), found in zip(qmodel.named_parameters(), raised.model.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, wanted.grad, msg=name)
+
+
+def test_a_penalty_is_pickled_and_copied_with_its_model(tiny, images):
+    qmodel = calibrated(tiny, images)
+    penalty = Regularizers(brfx.BinPenalty(qmodel, weight=1, act=0.5), KurtosisTerm(qmodel, 0.1))
+    wanted = penalty(images)[1]
+    for twin in (pickle.loads(pickle.dumps(penalty)), copy.deepcopy(penalty)):
+        assert twin.run.model is not qmodel
+        assert torch.equal(twin(images)[1].total, wanted.total) and twin(images)[1]._fields == wanted._fields
+        with torch.no_grad():
+            next(twin.run.model.parameters()).mul_(2)
+        assert twin(images)[1].weight != wanted.weight
 
 
 @pytest.mark.parametrize(("lambdas", "terms"), [((1, 0), ("weight",)), ((0, 1), ("act",)), ((1, 1), ("weight", "act"))])
