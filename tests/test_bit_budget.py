@@ -9,7 +9,7 @@ import brfx
 from brfx.analysis.sensitivity import LayerSensitivity
 from brfx.bit_budget import Choice, knapsack, mean_bits
 from brfx.errors import ConfigError
-from brfx.export.packed import read_packed
+from brfx.export.packed_reader import read_packed
 
 
 def brute_force(layers, budget):

@@ -2,7 +2,8 @@
 
 from brfx.export.integer import snap_biases
 from brfx.export.onnx import OnnxReport, export_onnx
-from brfx.export.packed import export_packed, read_packed
+from brfx.export.packed import export_packed
+from brfx.export.packed_reader import read_packed
 from brfx.export.qonnx import export_qonnx
 from brfx.export.torch_export import export_torch
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from brfx.errors import ExportError, first_line
 from brfx.export.operators import convolution, linear, product, requantize
-from brfx.export.packed import PackedModel, read_packed
+from brfx.export.packed_reader import PackedModel, read_packed
 
 #: Settings of torch's layers that change nothing where the tensors are given.
 _SAID_BY_TENSORS = {"affine", "elementwise_affine", "num_channels", "num_features", "track_running_stats", "momentum"}
@@ -42,7 +42,7 @@ def packed_runner(path: Path) -> Callable[..., list[Tensor]]:
     """The file as a function of tensors.
 
     Raises:
-        ExportError: as :func:`brfx.export.packed.read_packed`; or, when it is run, an operation is not known here.
+        ExportError: as :func:`~brfx.export.packed_reader.read_packed`; or, when run, an operation is not known here.
     """
     network = _Network(path, read_packed(path))
     return torch.no_grad()(network.run)

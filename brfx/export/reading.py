@@ -14,7 +14,7 @@ from brfx.data import Preprocessing
 from brfx.errors import BrfxError, ExportError, first_line
 from brfx.export.integer import integer_model
 from brfx.export.onnx import onnx_runner, tensors
-from brfx.export.packed import read_packed
+from brfx.export.packed_reader import read_packed
 from brfx.export.packed_runner import packed_runner
 from brfx.extras import needed
 from brfx.io.exported_program import load_program, read_extra
