@@ -22,7 +22,7 @@ from brfx.analysis.observe import graphs
 from brfx.calibration import quantization_disabled
 from brfx.compat import in_float64
 from brfx.errors import RewriteError, first_line
-from brfx.graph.trace import select_by_mode
+from brfx.graph.mode_branches import select_by_mode
 from brfx.graph.user_classes import copied
 from brfx.graph.utils import module_calls
 from brfx.nn import ActivationObserver, ActivationQuantizer

@@ -11,8 +11,8 @@ from torch.fx import GraphModule, Node
 
 from brfx.analysis.audit import Audit, LayerAudit
 from brfx.analysis.observe import graphs
+from brfx.graph.mode_branches import pruned
 from brfx.graph.torch_ops import linear_op, name_of
-from brfx.graph.trace import pruned
 from brfx.graph.utils import call_sites
 from brfx.nn import (
     QUANTIZED_LAYERS,

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx import GraphModule
 
-from brfx.graph.trace import generated, pruned
+from brfx.graph.mode_branches import pruned
+from brfx.graph.traced_module import generated
 from brfx.nn import ActivationObserver, ActivationQuantizer, Quantizer, WeightQuantizer
 
 #: ``(gm, *inputs) -> (output, {site: what was seen})``

@@ -35,9 +35,9 @@ from brfx.export.layers import (
 )
 from brfx.export.operators import QuantParams
 from brfx.graph.dataflow import analyse, commutes_with_rounding, operands, operation
+from brfx.graph.mode_branches import pruned
 from brfx.graph.source_rewrite import QuantizedCall
 from brfx.graph.torch_ops import LINEAR, is_attention
-from brfx.graph.trace import pruned
 from brfx.graph.utils import attribute, call_counts, call_sites, free_name, set_module, step_read
 from brfx.nn import (
     ActivationObserver,

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from brfx.export.integer import IntegerModel
 from brfx.export.layers import IntegerConv, Requantize
-from brfx.graph.trace import pruned
+from brfx.graph.mode_branches import pruned
 from brfx.graph.utils import call_sites
 from brfx.modes import eval_mode
 from brfx.nn import ActivationQuantizer

@@ -18,7 +18,7 @@ from brfx.export.destination import as_inputs, destination, replacing
 from brfx.export.layers import store_transformed_weights
 from brfx.export.onnx import quiet
 from brfx.extras import needed
-from brfx.graph.trace import pruned
+from brfx.graph.mode_branches import pruned
 from brfx.graph.utils import attribute, set_module, step_read
 from brfx.metadata import metadata_entries
 from brfx.nn import QuantizedLayer, QuantizedMultiheadAttention, Quantizer, ResidualAdd

@@ -27,8 +27,9 @@ from brfx.fast.saved_codes import (
     with_codes,
     without_codes,
 )
+from brfx.graph.mode_branches import pruned
 from brfx.graph.torch_ops import name_of
-from brfx.graph.trace import TracedModule, generated, pruned
+from brfx.graph.traced_module import TracedModule, generated
 from brfx.graph.utils import attribute
 from brfx.kernels.batch_norm import batch_norm, can_tile
 from brfx.kernels.inductor import compiled

@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from brfx.graph.mode_branches import select_by_mode
 from brfx.graph.torch_ops import (
     JOINS,
     KEEPS_SIGN,
@@ -22,7 +23,6 @@ from brfx.graph.torch_ops import (
     preserves_values,
     words,
 )
-from brfx.graph.trace import select_by_mode
 from brfx.nn import ActivationObserver, ActivationQuantizer, Quantizer, ResidualAdd
 
 #: Averages of codes over n positions are codes of an n times finer grid.

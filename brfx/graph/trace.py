@@ -1,12 +1,10 @@
-"""Trace a float model into a ``GraphModule``, or into a module with ``GraphModule`` islands."""
+"""Trace a float model into a ``GraphModule``, or into a module with ``GraphModule`` islands: the symbolic runs."""
 
 from __future__ import annotations
 
 import builtins
 import contextlib
-import copy
 import inspect
-import itertools
 import logging
 import operator
 import os
@@ -23,11 +21,13 @@ from torch import fx, nn
 from torch.fx import Node
 
 from brfx.errors import TraceError
-from brfx.graph import side_effects
+from brfx.graph import side_effects, traced_module
 from brfx.graph.call_arguments import Arguments, Calls, class_of, require_given, require_held
-from brfx.graph.functionalize import _named_in_place, functionalize
+from brfx.graph.functionalize import functionalize
+from brfx.graph.mode_branches import merge
 from brfx.graph.side_effects import Surroundings, recording
-from brfx.graph.user_classes import Derived, copied, derived, detached
+from brfx.graph.traced_module import TracedModule
+from brfx.graph.user_classes import copied
 from brfx.kernels.hooks import has_hooks
 from brfx.modes import modes_kept
 from brfx.nn import QUANTIZED_LAYERS, ActivationObserver, QuantizedLayer, Quantizer
@@ -40,7 +40,7 @@ _LEAVES = (Quantizer, QuantizedLayer, ActivationObserver)
 
 
 #: Files whose frames are not lines of the user's code.
-_NOT_THE_USER_S = (f"{Path(torch.__file__).parent}{os.sep}", __file__, side_effects.__file__)
+_NOT_THE_USER_S = (f"{Path(torch.__file__).parent}{os.sep}", __file__, side_effects.__file__, traced_module.__file__)
 
 
 def is_plain(value: Any) -> bool:
@@ -196,190 +196,6 @@ def computes_as(m: nn.Module, kind: type[_Kind]) -> TypeGuard[_Kind]:
     )
 
 
-def select_by_mode(training: Any, evaluation: Any) -> Any:
-    """A node of this function is one value in training and another in eval; see :func:`pruned`."""
-    raise RuntimeError("a marker in graphs, resolved before they run")
-
-
-class TracedModule(Derived, fx.GraphModule):
-    """A ``GraphModule`` that stands for the whole of the module it was traced from.
-
-    ``fx.GraphModule`` keeps only what its graph calls. This one keeps every submodule, parameter, buffer, hook and
-    plain attribute under its name (RAFT asks its update block for ``hidden_state_size``; MaxViT has buffers that its
-    ``forward`` never reads), so that state dicts have the float model's keys in their order. It is of the float
-    model's class, whose methods and properties are there; only ``forward`` is the graph's.
-
-    Where ``forward`` does one thing in training and another in eval (dropout written as a function, auxiliary heads),
-    the graph has nodes of :func:`select_by_mode`; ``has_mode_branches`` says so. Only the values of the module's mode
-    are computed.
-    """
-
-    @classmethod
-    def of(cls, root: nn.Module, graph: fx.Graph) -> TracedModule:
-        """Raises:
-        TraceError: the class has a name that is one of a ``GraphModule``'s own.
-        """
-        kind = root.user_class if isinstance(root, Derived) else type(root)
-        if issubclass(kind, fx.GraphModule):
-            kind = nn.Module
-        users = {*dir(kind), *vars(root), *root._modules, *root._parameters, *root._buffers}
-        taken = sorted(_own_names(cls) & users) if kind is type(root) else []
-        if taken:
-            raise TraceError(f"cannot trace {kind.__name__}: it has a {taken[0]!r}, and so does every GraphModule")
-        new = cls(root, graph, kind.__name__)
-        new._adopt(vars(root))
-        new.__class__ = derived(cls, kind)
-        new.recompile()
-        return new
-
-    @property
-    def has_mode_branches(self) -> bool:
-        return any(node.target is select_by_mode for node in self.graph.nodes)
-
-    def _adopt(self, attributes: dict[str, Any]) -> None:
-        for name, value in attributes.items():
-            if name not in _GRAPH_STATE:
-                vars(self)[name] = value
-
-    def __deepcopy__(self, memo: dict[int, object]) -> TracedModule:
-        new: TracedModule = object.__new__(derived(*self._bases))
-        memo[id(self)] = new
-        memo.update(detached(self))
-        state = {name: value for name, value in vars(self).items() if name != "_compiled_call_impl"}  # calls this one
-        vars(new).update(copy.deepcopy(state, memo))
-        new.graph = new._graph
-        return new
-
-    def __copy__(self) -> TracedModule:
-        new: TracedModule = object.__new__(derived(*self._bases))
-        new.__setstate__(self.__getstate__())
-        return new
-
-    def __getstate__(self) -> dict[str, Any]:
-        compiled = (
-            "_code",
-            "_compiled_call_impl",
-            "_lineno_map",
-            "_prologue_start",
-            "_tracer_cls",
-            "_tracer_extras",
-        )
-        state = {name: value for name, value in vars(self).items() if name not in compiled}
-        return {**state, "_graph": packed(self.graph)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _tracer_cls=None, _tracer_extras={})
-        self.graph = unpacked(state["_graph"])
-
-    def recompile(self) -> Any:
-        code = super().recompile()
-        if self.has_mode_branches:
-            modes = {training: generated(self, pruned(self, training)) for training in (True, False)}
-            type(self).forward = lambda self, *args, **kwargs: modes[self.training](self, *args, **kwargs)  # type: ignore[method-assign]
-        return code
-
-
-#: What a GraphModule has of its own; all else in a module's ``vars`` is the traced module's.
-_GRAPH_STATE = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) - frozenset(vars(nn.Module()))
-
-
-def _own_names(cls: type) -> set[str]:
-    """Public names that every ``cls`` has and a plain module has not."""
-    return {name for name in {*dir(cls), "meta"} - {*dir(nn.Module)} if not name.startswith("_")}
-
-
-@dataclass(frozen=True)
-class _Named:
-    """The place of a node in a packed graph."""
-
-    name: str
-
-
-def _named(node: Node) -> Any:
-    return _Named(node.name)
-
-
-def packed(graph: fx.Graph) -> tuple[Any, ...]:
-    """A graph as plain values that refer to nodes by name: pickle follows links between nodes until it overflows."""
-    nodes = []
-    for node in graph.nodes:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), _named)
-        meta = {key: node.meta[key] for key in ("nn_module_stack", "source_line") if key in node.meta}
-        nodes.append((node.op, node.target, args, kwargs, node.name, meta))
-    return nodes, graph._codegen
-
-
-def unpacked(content: tuple[Any, ...]) -> fx.Graph:
-    """The graph that :func:`packed` made plain."""
-    graph, made = fx.Graph(), dict[str, Node]()
-    graph.set_codegen(content[1])
-
-    def named(value: Any) -> Any:
-        return made[value.name] if isinstance(value, _Named) else value
-
-    for op, target, args, kwargs, name, meta in content[0]:
-        args, kwargs = fx.node.map_aggregate((args, kwargs), named)  # type: ignore[misc]
-        made[name] = graph.create_node(op, target, args, kwargs, name)
-        made[name].meta.update(meta)
-    return graph
-
-
-def generated(gm: nn.Module, graph: fx.Graph) -> Any:
-    """The Python function that a graph over the modules of ``gm`` compiles to; ``gm`` is its ``self``."""
-    return type(fx.GraphModule(gm, graph)).forward
-
-
-def pruned(gm: fx.GraphModule, training: bool) -> fx.Graph:
-    """A copy of the graph as it is in one mode: its values instead of ``select_by_mode``, and without what only led to
-    others.
-
-    A node that nothing uses, such as an operation in place, is kept unless it belongs to the other mode.
-    """
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    rejected: set[Node] = set()
-    changes: set[Node] = set()
-    for node in list(graph.nodes):
-        if node.target is select_by_mode:
-            chosen, other = node.args if training else node.args[::-1]
-            changes |= {other} if not node.users and isinstance(other, Node) else set()
-            rejected |= _ancestors(other)
-            for user in list(node.users):
-                user.args = _replaced(user.args, node, chosen)
-                user.kwargs = _replaced(user.kwargs, node, chosen)
-            graph.erase_node(node)
-    ends = [node for node in graph.nodes if node.op in ("output", "placeholder") or _changes_state(node)]
-    rejected -= _ancestors([node for node in ends if node not in changes])
-    for node in graph.nodes:
-        if node.op != "output" and rejected.intersection(node.all_input_nodes):
-            rejected.add(node)
-    for node in reversed(graph.nodes):
-        if node in rejected:
-            graph.erase_node(node)
-    return graph
-
-
-def _changes_state(node: Node) -> bool:
-    """Whether a node changes something in place: in a graph without such operations, the model's state."""
-    return node.op.startswith("call_") and node.op != "call_module" and _named_in_place(node)
-
-
-def _replaced(arguments: Any, old: Node, new: Any) -> Any:
-    return fx.node.map_arg(arguments, lambda node: new if node is old else node)
-
-
-def _ancestors(value: Any) -> set[Node]:
-    found: set[Node] = set()
-    waiting: list[Node] = []
-    fx.node.map_arg(value, lambda node: waiting.append(node))
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting.extend(node.all_input_nodes)
-    return found
-
-
 @dataclass(frozen=True)
 class Traced:
     """The result of a trace.
@@ -471,7 +287,7 @@ def _trace(model: nn.Module, tracing: Tracing, name: str = "", *, write_back: bo
         log.debug("%s: %d operations in place made new values", type(model).__name__, changed)
     for graph in graphs:
         _check_arguments(graph, arguments)
-    _merge(*graphs)
+    merge(*graphs)
     return TracedModule.of(model, graphs[0])
 
 
@@ -487,108 +303,6 @@ def _check_arguments(graph: fx.Graph, arguments: Arguments) -> None:
                 graph.call_function(require_held, (node, node.target, arguments.held[str(node.target)]))
             elif node.target in arguments.given:
                 graph.call_function(require_given, (node, node.target))
-
-
-def _merge(train: fx.Graph, evaluation: fx.Graph) -> None:
-    """Add to ``train`` what ``evaluation`` does differently.
-
-    y = dropout(x, 0.5, True) / y = dropout(x, 0.5, False)  ->  t = by_mode(True, False); y = dropout(x, 0.5, t)
-    return pair(y, aux)       / return y                    ->  return by_mode(pair(y, aux), y)
-    c = add_(count, 1)        /                             ->  c = add_(count, 1); by_mode(c, None)
-    """
-    merge = _Merge(train)
-    for node in evaluation.nodes:
-        merge.take(node)
-    merge.mark_changes()
-
-
-class _Merge:
-    """Match each node of the eval graph with its node in the training graph.
-
-    A node that is nowhere in the training graph is paired with the next one there that calls the same thing, on
-    arguments that go by the mode, so that both have one quantizer; if there is none it is added.
-    """
-
-    def __init__(self, train: fx.Graph) -> None:
-        self.train = train
-        self.order = {node: (place, 0) for place, node in enumerate(train.nodes)}
-        self.unclaimed: dict[tuple[str, str], list[Node]] = {}
-        for node in train.nodes:
-            self.unclaimed.setdefault((node.op, str(node.target)), []).append(node)
-        self.mapping: dict[Node, Node] = {}
-        self.added: list[Node] = []
-        self.last = next(iter(train.nodes))
-
-    def take(self, node: Node) -> None:
-        candidates = self.unclaimed.get((node.op, str(node.target)), [])
-        arguments = fx.node.map_arg((node.args, node.kwargs), lambda other: self.mapping[other])
-        found = next((other for other in candidates if _equal((other.args, other.kwargs), arguments)), None)
-        if found is None and node.op in ("call_module", "call_function", "call_method", "output"):
-            found = next((other for other in candidates if self._pair(other, arguments)), None)
-        if found is None:
-            with self.train.inserting_after(self.last):
-                found = self.train.node_copy(node, lambda other: self.mapping[other])
-            self.added.append(found)
-            place, added = self.order[self.last]
-            self.order[found] = (place, added + 1)
-        else:
-            candidates.remove(found)
-        self.mapping[node] = found
-        self.last = max(self.last, found, key=lambda other: self.order[other])
-
-    def mark_changes(self) -> None:
-        """A change of the model's state that is in one mode alone gets a node that says so, which nothing uses."""
-        for node in self.added + list(itertools.chain(*self.unclaimed.values())):
-            if _changes_state(node):
-                with self.train.inserting_after(node):
-                    self.train.call_function(select_by_mode, (None, node) if node in self.added else (node, None))
-
-    def _pair(self, candidate: Node, arguments: Any) -> bool:
-        """Make ``candidate`` take ``arguments`` in eval, if it comes late enough for them."""
-        inputs: list[Node] = []
-        fx.node.map_arg(arguments, lambda node: inputs.append(node))
-        own = (candidate.args, candidate.kwargs)
-        whole = candidate.op == "output"
-        if any(self.order[node] >= self.order[candidate] for node in inputs) or not (whole or _alike(own, arguments)):
-            return False
-
-        def choose(a: Any, b: Any) -> Any:
-            if _equal(a, b):
-                return a
-            if isinstance(a, (tuple, list)) and _alike(a, b):
-                return type(a)(map(choose, a, b))
-            if isinstance(a, dict) and _alike(a, b):
-                return {key: choose(a[key], b[key]) for key in a}
-            with self.train.inserting_before(candidate):
-                chosen = self.train.call_function(select_by_mode, (a, b))
-            self.order[chosen] = self.order[candidate]
-            return chosen
-
-        if whole:
-            candidate.args = (choose(own[0][0], arguments[0][0]),)
-        else:
-            candidate.args = tuple(map(choose, own[0], arguments[0]))
-            candidate.kwargs = {key: choose(value, arguments[1][key]) for key, value in own[1].items()}
-        return True
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    if isinstance(a, slice) and isinstance(b, slice):
-        return _equal((a.start, a.stop, a.step), (b.start, b.stop, b.step))
-    return a is b or (not isinstance(a, Node) and type(a) is type(b) and bool(a == b))
-
-
-def _alike(a: Any, b: Any) -> bool:
-    """Whether two arguments are of one shape: as long, and with the same keys."""
-    if type(a) is type(b) and isinstance(a, (tuple, list)) and not hasattr(a, "_fields"):
-        return len(a) == len(b) and all(map(_alike, a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
-    return not isinstance(a, (tuple, list, dict, slice)) and not isinstance(b, (tuple, list, dict, slice))
 
 
 def _where(error: BaseException) -> str:

@@ -15,7 +15,8 @@ import brfx
 from brfx.analysis.equivalence import prove
 from brfx.errors import RewriteError
 from brfx.graph.side_effects import Surroundings
-from brfx.graph.trace import TracedModule, trace
+from brfx.graph.trace import trace
+from brfx.graph.traced_module import TracedModule
 from brfx.prepare import _warn_of_no_proof
 
 

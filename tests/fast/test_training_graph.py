@@ -8,7 +8,7 @@ from torch._inductor.utils import run_and_get_code
 import brfx
 from brfx.fast.saved_codes import apply_with_codes, dequantized, with_codes
 from brfx.fast.training_graph import compile_chains, compile_weights, keep_codes, tile_norms
-from brfx.graph.trace import pruned
+from brfx.graph.mode_branches import pruned
 from brfx.nn import QuantizedClippedReLU, QuantizedLayer
 from brfx.nn.layers import QuantizedConv2d
 from brfx.train.step import build_step
