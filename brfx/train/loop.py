@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
 from time import monotonic
@@ -20,7 +18,6 @@ from torch import Tensor, nn
 
 from brfx.config import TrainConfig
 from brfx.distributed import (
-    all_gather_object,
     all_reduce_max,
     broadcast_buffers,
     broadcast_object,
@@ -29,27 +26,23 @@ from brfx.distributed import (
     sync_batch_norms,
     world_size,
 )
-from brfx.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError, first_line
+from brfx.errors import ConfigError, DataError, Interrupted, TrainingError, first_line
 from brfx.io.atomic import write_atomically, write_text_atomically
 from brfx.io.state_dict import versioned
 from brfx.train.batch_norm import reestimate_batch_norm, small_batches_named
 from brfx.train.checkpoint import (
-    FOLDER,
-    Checkpoints,
     has_checkpoints,
-    state_sha256,
     written_into,
 )
-from brfx.train.ema import WeightAverage
 from brfx.train.evaluate import Evaluation, Score, evaluate
 from brfx.train.finite import culprit
 from brfx.train.memory import memory_kept
-from brfx.train.random_state import generators_of, parts_of, random_state, set_random_state
+from brfx.train.random_state import parts_of, random_state, set_random_state
 from brfx.train.report import Callback, EpochMetrics, FitResult, Phase, Progress, Sums, tell
+from brfx.train.run_state import RunState, Statistics
 from brfx.train.step import (
     COMPILING_TAKES,
     LossStep,
-    Shapes,
     build_step,
     build_teacher,
     compiles_pieces,
@@ -59,7 +52,6 @@ from brfx.train.step import (
 )
 from brfx.train.stopping import StopRequest, stop_requests
 from brfx.train.tasks import Task, classification, custom, positional, to_device
-from brfx.train.update import Update
 
 log = logging.getLogger(__name__)
 
@@ -94,16 +86,6 @@ class Penalty(Protocol):
 
     def __call__(self, *inputs: Any) -> tuple[Any, Any]: ...
     def begin(self) -> None: ...
-
-
-class Statistics(Protocol):
-    """Figures of the model's weights after each epoch, and what the next ones are measured against, as plain data and
-    tensors. :class:`brfx.WeightStatistics` is one."""
-
-    def begin(self) -> None: ...
-    def __call__(self, epoch: int, batches: int) -> dict[str, dict[str, float | None]]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def fit(
@@ -184,8 +166,19 @@ def fit(
         raise ConfigError("keep='best' chooses on validation data, and there is none: give val_data, or keep='last'")
     batches = _batches_of(train_data, config)
     seed_everything(config.seed)
-    run = _Run(model, train_data, batches, task, config, penalty, teacher, statistics, run_dir, tuple(callbacks))
-    run.about = dict(about or {})
+    layout = _on_device(model, teacher, config)
+    run = RunState(
+        model,
+        config,
+        data=train_data,
+        batches=batches,
+        compiled=how_to_compile(config.compile, config.epochs * batches, config.device) if task.compiles else "none",
+        metric=task.metric,
+        teacher=teacher,
+        statistics=statistics,
+        run_dir=run_dir,
+    )
+    loop = _Loop(run, train_data, task, layout, penalty, teacher, dict(about or {}), tuple(callbacks))
     if resume:
         run.resume()
     elif run_dir is not None and has_checkpoints(run_dir):
@@ -198,10 +191,21 @@ def fit(
     with stop_requests() as stop, name_lost_ranks(), sync_batch_norms(model), memory_kept(), _frozen_for_now(model):
         while run.epoch <= config.epochs and not run.out_of_patience():
             stage = "plain" if penalty is None else "penalty" if run.epoch > warmup else "warm-up"
-            run.train_epoch(stage, stop)
-            run.end_epoch(stage, val_data)
-            run.stop_if_asked(stop)
-    return run.result()
+            loop.train_epoch(stage, stop)
+            loop.end_epoch(stage, val_data)
+            loop.stop_if_asked(stop)
+    return loop.result()
+
+
+def _on_device(model: nn.Module, teacher: nn.Module | None, config: TrainConfig) -> torch.memory_format:
+    """Move both to the device, in the memory layout that is given back: images come in it too."""
+    spatial = {parameter.dim() for parameter in model.parameters()}  # 5: of volumes, which have no such layout
+    channels_last = config.channels_last and 5 not in spatial
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    for module in (model, teacher):
+        if module is not None:
+            module.to(config.device, memory_format=layout)  # type: ignore[call-overload]
+    return layout
 
 
 def _batches_of(train_data: Any, config: TrainConfig) -> int:
@@ -244,177 +248,51 @@ def _frozen_for_now(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(before)
 
 
-class _Run:
-    """A run between two batches: everything that decides how it goes on."""
+class _Loop:
+    """The work on a run: its epochs and their batches."""
 
     def __init__(
         self,
-        model: nn.Module,
+        run: RunState,
         data: Batches,
-        batches: int,
         task: Task,
-        config: TrainConfig,
+        layout: torch.memory_format,
         penalty: Penalty | None,
         teacher: nn.Module | None,
-        statistics: Statistics | None,
-        run_dir: Path | None,
+        about: dict[str, Any],
         callbacks: tuple[Callback, ...],
     ) -> None:
-        spatial = {parameter.dim() for parameter in model.parameters()}  # 5: of volumes, which have no such layout
-        channels_last = config.channels_last and 5 not in spatial
-        self.layout = torch.channels_last if channels_last else torch.contiguous_format
-        for module in (model, teacher):
-            if module is not None:
-                module.to(config.device, memory_format=self.layout)  # type: ignore[call-overload]
-        self.model, self.data, self.config, self.penalty, self.run_dir = model, data, config, penalty, run_dir
-        self.task, self.objective = task, objective(config, task)
-        self.callbacks, self.statistics = callbacks, statistics
+        self.run, self.model, self.config = run, run.model, run.config
+        self.data, self.task, self.layout, self.penalty = data, task, layout, penalty
+        self.about, self.callbacks = about, callbacks
+        self.objective = objective(run.config, task)
         self.teacher = None if teacher is None else teacher.eval()
-        self.checkpoints = None if run_dir is None else Checkpoints(run_dir / FOLDER, config.keep_checkpoints)
-        self.batches, self.generators = batches, generators_of(data)
-        total = config.epochs * self.batches
-        self.update = Update(model, config, config.epochs * -(-self.batches // config.accumulate))
-        self.always_syncs = always_syncs(config)
+        self.soft: Callable[[Any], Any] | None = None  # the teacher's output
+        self.always_syncs = always_syncs(run.config)
         self.lr = 0.0  # of the last batch
-        self.compiled = how_to_compile(config.compile, total, config.device) if task.compiles else "none"
-        self.built = self.compiled  # of the last stage: nothing is compiled where there are no kernels to compile
-        self.average = WeightAverage(model, config.ema) if config.ema else None
-        self.epoch, self.batch = 1, 0  # the epoch from 1, and how many of its batches are done
-        self.shapes: Shapes | None = None  # of the first batch, for which the step is compiled
-        self.epoch_random = self.random = random_state(self.generators)  # when the epoch began, and now
-        self.sums, self.seconds = Sums(), 0.0
-        self.history: list[EpochMetrics] = []
-        self.best = -math.inf  # the metric of best.pth
-        self.kept, self.kept_weights = 0, dict[str, Tensor]()  # the epoch that would be the result now
-        self.skipped = 0
-        self.about: dict[str, Any] = {}
         self.stage = ""
+        self.built = run.compiled  # of the last stage: nothing is compiled where there are no kernels to compile
         self.step: LossStep | None = None
         self.uncompiled = False  # the next batch is the first of its stage, and compiles
-        self.teacher_sha256 = None if teacher is None else state_sha256(teacher)
-        self.soft: Callable[[Any], Any] | None = None  # the teacher's output
-
-    # From and to a checkpoint.
-
-    def state(self) -> dict[str, Any]:
-        """Plain data and tensors, from which :meth:`restore` makes this run again."""
-        return {
-            "config": asdict(self.config),
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "batches": self.batches,
-            "model": self.model.state_dict(),
-            "optimizer": self.update.optimizer.state_dict(),
-            "scheduler": self.update.scheduler.state_dict(),
-            "scaler": self.update.scaler.state_dict(),
-            "average": self.average and {"values": self.average.average, "updates": self.average.updates},
-            "random": all_gather_object((self.epoch_random, random_state(self.generators))),
-            "compiled": self.compiled,
-            "metric": self.task.metric,
-            "shapes": self.shapes and [list(map(list, shapes)) for shapes in self.shapes],
-            "sums": vars(self.sums),
-            "seconds": self.seconds,
-            "history": [metrics.as_dict() for metrics in self.history],
-            "best": self.best,
-            "kept": self.kept,
-            "kept_weights": self.kept_weights,
-            "skipped": self.skipped,
-            "teacher_sha256": self.teacher_sha256,
-            "statistics": None if self.statistics is None else self.statistics.state_dict(),
-        }
-
-    def resume(self) -> None:
-        """Go on from the newest whole checkpoint, if there is one."""
-        state = None
-        if self.run_dir is not None and rank() == 0:
-            assert self.checkpoints is not None
-            state = self.checkpoints.newest()
-        state = broadcast_object(state)
-        if state is None:
-            return
-        try:
-            self._check(state)
-            self.restore(state)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise CheckpointError(
-                f"{self.run_dir}: the checkpoint does not fit this model ({first_line(error)})"
-            ) from error
-        log.info("Resumed at epoch %d, batch %d of %d", self.epoch, self.batch, self.batches)
-
-    def _check(self, state: dict[str, Any]) -> None:
-        """What may change between the parts of a run: where it runs, and how often it is saved."""
-        free = {"device", "checkpoint_minutes", "keep_checkpoints"}
-        now = asdict(self.config) | {"batches": self.batches, "world_size": world_size(), "metric": self.task.metric}
-        then = state["config"] | {"batches": state["batches"], "world_size": len(state["random"])}
-        then["metric"] = state["metric"]
-        for name in now:
-            if name not in then:
-                raise ConfigError(f"{self.run_dir}: begun by an older brfx, which had no {name!r}: begin a new run")
-            if name not in free and now[name] != then[name]:
-                raise ConfigError(
-                    f"{self.run_dir}: the run was begun with {name}={then[name]!r}, now it is {now[name]!r}: "
-                    "resume with the settings of the start, or begin a new run"
-                )
-        if self.teacher_sha256 != state["teacher_sha256"]:
-            raise ConfigError(
-                f"{self.run_dir}: the run was begun with another teacher, whose weights differ: give that"
-            )
-        if self.statistics is not None and state.get("statistics") is None:
-            raise ConfigError(f"{self.run_dir}: the run was begun without statistics: resume without them")
-
-    def restore(self, state: dict[str, Any]) -> None:
-        device = self.config.device
-        self.epoch, self.batch = int(state["epoch"]), int(state["batch"])
-        self.model.load_state_dict(versioned(state["model"], self.model))
-        self.update.optimizer.load_state_dict(state["optimizer"])
-        self.update.scheduler.load_state_dict(state["scheduler"])
-        self.update.scaler.load_state_dict(state["scaler"])
-        if self.average is not None:
-            self.average.updates = state["average"]["updates"]
-            self.average.average = {k: v.to(device) for k, v in state["average"]["values"].items()}
-        self.epoch_random, self.random = state["random"][rank()]
-        set_random_state(self.random, self.generators)
-        self.compiled = state["compiled"]
-        shapes = state["shapes"]
-        self.shapes = shapes and tuple(tuple(map(torch.Size, found)) for found in shapes)
-        self.sums = Sums(**state["sums"]).to(device)
-        self.seconds = float(state["seconds"])
-        self.history = [EpochMetrics.from_dict(metrics) for metrics in state["history"]]
-        self.best = float(state["best"])
-        self.kept = int(state["kept"])
-        self.kept_weights = {k: v.to(device) for k, v in state["kept_weights"].items()}
-        self.skipped = int(state["skipped"])
-        if self.statistics is not None:
-            self.statistics.load_state_dict(state["statistics"])
-
-    def save(self) -> None:
-        state = self.state()
-        if self.checkpoints is not None and rank() == 0:
-            with written_into(self.run_dir):
-                self.checkpoints.write((self.epoch - 1) * self.batches + self.batch, state)
-
-    # An epoch.
 
     def train_epoch(self, stage: str, stop: StopRequest) -> None:
-        """Train from batch ``self.batch`` to the epoch's end."""
+        """Train from batch ``run.batch`` to the epoch's end."""
         if stage != self.stage:
             self._begin(stage)
         self.model.train()
         saved = started = told = monotonic()
-        before = self.seconds
+        before = self.run.seconds
         self._tell_phase()
         for inputs, targets in self._remaining():
-            at_end = self.batch + 1 == self.batches
-            completes = at_end or (self.batch + 1) % self.config.accumulate == 0  # an update; none is saved half
+            at_end = self.run.batch + 1 == self.run.batches
+            completes = at_end or (self.run.batch + 1) % self.config.accumulate == 0  # an update; none is saved half
             slow = self.always_syncs and monotonic() - told >= TELL_EVERY
-            tells = at_end or slow or (self.batch + 1) % LOG_EVERY == 0
+            tells = at_end or slow or (self.run.batch + 1) % LOG_EVERY == 0
             syncs = tells or self.always_syncs or (completes and self.config.accumulate > 1)
             with self._compiling(stop) if self.uncompiled else nullcontext():
                 self._train_batch(inputs, targets, syncs)
-            self.batch += 1
-            self.seconds = before + monotonic() - started
+            self.run.batch += 1
+            self.run.seconds = before + monotonic() - started
             if tells:
                 self._tell(stage)
                 told = monotonic()
@@ -424,27 +302,27 @@ class _Run:
                 continue
             due = monotonic() - saved >= 60 * self.config.checkpoint_minutes
             if all_reduce_max(stop.signal, self.config.device):
-                self.save()
+                self.run.save()
                 self.stop_if_asked(stop)
             if broadcast_object(due):
-                self.save()
+                self.run.save()
                 saved = monotonic()
-        if self.batch < self.batches:
+        if self.run.batch < self.run.batches:
             raise DataError(
-                f"epoch {self.epoch}: train_data gave {self.batch} batches, not {self.batches}, for which the rates "
-                "are: give it its true length, or say how many there are with TrainConfig(epoch_batches=)"
+                f"epoch {self.run.epoch}: train_data gave {self.run.batch} batches, not {self.run.batches}, for which "
+                "the rates are: give it its true length, or say how many there are with TrainConfig(epoch_batches=)"
             )
 
     def _begin(self, stage: str) -> None:
         active = self.penalty if stage == "penalty" else None
         if active is not None:
             active.begin()
-        own: dict[str, Any] = {"loss": self.objective, "correct": self.task.correct, "shapes": self.shapes}
-        idle = self.compiled == "kernels" and not compiles_pieces(self.model, active)
-        self.built = "none" if idle else self.compiled
-        self.step = build_step(self.model, active, self.compiled, self.config.precision, **own)
+        own: dict[str, Any] = {"loss": self.objective, "correct": self.task.correct, "shapes": self.run.shapes}
+        idle = self.run.compiled == "kernels" and not compiles_pieces(self.model, active)
+        self.built = "none" if idle else self.run.compiled
+        self.step = build_step(self.model, active, self.run.compiled, self.config.precision, **own)
         if self.teacher is not None and self.soft is None:
-            self.soft = build_teacher(self.teacher, self.compiled, self.shapes)
+            self.soft = build_teacher(self.teacher, self.run.compiled, self.run.shapes)
         self.stage, self.uncompiled = stage, self.built != "none"
 
     @contextmanager
@@ -465,17 +343,17 @@ class _Run:
         self._tell_phase()
 
     def _tell_phase(self) -> None:
-        done = (self.epoch - 1) * self.batches + self.batch
-        tell(self.callbacks, Phase("training", done, self.config.epochs * self.batches))
+        done = (self.run.epoch - 1) * self.run.batches + self.run.batch
+        tell(self.callbacks, Phase("training", done, self.config.epochs * self.run.batches))
 
     def _remaining(self) -> Iterator[tuple[Any, Any]]:
-        """The epoch's batches from ``self.batch`` on, on the device."""
+        """The epoch's batches from ``run.batch`` on, on the device."""
         for part in parts_of(self.data):
             if hasattr(part, "set_epoch"):
-                part.set_epoch(self.epoch)
-        if not self.batch:
-            self.epoch_random = random_state(self.generators)
-        for batch in self._resumed() if self.batch else self.data:
+                part.set_epoch(self.run.epoch)
+        if not self.run.batch:
+            self.run.epoch_random = random_state(self.run.generators)
+        for batch in self._resumed() if self.run.batch else self.data:
             inputs, targets = self.task.split(batch)
             inputs = positional(self.model, to_device(inputs, self.config.device, self.layout))
             yield inputs, to_device(targets, self.config.device)
@@ -483,46 +361,46 @@ class _Run:
     def _resumed(self) -> Iterator[Any]:
         """The rest of an epoch that was cut off; what random numbers finding its place takes, the run did not take."""
         if hasattr(self.data, "starting_at"):
-            batches = self.data.starting_at(self.batch)
+            batches = self.data.starting_at(self.run.batch)
             found = list(islice(batches, 1))
         else:  # draw again what was drawn
-            set_random_state(self.epoch_random, self.generators)
+            set_random_state(self.run.epoch_random, self.run.generators)
             batches, found = iter(self.data), []
-            for _ in islice(batches, self.batch):
+            for _ in islice(batches, self.run.batch):
                 pass
-        set_random_state(self.random, self.generators)
+        set_random_state(self.run.random, self.run.generators)
         yield from chain(found, batches)
 
     def _train_batch(self, inputs: Any, targets: Any, syncs: bool) -> None:
         """Train on one batch; with ``syncs``, wait for the device and see whether all went well since the last sync."""
-        self.shapes = self.shapes or shapes_of(inputs, targets)
+        self.run.shapes = self.run.shapes or shapes_of(inputs, targets)
         skips = self.config.on_nonfinite == "skip"
         buffers = [buffer.clone() for buffer in self.model.buffers()] if skips else []
-        self.lr = self.update.lr
+        self.lr = self.run.update.lr
         loss, numbers = self._forward(inputs, targets)
         of_update, together = self._place_in_update()
         completes = of_update + 1 == together
-        failed = self.update(loss, sync=syncs, share=1 / together, completes=completes)
+        failed = self.run.update(loss, sync=syncs, share=1 / together, completes=completes)
         if not failed:
-            self.sums.add(numbers, self.task.size(inputs))
-            if self.average is not None and completes:
-                self.average.update(self.model)
+            self.run.sums.add(numbers, self.task.size(inputs))
+            if self.run.average is not None and completes:
+                self.run.average.update(self.model)
             return
         if failed > 1:
             inputs, targets, loss = self._again(failed)
-        where = f"{self._where(1)}: {culprit(self.model, inputs, loss, targets)}"
+        where = f"{self.run.where(1)}: {culprit(self.model, inputs, loss, targets)}"
         if not skips:
             raise TrainingError(f"{where}; try a lower --lr or --clip-grad, or --on-nonfinite skip")
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
-        self.update.forgive()
-        self.skipped += 1
+        self.run.update.forgive()
+        self.run.skipped += 1
         log.warning("%s; the batch was skipped", where)
 
     def _forward(self, inputs: Any, targets: Any) -> tuple[Tensor, dict[str, Tensor]]:
         assert self.step is not None
         soft = None if self.soft is None else self.soft(inputs)
-        with small_batches_named(self._where(1)):
+        with small_batches_named(self.run.where(1)):
             return self.step(inputs, targets, soft)
 
     def _again(self, failed: int) -> tuple[Any, Any, Tensor]:
@@ -530,33 +408,30 @@ class _Run:
 
         It is drawn and run once more: nothing that decides its gradients has changed since.
         """
-        self.batch -= failed - 1
-        set_random_state(self.epoch_random, self.generators)
+        self.run.batch -= failed - 1
+        set_random_state(self.run.epoch_random, self.run.generators)
         inputs, targets = next(self._remaining())
-        self.update.clear()
+        self.run.update.clear()
         loss, _ = self._forward(inputs, targets)
-        self.update(loss, completes=False)
+        self.run.update(loss, completes=False)
         return inputs, targets, loss
 
     def _place_in_update(self) -> tuple[int, int]:
         """Which of the batches of an update the next one is, from 0, and how many these are: the last of an epoch may
         have fewer."""
-        place = self.batch % self.config.accumulate
-        return place, min(self.config.accumulate, self.batches - (self.batch - place))
-
-    def _where(self, more: int = 0) -> str:
-        return f"epoch {self.epoch}, batch {self.batch + more}"
+        place = self.run.batch % self.config.accumulate
+        return place, min(self.config.accumulate, self.run.batches - (self.run.batch - place))
 
     def stop_if_asked(self, stop: StopRequest) -> None:
         """Raise Interrupted if any rank was asked to stop; what there is has been saved."""
         number = int(all_reduce_max(stop.signal, self.config.device))
         if number:
-            more = f"; go on with --resume {self.run_dir}" if self.run_dir else ""
-            raise Interrupted(number, f"stopped at {self._where()}{more}")
+            more = f"; go on with --resume {self.run.run_dir}" if self.run.run_dir else ""
+            raise Interrupted(number, f"stopped at {self.run.where()}{more}")
 
     def _tell(self, stage: str) -> None:
-        means = self.sums.means()
-        progress = Progress(self.epoch, self.config.epochs, self.batch, self.batches, stage, self.lr, means)
+        means = self.run.sums.means()
+        progress = Progress(self.run.epoch, self.config.epochs, self.run.batch, self.run.batches, stage, self.lr, means)
         for callback in self.callbacks:
             callback.on_batch(progress)
 
@@ -565,82 +440,57 @@ class _Run:
         broadcast_buffers(self.model)
         if val_data is not None:
             tell(self.callbacks, Phase("validating"))
-        with self.average.applied(self.model) if self.average is not None else nullcontext():
+        with self.run.average.applied(self.model) if self.run.average is not None else nullcontext():
             if self.config.reestimate_bn:
                 self._reestimate()
             metrics = self._metrics(stage, None if val_data is None else evaluate(self.model, val_data, self.task))
             weights = {k: v.clone() for k, v in self.model.state_dict().items()}
-        self.history.append(metrics)
-        improved = self._keep(metrics, weights)
-        self.epoch, self.batch = self.epoch + 1, 0
-        self.sums, self.seconds = Sums(), 0.0
-        if self.run_dir is not None and rank() == 0:
+        self.run.history.append(metrics)
+        improved = self.run.keep(metrics, weights)
+        self.run.epoch, self.run.batch = self.run.epoch + 1, 0
+        self.run.sums, self.run.seconds = Sums(), 0.0
+        if self.run.run_dir is not None and rank() == 0:
             content = {**self.about, "state_dict": weights, "metrics": metrics.as_dict()}
-            with written_into(self.run_dir):
-                write_metrics(self.run_dir, self.history)
+            with written_into(self.run.run_dir):
+                write_metrics(self.run.run_dir, self.run.history)
                 for name in ("last.pth", "best.pth") if improved else ("last.pth",):
-                    write_atomically(self.run_dir / name, content)
-        self.save()
+                    write_atomically(self.run.run_dir / name, content)
+        self.run.save()
         for callback in self.callbacks:
             callback.on_epoch(metrics)
 
-    def _keep(self, metrics: EpochMetrics, weights: dict[str, Tensor]) -> bool:
-        """Keep the weights if they would be the result now. Whether they are the best so far, the later of equals.
-
-        An epoch of the warm-up has another objective, so it does not compete.
-        """
-        value = metrics.val_metric
-        best = metrics.stage != "warm-up" and value is not None and value >= self.best
-        if best:
-            assert value is not None
-            self.best = value
-        if best or self.config.keep == "last":
-            self.kept, self.kept_weights = metrics.epoch, weights
-        return best
-
-    def out_of_patience(self) -> bool:
-        """Whether the last ``config.patience`` epochs of the final objective did no better than one before them."""
-        measured = (metrics.val_metric for metrics in self.history if metrics.stage != "warm-up")
-        scores = [-math.inf if score is None else score for score in measured]
-        if self.config.patience is None or not scores:
-            return False
-        waited = len(scores) - 1 - scores.index(max(scores))
-        if waited >= self.config.patience:
-            log.info("Stopped after epoch %d: none better on validation in %d epochs", len(self.history), waited)
-        return waited >= self.config.patience
-
     def _reestimate(self) -> None:
         """Batch norms' statistics from the first batches of the epoch; nothing random moves on."""
-        before = random_state(self.generators)
+        before = random_state(self.run.generators)
         batches = islice(iter(self.data), self.config.reestimate_bn)
         inputs = (to_device(self.task.split(batch)[0], self.config.device) for batch in batches)
         reestimate_batch_norm(self.model, inputs)
         broadcast_buffers(self.model)
-        set_random_state(before, self.generators)
+        set_random_state(before, self.run.generators)
 
     def _metrics(self, stage: str, result: Evaluation | Score | None) -> EpochMetrics:
         return EpochMetrics(
-            epoch=self.epoch,
+            epoch=self.run.epoch,
             stage=stage,
             lr=self.lr,
-            train=self.sums.means(),
+            train=self.run.sums.means(),
             val_loss=None if result is None else result.loss,
             val_metric=None if result is None else result.value,
-            seconds=self.seconds,
-            images_per_second=world_size() * self.sums.images / self.seconds if self.seconds else 0.0,
-            weights={} if self.statistics is None else self.statistics(self.epoch, self.batches),
+            seconds=self.run.seconds,
+            images_per_second=world_size() * self.run.sums.images / self.run.seconds if self.run.seconds else 0.0,
+            weights={} if self.run.statistics is None else self.run.statistics(self.run.epoch, self.run.batches),
             metric=self.task.metric,
             further=dict(result.further) if isinstance(result, Score) else {},
         )
 
     def result(self) -> FitResult:
-        history, metric = tuple(self.history), self.task.metric
+        history, metric = tuple(self.run.history), self.task.metric
         if not history:
-            return FitResult(history, 0, "", None, self.built, self.skipped, self.teacher_sha256, metric)
-        self.model.load_state_dict(versioned(self.kept_weights, self.model))
-        kept = history[self.kept - 1]
+            return FitResult(history, 0, "", None, self.built, self.run.skipped, self.run.teacher_sha256, metric)
+        self.model.load_state_dict(versioned(self.run.kept_weights, self.model))
+        kept = history[self.run.kept - 1]
         chosen = kept.epoch, kept.stage, kept.val_metric
-        return FitResult(history, *chosen, self.built, self.skipped, self.teacher_sha256, metric)
+        return FitResult(history, *chosen, self.built, self.run.skipped, self.run.teacher_sha256, metric)
 
 
 def seed_everything(seed: int) -> None:

@@ -1,7 +1,6 @@
 import io
 import json
 import random
-from itertools import islice
 
 import numpy as np
 import pytest
@@ -12,24 +11,11 @@ import brfx
 from brfx.data import BatchLoader
 from brfx.models import build_model
 from brfx.train import Callback, Evaluation, fit, step
-from brfx.train.checkpoint import Checkpoints
 from brfx.train.optim import build_optimizer, rate_factor
 from brfx.train.random_state import random_state, set_random_state
 from brfx.train.step import compiles_pieces, how_to_compile
 
-from .helpers import small_net
-
-
-def loaders(digits, batch=64):
-    train = BatchLoader(digits.train, digits.preprocessing, batch, augment=True, flip=False, drop_last=True)
-    return train, BatchLoader(digits.val, digits.preprocessing, 256)
-
-
-def quantized(digits, **config):
-    qmodel = brfx.prepare_qat(small_net(), brfx.QATConfig(**config))
-    train, _ = loaders(digits)
-    brfx.calibrate(qmodel, [next(iter(train))], start="mse", batch_statistics=True)
-    return qmodel
+from .helpers import loaders, quantized, small_net
 
 
 class Recorder(Callback):
@@ -114,18 +100,6 @@ def test_without_validation_the_last_epoch_is_kept_and_nothing_is_chosen(tmp_pat
     assert (tmp_path / "last.pth").is_file() and not (tmp_path / "best.pth").exists()
     with pytest.raises(brfx.BrfxError, match="keep='best' chooses on validation data, and there is none"):
         fit(small_net(), batches, None, brfx.TrainConfig(epochs=1, keep="best"))
-
-
-def test_a_run_of_an_older_brfx_is_not_resumed_under_settings_that_it_did_not_have(tmp_path):
-    batches = [(torch.randn(4, 3, 16, 16), torch.arange(4))]
-    config = brfx.TrainConfig(epochs=1, compile="off")
-    fit(small_net(), batches, None, config, run_dir=tmp_path)
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
-    state = checkpoints.newest()
-    del state["config"]["keep"]
-    checkpoints.write(2, state)
-    with pytest.raises(brfx.BrfxError, match="begun by an older brfx, which had no 'keep': begin a new run"):
-        fit(small_net(), batches, None, config, run_dir=tmp_path, resume=True)
 
 
 def test_a_short_run_reaches_what_chance_cannot(digits):
@@ -267,37 +241,6 @@ def test_a_resnet_step_has_finite_gradients_everywhere():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in qmodel.parameters())
 
 
-class Cut(Exception):
-    """Ends a run between two batches."""
-
-
-def test_a_run_with_frozen_steps_goes_on_in_the_same_process_bit_for_bit(digits, tmp_path):
-    config = brfx.TrainConfig(epochs=2, warmup_epochs=1, compile="off", checkpoint_minutes=1e-9)
-    batches = list(islice(loaders(digits)[0], 6))
-
-    def trained(run_dir, cut=0):
-        """The weights of a run, cut off at ``cut`` batches before it goes on."""
-        qmodel = quantized(digits)
-
-        class Cutting(Callback):
-            def on_batch(self, progress):
-                if (progress.epoch, progress.batch) == (2, 6) and cut:
-                    raise Cut
-
-        settings = {"penalty": brfx.BinPenalty(qmodel, freeze_weight_steps=True, freeze_act_steps=True)}
-        if cut:
-            with pytest.raises(Cut):
-                fit(qmodel, batches, None, config, run_dir=run_dir, callbacks=[Cutting()], **settings)
-        assert all(parameter.requires_grad for parameter in qmodel.parameters())
-        fit(qmodel, batches, None, config, run_dir=run_dir, resume=bool(cut), **settings)
-        assert all(parameter.requires_grad for parameter in qmodel.parameters())
-        return qmodel.state_dict()
-
-    (tmp_path / "whole").mkdir(), (tmp_path / "cut").mkdir()
-    whole, cut = trained(tmp_path / "whole"), trained(tmp_path / "cut", cut=1)
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
-
-
 def test_python_and_numpy_draw_on_where_a_run_was_cut_off():
     random.seed(3), np.random.seed(4), torch.manual_seed(5)
     random.gauss(0, 1), np.random.standard_normal()  # each of these keeps a second value for the next call
@@ -333,65 +276,6 @@ def torch_read(state):
     torch.save(state, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
-
-
-def test_a_resumed_run_draws_the_numbers_of_python_and_numpy_that_it_would_have_drawn(digits, tmp_path):
-    """Its loader jitters the images by both."""
-
-    class Jittering:
-        def __init__(self, batches):
-            self.batches = batches
-
-        def __len__(self):
-            return len(self.batches)
-
-        def __iter__(self):
-            for images, labels in self.batches:
-                yield images * random.uniform(0.9, 1.1) + np.random.uniform(-0.1, 0.1), labels
-
-    batches = list(islice(loaders(digits)[0], 4))
-    config = brfx.TrainConfig(epochs=3, compile="off", checkpoint_minutes=1e-9)
-
-    class Cutting(Callback):
-        def on_epoch(self, metrics):
-            if metrics.epoch == 2:
-                raise Cut
-
-    whole = small_net()
-    fit(whole, Jittering(batches), None, config)
-    with pytest.raises(Cut):
-        fit(small_net(), Jittering(batches), None, config, run_dir=tmp_path, callbacks=[Cutting()])
-    random.seed(99), np.random.seed(99)
-    resumed = small_net()
-    fit(resumed, Jittering(batches), None, config, run_dir=tmp_path, resume=True)
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
-
-
-def test_a_run_in_fp16_goes_on_at_the_scale_that_it_had(digits, tmp_path):
-    """Images so bright that gradients overflow at the scale of the start: there, an update would be left out."""
-    batches = [(100 * images, labels) for images, labels in islice(loaders(digits)[0], 8)]
-    config = brfx.TrainConfig(epochs=2, precision="fp16", compile="off", lr=1e-8, checkpoint_minutes=1e-9)
-
-    class Cutting(Callback):
-        def on_epoch(self, metrics):
-            if metrics.epoch == 1:
-                raise Cut
-
-    def net():
-        model = small_net()
-        model[1], model[4] = nn.Identity(), nn.Identity()
-        return model
-
-    whole, resumed = net(), net()
-    fit(whole, batches, None, config)
-    with pytest.raises(Cut):
-        fit(net(), batches, None, config, run_dir=tmp_path, callbacks=[Cutting()])
-    state = Checkpoints(tmp_path / "checkpoints", keep=1).newest()
-    assert state is not None and 0 < state["scaler"]["scale"] < 2**16
-    fit(resumed, batches, None, config, run_dir=tmp_path, resume=True)
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
 
 
 def test_kernels_are_reported_where_some_were_compiled(digits):
