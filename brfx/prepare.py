@@ -302,7 +302,7 @@ def swap_called_by_python(
     if isinstance(model, nn.TransformerEncoder):
         model.use_nested_tensor = False  # its layers no longer have the fused kernel that takes these
     if own is not None and not isinstance(model, (GraphModule, nn.ModuleList, nn.ModuleDict, nn.Sequential)):
-        swapped += rewrite_methods(model, own.weight_bits_or_none, own.inner_act_bits, **own.weight_method)
+        swapped += rewrite_methods(model, own.weight_bits, own.inner_act_bits, **own.weight_method)
     for name, child in list(model.named_children()):
         if isinstance(child, (GraphModule, Quantizer, *_OURS, *leaf_modules)) or name.endswith("_sites"):
             continue

@@ -385,7 +385,7 @@ def _whose(name: str, kind: str, config: QATConfig) -> str:
         return " (left in FP32 by an override)"
     if own.placement == "paper":
         return " (placement 'paper' quantizes weights and ReLUs alone)"
-    return " (the configuration says 32 bits)" if 32 in (own.weight_bits, own.act_bits) else ""
+    return " (the configuration says 32 bits)" if None in (own.weight_bits, own.act_bits) else ""
 
 
 def _row(layer: LayerAudit) -> tuple[str, ...]:

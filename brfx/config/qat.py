@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from brfx.config.checks import Override, check_types, shown
+from brfx.config.layer_settings import LayerSettings
 from brfx.errors import ConfigError
 from brfx.quant.factory import ACT_QUANTIZERS, WEIGHT_QUANTIZERS
 
@@ -75,11 +76,7 @@ class QATConfig:
                 raise ConfigError(f"{name}={shown(bits)}: takes 1 to 8, or 32 to stay in FP32")
         if self.stream_bits not in range(1, 9):
             raise ConfigError(f"stream_bits={shown(self.stream_bits)}: takes 1 to 8")
-        if self.weight_grid == "symmetric" and self.weight_bits not in (1, 2, 3, 4, 32):
-            raise ConfigError(
-                f"weight_grid='symmetric' takes weight_bits 1 to 4, got {self.weight_bits}: "
-                "set weight_grid='signed' with it"
-            )
+        _require_grid(self.weight_grid, self.weight_bits)
         if self.clip_value is not None and not self.clip_value > 0:
             raise ConfigError(f"clip_value={shown(self.clip_value)}: takes a positive number, or None for no ceiling")
         self._check_choices()
@@ -112,47 +109,26 @@ class QATConfig:
         return replace(self, clip_value=None, overrides=overrides)
 
     @property
-    def weight_bits_or_none(self) -> int | None:
-        """Bits of weights, ``None`` where they stay in FP32."""
-        return None if self.weight_bits == 32 else self.weight_bits
-
-    @property
     def symmetric(self) -> bool:
         """Whether weights lie on the grid without a zero."""
         return self.weight_grid == "symmetric"
 
-    @property
-    def weight_settings(self) -> dict[str, Any]:
-        """What a layer's quantizer of weights is made with, besides its bits."""
-        return {"per_channel": self.per_channel, **self.weight_method}
-
-    @property
-    def weight_method(self) -> dict[str, Any]:
-        """Of these, what does not depend on a weight's shape."""
-        return {"symmetric": self.symmetric, "method": self.weight_quantizer}
-
-    @property
-    def acts_quantized(self) -> bool:
-        """Whether inputs of layers are to be put on a grid: ``"deploy"``, at fewer than 32 bits."""
-        return self.placement == "deploy" and self.act_bits != 32
-
-    @property
-    def inner_act_bits(self) -> int | None:
-        """Bits of the operands inside what quantizes its own, such as attention."""
-        return self.act_bits if self.acts_quantized else None
-
-    def at(self, name: str, kind: str) -> QATConfig | None:
+    def at(self, name: str, kind: str) -> LayerSettings | None:
         """The settings for one layer; ``None``: leave it in FP32.
 
         Args:
             name: its dotted name.
             kind: its type's name, such as ``"Conv2d"``.
+
+        Raises:
+            ConfigError: two overrides of this layer contradict each other.
         """
-        found: QATConfig | None = replace(self, overrides=())
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        found: dict[str, Any] | None = own
         for pattern, settings in self.overrides:
             if matches(pattern, name, kind):
-                found = (found or replace(self, overrides=()))._overridden(pattern, settings)
-        return found
+                found = None if settings is None else _changed(found or own, pattern, settings)
+        return None if found is None else _layer_settings(found)
 
     def _overridden(self, pattern: str, settings: dict[str, Any] | None) -> QATConfig | None:
         if settings is None:
@@ -161,12 +137,43 @@ class QATConfig:
         strange = [name for name in settings if name not in known]
         if strange:
             raise ConfigError(f"overrides: {pattern!r} sets {shown(strange[0])}; it can set {', '.join(sorted(known))}")
-        if "bits" in settings:
-            settings = {"weight_bits": settings["bits"], "act_bits": settings["bits"]} | settings
         try:
-            return replace(self, overrides=(), **settings)
+            return replace(self, overrides=(), **_with_both_bits(settings))
         except ConfigError as error:
             raise ConfigError(f"overrides: {pattern!r}: {error}") from error
+
+
+def _require_grid(grid: str, weight_bits: int | None) -> None:
+    if grid == "symmetric" and weight_bits not in (1, 2, 3, 4, 32):
+        raise ConfigError(
+            f"weight_grid='symmetric' takes weight_bits 1 to 4, got {weight_bits}: set weight_grid='signed' with it"
+        )
+
+
+def _with_both_bits(settings: dict[str, Any]) -> dict[str, Any]:
+    """An override's ``bits`` are those of weights and of activations."""
+    if "bits" not in settings:
+        return settings
+    return {"weight_bits": settings["bits"], "act_bits": settings["bits"]} | settings
+
+
+def _changed(own: dict[str, Any], pattern: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with one override applied. Each of its values was checked when the configuration was made; what two
+    overrides make together is checked here."""
+    own = own | _with_both_bits(settings)
+    own |= {name: own["bits"] for name in ("weight_bits", "act_bits") if own[name] is None}
+    try:
+        _require_grid(own["weight_grid"], own["weight_bits"])
+    except ConfigError as error:
+        raise ConfigError(f"overrides: {pattern!r}: {error}") from error
+    return own
+
+
+def _layer_settings(own: dict[str, Any]) -> LayerSettings:
+    names = {field.name for field in fields(LayerSettings)} & set(own)
+    bits = {name: None if own[name] == 32 else own[name] for name in ("weight_bits", "act_bits")}
+    symmetric = own["weight_grid"] == "symmetric"
+    return LayerSettings(**{name: own[name] for name in names} | bits, symmetric=symmetric)
 
 
 def matches(pattern: str, name: str, kind: str) -> bool:

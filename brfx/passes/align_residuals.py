@@ -64,7 +64,7 @@ class AlignResiduals:
         own = self.config.at(f"{self.scope}{scope(node)}.{node.name}".replace("..", "."), "add")
         branches = [addend for addend in addends if flows[addend].grid is None and _from_layer(gm, addend)]
         constant = any(addend.op == "get_attr" for addend in addends)
-        if own is None or not own.acts_quantized or own.residual_bits == 32 or not branches or constant:
+        if own is None or own.inner_act_bits is None or own.residual_bits == 32 or not branches or constant:
             return 0
         behind = self._relu_behind(gm, node)
         if behind is not None and own.residual_bits == 8:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from brfx.config import QATConfig
+from brfx.config.layer_settings import LayerSettings
 from brfx.graph.dataflow import Operand, operands
 from brfx.graph.source_rewrite import QuantizedFunction
 from brfx.graph.torch_ops import is_attention
@@ -44,25 +45,22 @@ class QuantizeFunctions:
         if own is None:
             return 0
         if node.op == "call_function" and is_attention(node.target):
-            if not own.acts_quantized:
+            if own.inner_act_bits is None:
                 return 0
-            assert own.act_bits is not None
-            self._replace(gm, node, free_name(gm, f"{name}_attention"), QuantizedAttention(own.act_bits))
+            self._replace(gm, node, free_name(gm, f"{name}_attention"), QuantizedAttention(own.inner_act_bits))
             return 1
         if node.op == "call_function":
-            function = QuantizedFunction.of(
-                node.target, own.weight_bits_or_none, own.inner_act_bits, **own.weight_method
-            )
+            function = QuantizedFunction.of(node.target, own.weight_bits, own.inner_act_bits, **own.weight_method)
             if function is not None:
                 self._replace(gm, node, free_name(gm, f"{name}_calls"), function)
                 return 1
         return self._quantize_weights(gm, node, name, own)
 
-    def _quantize_weights(self, gm: GraphModule, node: Node, name: str, own: QATConfig) -> int:
+    def _quantize_weights(self, gm: GraphModule, node: Node, name: str, own: LayerSettings) -> int:
         weights = [
             operand
             for operand in operands(gm, node)
-            if operand.weight and own.weight_bits_or_none and not self._quantized(gm, operand.node)
+            if operand.weight and own.weight_bits and not self._quantized(gm, operand.node)
         ]
         for operand in weights:
             assert own.weight_bits is not None

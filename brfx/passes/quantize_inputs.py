@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from brfx.config import QATConfig
+from brfx.config.layer_settings import LayerSettings
 from brfx.graph.dataflow import AVERAGES, Flow, Operand, analyse, operands
 from brfx.graph.utils import free_name, module_calls, scope, set_module
 from brfx.nn import QUANTIZED_LAYERS, ActivationQuantizer, QuantizedLayer
@@ -38,7 +39,7 @@ class QuantizeInputs:
         made: dict[tuple[Node, int], Node] = {}
         for operand, own, name in self._sites(gm):
             flow = flows[operand.node]
-            if operand.weight or own.act_bits in (None, 32) or (flow.grid is not None and not _wide(gm, flow, own)):
+            if operand.weight or own.act_bits is None or (flow.grid is not None and not _wide(gm, flow, own)):
                 continue
             bits = self._bits(flow, own)
             key = (operand.node, bits)
@@ -47,8 +48,8 @@ class QuantizeInputs:
             operand.user.replace_input_with(operand.node, made[key])
         return len(made)
 
-    def _sites(self, gm: GraphModule) -> list[tuple[Operand, QATConfig, str]]:
-        found: list[tuple[Operand, QATConfig, str]] = []
+    def _sites(self, gm: GraphModule) -> list[tuple[Operand, LayerSettings, str]]:
+        found: list[tuple[Operand, LayerSettings, str]] = []
         for node, module in module_calls(gm):
             kind = type(module).__name__.removeprefix("Quantized")
             own = self.config.at(f"{self.scope}{node.target}", kind)
@@ -63,21 +64,21 @@ class QuantizeInputs:
                 found += [(operand, own, name) for operand in operands(gm, node)]
         return found
 
-    def _bits(self, flow: Flow, own: QATConfig) -> int:
+    def _bits(self, flow: Flow, own: LayerSettings) -> int:
         assert own.act_bits is not None
         if flow.from_input:
             return max(own.input_bits, own.act_bits)
         return max(own.residual_bits, own.act_bits) if flow.source in AVERAGES else own.act_bits
 
 
-def _wide(gm: GraphModule, flow: Flow, own: QATConfig) -> bool:
+def _wide(gm: GraphModule, flow: Flow, own: LayerSettings) -> bool:
     """Whether a value lies on the grid of a residual stream, and that has more bits than the layer reads."""
     stream = None if flow.grid is None else gm.get_submodule(str(flow.grid.target))
     assert own.act_bits is not None
     return isinstance(stream, ActivationQuantizer) and stream.is_stream and stream.bits > own.act_bits
 
 
-def _insert(gm: GraphModule, value: Node, name: str, flow: Flow, bits: int, own: QATConfig) -> Node:
+def _insert(gm: GraphModule, value: Node, name: str, flow: Flow, bits: int, own: LayerSettings) -> Node:
     sign = "may be negative" if flow.negative else "is never negative"
     regularized = not flow.from_input and bits == own.act_bits and flow.source not in AVERAGES
     reason = "a residual stream" if flow.source == "quantizer" else f"{flow.source} {sign}"

@@ -45,7 +45,7 @@ def quantized_layer(layer: nn.Module, config: QATConfig, name: str) -> nn.Module
     own = config.at(name, type(layer).__name__)
     if own is None or isinstance(layer, (QuantizedLayer, QuantizedMultiheadAttention)):
         return None
-    bits = own.weight_bits_or_none
+    bits = own.weight_bits
     if computes_as(layer, nn.MultiheadAttention):
         if bits is None and own.inner_act_bits is None:
             return None

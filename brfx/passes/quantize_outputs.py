@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from brfx.config import QATConfig
+from brfx.config.layer_settings import LayerSettings
 from brfx.graph.dataflow import Flow, analyse, operation, quantizer_behind
 from brfx.graph.utils import free_name, insert_after, module_calls
 from brfx.nn.layers import has_integer_form
@@ -56,7 +57,7 @@ def _output(gm: GraphModule, node: Node) -> Node:
     return node
 
 
-def _insert(gm: GraphModule, value: Node, name: str, flow: Flow, own: QATConfig) -> None:
+def _insert(gm: GraphModule, value: Node, name: str, flow: Flow, own: LayerSettings) -> None:
     taken_by = sorted({operation(gm, user)[0] or user.name for user in value.users})
     reason = f"a convolution into {', '.join(taken_by)}"
     quantizer = activation_quantizer(

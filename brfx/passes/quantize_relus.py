@@ -55,7 +55,7 @@ def _only_joined(gm: GraphModule, node: Node) -> bool:
 def quantized_relu(module: nn.Module, config: QATConfig, name: str) -> ActivationQuantizer | None:
     """The quantized form of a ReLU or ReLU6, under the lower of its own ceiling and ``config``'s; else ``None``."""
     own = config.at(name, type(module).__name__)
-    if own is None or own.act_bits in (None, 32) or type(module) not in (nn.ReLU, nn.ReLU6):
+    if own is None or own.act_bits is None or type(module) not in (nn.ReLU, nn.ReLU6):
         return None
     ceilings = [c for c in (own.clip_value, 6.0 if type(module) is nn.ReLU6 else None) if c is not None]
     new = relu_quantizer(own.act_bits, clip_value=min(ceilings, default=None), method=own.act_quantizer)
