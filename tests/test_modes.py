@@ -25,6 +25,11 @@ def test_every_module_comes_back_in_its_own_mode_also_after_an_error():
     [
         lambda qmodel, images, path: brfx.audit(qmodel, images),
         lambda qmodel, images, path: brfx.calibrate(qmodel, [images]),
+        lambda qmodel, images, path: brfx.sensitivity(qmodel, [images], widths=(4,)),
+        lambda qmodel, images, path: brfx.reconstruct(qmodel, [images]),
+        lambda qmodel, images, path: brfx.observe(qmodel, images),
+        lambda qmodel, images, path: brfx.export_packed(qmodel, path / "a.safetensors"),
+        lambda qmodel, images, path: brfx.export_torch(qmodel, path / "a.pt2", images),
         lambda qmodel, images, path: brfx.evaluate(qmodel, [(images, torch.zeros(8, dtype=torch.long))]),
         lambda qmodel, images, path: brfx.export_onnx(qmodel, path / "a.onnx", images),
         lambda qmodel, images, path: brfx.WeightStatistics(qmodel)(1, 1),

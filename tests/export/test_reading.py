@@ -1,5 +1,7 @@
 """What exported files say of themselves, and that each runs as the model does."""
 
+import json
+
 import pytest
 import torch
 
@@ -7,8 +9,8 @@ import brfx
 from brfx.data import Preprocessing
 from brfx.errors import ExportError
 from brfx.export.reading import entries_of, is_exported, preprocessing_in, runner
-from brfx.export.table import exporter_for
-from brfx.metadata import metadata_of
+from brfx.export.table import EXPORTERS, exporter_for
+from brfx.metadata import metadata_entries, metadata_of
 
 SEEN = Preprocessing(8, (0.5,) * 3, (0.25,) * 3)
 
@@ -42,6 +44,15 @@ def test_a_file_says_what_it_is_and_runs(tmp_path, qmodel, suffix):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ExportError, match=f"model{suffix}: "):
         entries_of(path)
+
+
+@pytest.mark.parametrize("suffix", [exporter.suffix for exporter in EXPORTERS])
+def test_every_format_says_it_under_the_same_keys(tmp_path, qmodel, suffix):
+    path = tmp_path / f"model{suffix}"
+    exporter_for(path).write(qmodel, path, torch.randn(2, 3, 8, 8), "compact")
+    said = json.loads(json.dumps(metadata_entries(qmodel)))
+    entries = entries_of(path)
+    assert {key: entries[key] for key in said} == said
 
 
 def test_files_of_others(tmp_path, qmodel):

@@ -286,3 +286,11 @@ def test_kernels_are_reported_where_some_were_compiled(digits):
     assert compiles_pieces(qmodel, None) and compiles_pieces(qmodel, brfx.BinPenalty(qmodel))
     islands = torch.nn.Sequential(qmodel)
     assert not compiles_pieces(islands, None) and not compiles_pieces(islands, brfx.BinPenalty(islands))
+
+    class Own(nn.Module):
+        """A penalty that has no faster form."""
+
+        def begin(self):
+            pass
+
+    assert not compiles_pieces(qmodel, Own())
