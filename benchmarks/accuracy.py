@@ -169,7 +169,7 @@ def run(given: argparse.Namespace) -> None:
     variants = [name for name in TABLES[given.table].variants if not given.only or name in given.only]
     with ThreadPoolExecutor(given.jobs) as pool:
         pairs = [(variant, seed) for seed in given.seeds for variant in variants]
-        for line in pool.map(lambda pair: start(given.table, *pair, given), pairs):
+        for line in pool.map(lambda pair: start(given.table, pair[0], pair[1], given), pairs):
             print(line, flush=True)
 
 

@@ -810,7 +810,8 @@ def main() -> None:
     if options.memory_case:
         name = options.models[0]
         batch = options.batch or MODELS[name].memory_batch
-        print(json.dumps(measure_memory(name, *options.memory_case.rsplit("/", 1), batch)))
+        case, form = options.memory_case.rsplit("/", 1)
+        print(json.dumps(measure_memory(name, case, form, batch)))
         return
     results = json.loads(options.json.read_text()) if options.json.exists() else {"models": {}}
     cases = [case for case in CASES if case == "FP32" or case in options.cases]
