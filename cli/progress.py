@@ -15,7 +15,7 @@ from rich.text import Text
 
 from brfx.train import Callback, EpochMetrics, Phase, Progress
 
-from .render import duration, epoch_line, stage_mark, term_name
+from .render import duration, epoch_lines, stage_mark, term_name
 
 #: Seconds between two lines where there is no terminal.
 LINE_EVERY = 60.0
@@ -117,7 +117,7 @@ class _Time(ProgressColumn):
 
 
 class _Shown(Status):
-    """Keeps a bar, and prints a line an epoch."""
+    """Keeps a bar, and prints a line an epoch, the columns' names above the first and wherever they change."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class _Shown(Status):
             disable=not console.is_terminal,
         )
         self.task = self.bar.add_task(self.title, total=None, figures="")
-        self.epochs = 0
+        self.epochs, self.names = 0, ""
 
     def on_phase(self, phase: Phase) -> None:
         super().on_phase(phase)
@@ -145,7 +145,10 @@ class _Shown(Status):
         self._update()
 
     def on_epoch(self, metrics: EpochMetrics) -> None:
-        self.console.print(epoch_line(metrics, self.epochs), markup=False)
+        names, figures = epoch_lines(metrics, self.epochs)
+        for line in (figures,) if names == self.names else (names, figures):
+            self.console.print(line, markup=False)
+        self.names = names
         self.printed = monotonic()
 
     def _update(self) -> None:

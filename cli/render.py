@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from brfx.export.benchmark import Timing
     from brfx.export.verify import Verification
     from brfx.jobs.bits import BitsReport
-    from brfx.train import EpochMetrics, Evaluation, Means, Score
+    from brfx.train import EpochMetrics, Evaluation, Score
 
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:
@@ -45,31 +45,32 @@ def error(message: str) -> None:
     errors.print(message, style="bold red", markup=False)
 
 
-def epoch_line(metrics: EpochMetrics, epochs: int) -> str:
-    return (
-        f"Epoch {metrics.epoch}/{epochs}{stage_mark(metrics.stage)} (LR={metrics.lr:.3g}): "
-        f"Loss={metrics.train.loss:.3g}, "
-        f"{_accuracy(metrics.train)}"
-        f"Val {_short(metrics.metric)}={or_blank('.2%', metrics.val_metric, '-')}"
-        f"{_terms(metrics.train.terms)}, {metrics.seconds:.1f} s ({metrics.images_per_second:.0f} images/s)"
-    )
+def epoch_lines(metrics: EpochMetrics, epochs: int) -> tuple[str, str]:
+    """An epoch's figures in a line, and the names to stand above it; 80 columns hold those of the default options.
 
-
-def _accuracy(means: Means) -> str:
-    return "" if means.accuracy is None else f"Train Acc={means.accuracy:.2%}, "
-
-
-def _short(metric: str) -> str:
-    return "Acc" if metric == "accuracy" else metric
+    All figures of an epoch are in ``metrics.jsonl``. What the task or the stage does not count has no column.
+    """
+    name = "val" if metrics.metric == "accuracy" else f"val {metrics.metric}"
+    accuracy = metrics.train.accuracy
+    cells = [
+        ("rate", f"{metrics.lr:.3g}", 8),
+        ("loss", f"{metrics.train.loss:.3g}", 7),
+        *([] if accuracy is None else [("train", f"{accuracy:.2%}", 7)]),
+        (name, or_blank(".2%", metrics.val_metric, "-"), 7),
+        *((term_name(term), f"{value:.3g}", 7) for term, value in metrics.train.terms.items()),
+        ("time", duration(metrics.seconds), 6),
+    ]
+    width = len(f"{epochs}/{epochs}{stage_mark('warm-up')}")
+    names, figures = f"{'epoch':<{width}}", f"{f'{metrics.epoch}/{epochs}{stage_mark(metrics.stage)}':<{width}}"
+    for title, figure, least in cells:
+        width = 2 + max(least, len(title))
+        names, figures = names + title.rjust(width), figures + figure.rjust(width)
+    return names, figures
 
 
 def stage_mark(stage: str | None) -> str:
     """Behind an epoch: what it is trained with, where it has stages."""
     return {"warm-up": " [LSQ]", "penalty": " [BR]"}.get(stage or "", "")
-
-
-def _terms(terms: dict[str, float]) -> str:
-    return "".join(f", {term_name(name)}={value:.3g}" for name, value in terms.items())
 
 
 def term_name(term: str) -> str:

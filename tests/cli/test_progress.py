@@ -97,9 +97,20 @@ def test_a_pipe_gets_a_line_now_and_then_and_one_an_epoch(monkeypatch):
         callback.on_batch(at(1, 1))
         callback.on_epoch(EpochMetrics(1, "warm-up", 0.1, Means(1.0, 0.5), None, None, 1.0, 64.0))
     lines = console.file.getvalue().splitlines()
-    assert all(line.startswith(("compiling, ", "Epoch 1/3 [LSQ]", "epoch 1/3")) for line in lines) and len(lines) > 2
+    assert all(line.startswith(("compiling, ", "epoch  ", "1/3 [LSQ]", "epoch 1/3")) for line in lines) and len(lines) > 2
     time.sleep(0.2)
     assert console.file.getvalue().splitlines() == lines
+
+
+def test_the_names_of_columns_stand_above_the_first_epoch_and_where_they_change():
+    console = Console(file=io.StringIO(), width=240)
+    with shown.progress(console) as callback:
+        for epoch, terms in ((1, {}), (2, {}), (3, {"weight": 0.5})):
+            callback.on_batch(at(epoch, 1, **terms))
+            stage = "penalty" if terms else "warm-up"
+            callback.on_epoch(EpochMetrics(epoch, stage, 0.1, Means(1.0, 0.5, terms), None, None, 1.0, 64.0))
+    first = [line.split()[0] for line in console.file.getvalue().splitlines()]
+    assert first == ["epoch", "1/3", "2/3", "epoch", "3/3"]
 
 
 def test_a_bar_fits_80_columns():

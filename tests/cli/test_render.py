@@ -12,15 +12,27 @@ from brfx.jobs.bits import BitsReport
 from brfx.train import EpochMetrics, Evaluation, Means, Score
 
 
-def test_an_epochs_line_names_the_metric_and_leaves_out_what_is_not_counted():
-    def line(means, value, metric):
-        return render.epoch_line(EpochMetrics(2, "penalty", 0.5, means, 1.5, value, 1.0, 64.0, metric=metric), 3)
+def test_an_epochs_line_stands_below_its_names_and_leaves_out_what_is_not_counted():
+    def lines(means, value, metric, stage="penalty"):
+        return render.epoch_lines(EpochMetrics(2, stage, 0.5, means, 1.5, value, 38.2, 64.0, metric=metric), 30)
 
-    start, end = "Epoch 2/3 [BR] (LR=0.5): Loss=1.23, ", "1.0 s (64 images/s)"
-    means = Means(1.23456, 0.25, {"weight": 0.5})
-    assert line(means, 0.5, "accuracy") == f"{start}Train Acc=25.00%, Val Acc=50.00%, BR_W=0.5, {end}"
-    assert line(Means(1.23456, None), 0.5, "mIoU") == f"{start}Val mIoU=50.00%, {end}"
-    assert line(Means(1.23456, None), None, "mAP50") == f"{start}Val mAP50=-, {end}"
+    names, figures = lines(Means(1.23456, 0.25, {"weight": 0.5, "act": 19.234}), 0.5, "accuracy")
+    assert names == "epoch            rate     loss    train      val     BR_W     BR_A    time"
+    assert figures == "2/30 [BR]         0.5     1.23   25.00%   50.00%      0.5     19.2    38 s"
+    names, figures = lines(Means(1.23456, None), 0.5, "mIoU", "plain")
+    assert names == "epoch            rate     loss  val mIoU    time"
+    assert figures == "2/30              0.5     1.23    50.00%    38 s"
+    assert lines(Means(1.23456, None), None, "mAP50")[1].split() == ["2/30", "[BR]", "0.5", "1.23", "-", "38", "s"]
+    assert lines(Means(1.0, 0.5, {"kurtosis": 0.25}), 0.5, "accuracy")[0].split()[-2:] == ["kurtosis", "time"]
+
+
+@pytest.mark.parametrize("stage", ["warm-up", "penalty"])
+def test_the_widest_epoch_of_the_default_options_fits_80_columns(stage):
+    means = Means(1.23456e-5, 1.0, {"weight": 0.00123456, "act": 0.00123456})
+    metrics = EpochMetrics(100, stage, 1.23456e-5, means, 1.5, 1.0, 99 * 60, 64.0)
+    names, figures = render.epoch_lines(metrics, 100)
+    assert len(names) == len(figures) <= 80
+    assert figures.split()[-2:] == ["99", "min"]
 
 
 def test_what_was_measured_is_said_with_its_name():
