@@ -12,7 +12,7 @@ import click
 from brfx.config import FLOAT_TRAINING, TrainConfig
 from brfx.errors import BrfxError, Interrupted, explained
 
-from . import render, summary, tables
+from . import completion, render, summary, tables
 from .help import Group
 from .options import (
     budget_options,
@@ -146,7 +146,12 @@ def evaluate(**given: Any) -> None:
 )
 @click.option("--ckpt", required=True, type=click.Path(path_type=Path), help="The model.pt of a run.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="The file to write; it must not exist.")
-@click.option("--model", default="", help="A model of your own that it is of: path/to/file.py:factory.")
+@click.option(
+    "--model",
+    default="",
+    shell_complete=completion.code_files,
+    help="A model of your own that it is of: path/to/file.py:factory.",
+)
 @click.option(
     "--profile",
     type=click.Choice(["compact", "fast", "portable", "qdq", "qdq-int4"]),
@@ -183,7 +188,12 @@ def export(ckpt: Path, output: Path, model: str, profile: str) -> None:
 )
 @click.argument("first", type=click.Path(path_type=Path))
 @click.argument("second", type=click.Path(path_type=Path))
-@click.option("--data", default="", help="Compare on these test images, a name or a folder.  [default: random ones]")
+@click.option(
+    "--data",
+    default="",
+    shell_complete=completion.data,
+    help="Compare on these test images, a name or a folder.  [default: random ones]",
+)
 @data_dir_option
 @click.option(
     "--images",
@@ -191,7 +201,12 @@ def export(ckpt: Path, output: Path, model: str, profile: str) -> None:
     default=0,
     help="Compare on so many images.  [default: all, or 64 random ones]",
 )
-@click.option("--model", default="", help="A model of your own that a .pt is of: path/to/file.py:factory.")
+@click.option(
+    "--model",
+    default="",
+    shell_complete=completion.code_files,
+    help="A model of your own that a .pt is of: path/to/file.py:factory.",
+)
 @click.option("--integer", is_flag=True, help="Run a model.pt in its integer form, the reference interpreter.")
 def verify(first: Path, second: Path, data: str, data_dir: Path, images: int, model: str, integer: bool) -> None:
     """Compare two files of one model, image by image.
@@ -220,7 +235,12 @@ def verify(first: Path, second: Path, data: str, data_dir: Path, images: int, mo
 @click.option(
     "--image-size", type=click.IntRange(1), help="Use images of so many pixels a side.  [default: what the files say]"
 )
-@click.option("--model", default="", help="A model of your own that a .pt is of: path/to/file.py:factory.")
+@click.option(
+    "--model",
+    default="",
+    shell_complete=completion.code_files,
+    help="A model of your own that a .pt is of: path/to/file.py:factory.",
+)
 def benchmark(
     paths: tuple[Path, ...], batch_size: int, rounds: int, threads: int, image_size: int | None, model: str
 ) -> None:
@@ -326,15 +346,20 @@ def sensitivity(batches: int, output: Path | None, as_json: bool, **given: Any) 
         "brfx recipes lsq-paper > mine.toml",
     ]
 )
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=completion.recipes)
 def recipes(name: str | None) -> None:
     """List what --recipe accepts, or print one.
 
     What `brfx recipes NAME` prints is a file for --config to begin your own with.
     """
-    from brfx.config.recipes import recipe_names, recipe_text
+    from brfx.config.recipes import recipe_names, recipe_summary, recipe_text
 
-    click.echo("\n".join(recipe_names()) if name is None else recipe_text(name).rstrip())
+    if name is not None:
+        click.echo(recipe_text(name).rstrip())
+        return
+    found = recipe_names()
+    width = max(map(len, found))
+    click.echo("\n".join(f"{each:<{width}}  {recipe_summary(each)}" for each in found))
 
 
 @cli.command(

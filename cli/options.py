@@ -33,6 +33,8 @@ from brfx.config import (
 from brfx.config.recipes import recipe_names
 from brfx.quant.factory import ACT_QUANTIZERS, WEIGHT_QUANTIZERS
 
+from . import completion
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -108,6 +110,7 @@ model_options = combine(
     _job(
         "--model",
         "model",
+        shell_complete=completion.models,
         help="The network: a name that `brfx models` lists, timm/NAME, hf/FOLDER, or your own as "
         "path/to/file.py:factory.",
     ),
@@ -150,6 +153,7 @@ data_options = combine(
     _job(
         "--data",
         "data",
+        shell_complete=completion.data,
         help="The images: digits, cifar10, cifar100, or a folder with train/ and test/ (or val/).  "
         "[default: the model's own]",
     ),

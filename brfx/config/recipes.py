@@ -74,6 +74,15 @@ def recipe_text(name: str) -> str:
     return (_FOLDER / f"{name}.toml").read_text(encoding="utf-8")
 
 
+def recipe_summary(name: str) -> str:
+    """What a recipe is, in the sentence that its file begins with.
+
+    Raises:
+        ConfigError: there is no such recipe.
+    """
+    return recipe_text(name).partition("\n")[0].removeprefix("# ")
+
+
 def read_recipe(name: str) -> Settings:
     """The settings of a recipe that comes with brfx.
 

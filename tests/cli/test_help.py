@@ -53,12 +53,16 @@ def test_commands_are_listed_with_whole_summaries():
     assert text.index("  quantize ") < text.index("  evaluate ") < text.index("  runs ")
 
 
-def test_a_shell_completes_commands_and_choices():
-    def completed(words, last):
-        env = {"_BRFX_COMPLETE": "bash_complete", "COMP_WORDS": f"brfx {words}", "COMP_CWORD": str(last)}
-        return CliRunner().invoke(cli, [], env=env, prog_name="brfx").output.split()
+def completed(words):
+    """What bash is told for the last of ``words``, without the kind that stands in front."""
+    env = {"_BRFX_COMPLETE": "bash_complete", "COMP_WORDS": f"brfx {words}", "COMP_CWORD": str(len(words.split(" ")))}
+    return CliRunner().invoke(cli, [], env=env, prog_name="brfx").output.split()
 
-    assert "plain,quantize" in completed("qu", 1)
-    assert completed("quantize --placement ", 3) == ["plain,deploy", "plain,paper"]
+
+def test_a_shell_completes_commands_and_choices():
+    assert "plain,quantize" in completed("qu")
+    assert completed("quantize --placement ") == ["plain,deploy", "plain,paper"]
+    assert completed("quantize --recipe l") == ["plain,lsq-paper"]
+    assert completed("quantize --task d") == ["plain,detection"]
     script = CliRunner().invoke(cli, [], env={"_BRFX_COMPLETE": "bash_source"}, prog_name="brfx").output
     assert "_BRFX_COMPLETE=bash_complete" in script

@@ -135,7 +135,9 @@ def test_a_teacher_has_a_share_of_its_own(job_of):
 
 def test_recipes_are_listed_and_printed(capsys):
     cli(["recipes"], standalone_mode=False)
-    assert capsys.readouterr().out.split() == ["accurate", "br-paper", "fast", "lsq-paper", "seed"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["accurate", "br-paper", "fast", "lsq-paper", "seed"]
+    assert lines[2] == "fast       Ten epochs with brfx's own settings, to try a network first."
     cli(["recipes", "lsq-paper"], standalone_mode=False)
     assert "\nlr = 0.01\n" in capsys.readouterr().out
 

@@ -97,7 +97,9 @@ def test_a_pipe_gets_a_line_now_and_then_and_one_an_epoch(monkeypatch):
         callback.on_batch(at(1, 1))
         callback.on_epoch(EpochMetrics(1, "warm-up", 0.1, Means(1.0, 0.5), None, None, 1.0, 64.0))
     lines = console.file.getvalue().splitlines()
-    assert all(line.startswith(("compiling, ", "epoch  ", "1/3 [LSQ]", "epoch 1/3")) for line in lines) and len(lines) > 2
+    assert (
+        all(line.startswith(("compiling, ", "epoch  ", "1/3 [LSQ]", "epoch 1/3")) for line in lines) and len(lines) > 2
+    )
     time.sleep(0.2)
     assert console.file.getvalue().splitlines() == lines
 

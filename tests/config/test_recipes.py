@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import brfx
 from brfx.config import JobConfig, QATConfig, TrainConfig
-from brfx.config.recipes import Settings, read_recipe, read_settings, recipe_names, recipe_text
+from brfx.config.recipes import Settings, read_recipe, read_settings, recipe_names, recipe_summary, recipe_text
 from brfx.errors import ConfigError
 
 
@@ -46,6 +46,14 @@ def test_a_recipe_is_complete(name):
     recipe = read_recipe(name)
     for place, kind in (("job", JobConfig), ("qat", QATConfig), ("train", TrainConfig)):
         assert set(getattr(recipe, place)) | LEFT[place] >= set(kind.__dataclass_fields__), place
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_begins_with_a_sentence_that_says_what_it_is(name):
+    summary = recipe_summary(name)
+    assert summary[0].isupper() and summary.endswith(".") and ". " not in summary
+    assert recipe_text(name).startswith(f"# {summary}\n")
+    assert max(map(len, recipe_names())) + 2 + len(summary) <= 80  # a line of `brfx recipes`
 
 
 def test_a_recipe_is_a_config_to_begin_with(tmp_path):
