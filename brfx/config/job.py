@@ -263,7 +263,7 @@ def read_job_json(path: Path) -> JobConfig:
         raise ConfigError(f"{path}: cannot read the settings of a run ({why})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: not the settings of a run")
-    for beside in ("versions", "python", "command_line", "machine"):
+    for beside in ("kind", "versions", "python", "command_line", "machine"):
         content.pop(beside, None)
     content |= {"output_dir": None, "download": False}
     try:

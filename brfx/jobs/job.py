@@ -88,7 +88,7 @@ def train_float(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: b
     with process_group(job.train.device) as device:
         job = replace(job, train=replace(job.train, device=device))
         require_device(device)
-        run_dir = folder_for(job, resume)
+        run_dir = folder_for(job, resume, "FP32")
         require_model(job.model)
         task_of(job)
         if job.ckpt is None and (published := where_published(job.model)):
@@ -100,7 +100,7 @@ def train_float(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: b
         model, _ = float_model(job, dataset, job.ckpt, new_head=not job.strict)
         callbacks, task = with_tensorboard(job, run_dir, callbacks), training_task(job, dataset)
         train_data, val_data = train_and_val_loaders(job, dataset, callbacks)
-        open_run(job, run_dir, resume)
+        open_run(job, run_dir, resume, "FP32")
         where: dict[str, Any] = {"run_dir": run_dir, "resume": resume, "about": about_run(job, dataset)}
         with resumable(run_dir):
             result = fit(model, train_data, val_data, job.train, task=task, callbacks=callbacks, **where)
@@ -127,7 +127,7 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
         job = replace(job, train=replace(job.train, device=device))
         _require_penalty_epochs(job)
         require_device(device)
-        run_dir = folder_for(job, resume)
+        folder_for(job, resume)  # one that cannot be is refused before any work
         require_model(job.model)
         read_state_dict(ckpt, job.ckpt_key)
         if missing("onnx") and rank() == 0:
@@ -143,11 +143,13 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
         job = job if bits is None else replace(job, qat=bits.qat)
         tell(callbacks, Phase("rewriting the model"))
         qmodel = prepare_qat(model, job.qat, example_batch(job, dataset, 2))
+        kind = kind_of(qmodel)
+        run_dir = folder_for(job, resume, kind)
         metadata = metadata_of(qmodel)
         metadata.preprocessing, metadata.classes = dataset.preprocessing, dataset.classes
         callbacks, task = with_tensorboard(job, run_dir, callbacks), training_task(job, dataset)
         train_data, val_data = train_and_val_loaders(job, dataset, callbacks)
-        open_run(job, run_dir, resume)
+        open_run(job, run_dir, resume, kind)
         if bits is not None and rank() == 0 and not resume:
             write_text_atomically(run_dir / BITS_FILE, bits.toml())
         with resumable(run_dir):
@@ -188,7 +190,6 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
             test = evaluate(qmodel, test_data, task)
             test_float = None if head else evaluate(model, test_data, task)
             weighs = sum(value.numel() * value.element_size() for value in model.parameters())
-            kind = kind_of(qmodel)
             return close_run(JobResult(run_dir, result, test, test_float, kind, onnx_report, problem, weighs))
 
 

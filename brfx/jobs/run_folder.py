@@ -98,13 +98,18 @@ def with_tensorboard(job: JobConfig, run_dir: Path, callbacks: tuple[Callback, .
     return (*callbacks, TensorBoard(run_dir / "tensorboard"))
 
 
-def folder_for(job: JobConfig, resume: bool) -> Path:
+def folder_for(job: JobConfig, resume: bool, kind: str = "") -> Path:
     """The folder of this run, the same on all ranks. Nothing is written yet.
+
+    Args:
+        job: the settings.
+        resume: whether the folder holds the run already.
+        kind: ``"W2A2"``, say, for the name of a folder that the user did not name.
 
     Raises:
         ConfigError: a new run's folder holds something already; one to resume is not there, or complete.
     """
-    return broadcast_object(_resumed_run_dir(job) if resume else _free_run_dir(job))
+    return broadcast_object(_resumed_run_dir(job) if resume else _free_run_dir(job, kind))
 
 
 def _resumed_run_dir(job: JobConfig) -> Path:
@@ -116,13 +121,12 @@ def _resumed_run_dir(job: JobConfig) -> Path:
     return run_dir
 
 
-def _free_run_dir(job: JobConfig) -> Path:
+def _free_run_dir(job: JobConfig, kind: str) -> Path:
     """The folder named, or a free name under ``runs/``."""
     run_dir = job.output_dir
     if run_dir is None:
-        bits = "fp32" if job.command == "train" else f"w{job.qat.weight_bits}a{job.qat.act_bits}"
         code = code_file(job.model)
-        name = f"runs/{job.model if code is None else Path(code[0]).stem}-{bits}"
+        name = f"runs/{job.model if code is None else Path(code[0]).stem}-{kind.lower()}"
         return next(path for i in count(1) if not (path := Path(name if i == 1 else f"{name}-{i}")).exists())
     begun = {"config.json.partial"}  # all that a run leaves that is killed while it is opened
     if rank() == 0 and run_dir.exists() and (not run_dir.is_dir() or {p.name for p in run_dir.iterdir()} - begun):
@@ -133,12 +137,14 @@ def _free_run_dir(job: JobConfig) -> Path:
     return run_dir
 
 
-def open_run(job: JobConfig, run_dir: Path, resume: bool) -> None:
-    """Make the run folder and write ``config.json``; of a run that is resumed the first one stays."""
+def open_run(job: JobConfig, run_dir: Path, resume: bool, kind: str) -> None:
+    """Make the run folder and write ``config.json``; of a run that is resumed the first one stays. ``kind`` is
+    ``"W2A2"``, say."""
     if rank() > 0 or resume:
         return
     run_dir.mkdir(parents=True, exist_ok=True)
     settings = asdict(job) | {
+        "kind": kind,
         "versions": {name: version(name) for name in ("brfx", "torch", "torchvision")},
         "python": sys.version.split()[0],
         "command_line": sys.argv,

@@ -26,7 +26,8 @@ class Run:
         changed: when ``config.json``, ``metrics.jsonl`` or ``result.json`` last changed.
         command: ``"train"`` or ``"quantize"``.
         model: as ``--model`` had it.
-        weight_bits, act_bits: 32 for FP32.
+        weight_bits, act_bits: as asked for, 32 for FP32.
+        kind: what came of them, ``"W2.53A2"`` where layers differ in bits; ``None`` of a run that wrote none down.
         epochs, epochs_done: how many were asked for, and are in ``metrics.jsonl``.
         lambda_br, lambda_br_act: ``None`` for ``train``.
         lr, seed: of the training.
@@ -47,6 +48,7 @@ class Run:
     model: str | None = None
     weight_bits: int | None = None
     act_bits: int | None = None
+    kind: str | None = None
     epochs: int | None = None
     epochs_done: int | None = None
     lambda_br: float | None = None
@@ -62,7 +64,9 @@ class Run:
 
     @property
     def bits(self) -> str:
-        """``"W2A2"``, ``"FP32"``, or nothing where it is not known."""
+        """``"W2A2"``, ``"W2.53A2"``, ``"FP32"``, or nothing where it is not known."""
+        if self.kind is not None:
+            return self.kind
         if self.weight_bits is None or self.act_bits is None:
             return ""
         return "FP32" if self.weight_bits == self.act_bits == 32 else f"W{self.weight_bits}A{self.act_bits}"
@@ -143,6 +147,7 @@ def _settings(path: Path) -> dict[str, Any] | None:
         "model": _word(content, "model"),
         "weight_bits": _whole(qat, "weight_bits") if quantized else 32,
         "act_bits": _whole(qat, "act_bits") if quantized else 32,
+        "kind": _word(content, "kind") if "kind" in content else None,
         "epochs": _whole(train, "epochs"),
         "lambda_br": _number(content, "lambda_br") if quantized else None,
         "lambda_br_act": _number(content, "lambda_br_act") if quantized else None,

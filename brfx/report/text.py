@@ -199,7 +199,7 @@ def settings(run: RunFiles) -> dict[str, str]:
     return found
 
 
-_BESIDE = ("versions", "python", "command_line", "machine")
+_BESIDE = ("kind", "versions", "python", "command_line", "machine")
 
 
 def surroundings(run: RunFiles) -> list[tuple[str, str]]:

@@ -1,6 +1,7 @@
 import json
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from brfx.jobs.bits import BITS_FILE, kind_of, require_output, settings_toml
 from brfx.jobs.evaluate import evaluate_file
 from brfx.jobs.inspect import dry_run, sensitivity
 from brfx.jobs.job import quantize
+from brfx.jobs.runs import read_run
 
 NET = """
 from torch import nn
@@ -62,6 +64,7 @@ def test_a_budget_gives_each_layer_its_bits_and_the_run_says_which(job, caplog, 
         == f"W{mean:.3g}A2"
         == evaluate_file(replace(job, ckpt=result.run_dir / "model.pt"))[0]
     )
+    assert read_run(result.run_dir).bits == result.kind
     assert f"Weights: {mean:.3g} bits on average: 1 layer of 8 bits, " in caplog.text
 
     saved = json.loads((result.run_dir / "config.json").read_text())
@@ -78,6 +81,13 @@ def test_a_budget_gives_each_layer_its_bits_and_the_run_says_which(job, caplog, 
     assert again.kind == result.kind
     with pytest.raises(ConfigError, match=r"2\.5 bits a weight are too few"):
         quantize(replace(job, qat=qmodel.meta["brfx"].config, bit_budget=2.5, output_dir=result.run_dir.parent / "no"))
+
+
+def test_a_folder_that_nobody_named_has_the_mean_bits_of_its_layers(job, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    result = quantize(replace(job, output_dir=None, qat=QATConfig(bits=2, overrides=(("7", {"bits": 8}),))))
+    assert result.kind == "W2.63A2"  # (2 * 1368 + 8 * 160) / 1528
+    assert result.run_dir == Path("runs/net-w2.63a2")
 
 
 def test_a_size_reaches_the_dry_run_and_the_command(job):

@@ -16,7 +16,7 @@ def test_the_sentence_has_the_figures_of_the_result(run, unfinished):
     result = run.result
     test, before = (100 * result[name]["correct"] / result[name]["count"] for name in ("test", "test_float"))
     said = text.sentence(run)
-    assert f"at W2A2 reaches {test:.2f} % top-1 accuracy on {result['test']['count']:,} test images" in said
+    assert f"at W2.5A2 reaches {test:.2f} % top-1 accuracy on {result['test']['count']:,} test images" in said
     assert f"{abs(test - before):.2f} points {'above' if test > before else 'below'} its FP32 network" in said
     size = result["bytes"]["model.onnx"]
     assert f"model.onnx is {size / 1e3:.1f} kB, {4 * 914 / size:.1f} times smaller than FP32 weights." in said
@@ -28,7 +28,7 @@ def test_another_metric_and_no_float_network(run):
     other = replace(
         run, run=replace(run.run, metric="mIoU", test_accuracy=0.5), result=scored | {"bytes": {}}, network=None
     )
-    assert text.sentence(other).endswith("at W2A2 reaches 50.00 % mIoU on 10 test images.")
+    assert text.sentence(other).endswith("at W2.5A2 reaches 50.00 % mIoU on 10 test images.")
     assert ("mIoU, test", "50.00 %") in text.facts(other)
 
 
