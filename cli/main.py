@@ -246,11 +246,16 @@ def benchmark(
 ) -> None:
     """Time files in ONNX Runtime, in turns.
 
-    A model.pt among them adds its FP32 export and ONNX Runtime's own INT8 of that, to compare with.
+    A model.pt among them adds its FP32 export and ONNX Runtime's own INT8 of that, to compare with. Of files in a run's
+    folder the figures are kept there, in benchmark.json, and `brfx report` shows them.
     """
     from brfx.jobs import files
 
-    render.timings(files.benchmark_files(list(paths), batch_size, rounds, threads, image_size, model))
+    found = files.benchmark_files(list(paths), batch_size, rounds, threads, image_size, model)
+    render.timings(found)
+    kept = files.keep_timings(paths, found, batch_size, threads)
+    if kept is not None:
+        render.console.print(f"{kept}: `brfx report {kept.parent}` shows it", markup=False)
 
 
 @cli.command(

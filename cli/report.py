@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
+from rich.text import Text
 
 from brfx.errors import first_line
 
@@ -108,6 +109,21 @@ def _short_form(run: RunFiles) -> None:
         for row in rows:
             table.add_row(*(row[place] for place in shown))
         render.console.print(table)
+    for found in (*(text.sensitivity(run, kind) for kind in ("weights", "activations")), text.speeds(run)):
+        if found is not None:
+            render.console.print(_plain_table(found))
+    if run.benchmark is not None:
+        render.console.print(text.timed_how(run), markup=False)
+
+
+def _plain_table(found: tuple[tuple[str, ...], list[tuple[str, ...]]]) -> Table:
+    names, rows = found
+    table = Table(box=None, pad_edge=False)
+    for place, name in enumerate(names):
+        table.add_column(name, justify="right" if place else "left", no_wrap=place > 0, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
 
 
 #: Names of columns that leave the others room on 80 columns.

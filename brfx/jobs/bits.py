@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 #: In the folder of a run with a budget, the bits of each layer as a ``--config``.
 BITS_FILE = "bits.toml"
+#: There too, what was measured for it; the report draws it.
+SENSITIVITY_FILE = "sensitivity.json"
 
 
 @dataclass(frozen=True)

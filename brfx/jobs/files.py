@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,17 +16,23 @@ from torch.fx import GraphModule
 
 from brfx.config import DATA_DIR, code_file
 from brfx.data import DEFAULTS, BatchLoader, Preprocessing, load_dataset
-from brfx.errors import ExportError
+from brfx.errors import ConfigError, ExportError
 from brfx.export import OnnxReport
 from brfx.export.benchmark import Timing, benchmark, float_onnx, int8_onnx
 from brfx.export.reading import preprocessing_of, runner
 from brfx.export.table import exporter_for
 from brfx.export.verify import Verification, verify
 from brfx.extras import needed
+from brfx.io.atomic import write_text_atomically
 from brfx.io.model_file import load, source_of
+from brfx.jobs.machine import machine
+from brfx.jobs.runs import read_run
 from brfx.metadata import metadata_of
 from brfx.models import ModelSource, build_model
 from brfx.modes import eval_mode
+
+#: In a run's folder, how fast its files are.
+BENCHMARK_FILE = "benchmark.json"
 
 
 def export_file(ckpt: Path, output: Path, model: str = "", profile: str = "compact") -> OnnxReport | None:
@@ -132,6 +141,26 @@ def benchmark_files(
             int8_onnx(fp32, int8, [_random_images(size, 4, channels)])
             named = [(f"{path} in FP32", fp32), (f"{path}: ONNX Runtime's INT8", int8), *named]
         return benchmark(named, _random_images(size or 224, batch_size, channels), rounds, threads)
+
+
+def keep_timings(files: Sequence[Path], timings: Sequence[Timing], batch_size: int, threads: int) -> Path | None:
+    """Write ``benchmark.json`` beside ``files``, for the run's report, in the place of an older one.
+
+    Returns:
+        The file; ``None`` where ``files`` are not all of one run's folder.
+    """
+    folder = files[0].parent
+    if any(path.parent.resolve() != folder.resolve() for path in files):
+        return None
+    try:
+        read_run(folder)
+    except ConfigError:
+        return None
+    rows = [asdict(row) | {"name": row.name.removeprefix(f"{folder}{os.sep}")} for row in timings]
+    content = {"batch_size": batch_size, "threads": threads, "machine": machine("cpu"), "timings": rows}
+    path = folder / BENCHMARK_FILE
+    write_text_atomically(path, json.dumps(content, indent=2) + "\n")
+    return path
 
 
 def load_built(path: Path, model: str = "") -> nn.Module:

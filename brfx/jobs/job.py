@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -20,7 +21,7 @@ from brfx.export import snap_biases
 from brfx.extras import missing, needed
 from brfx.io.atomic import write_text_atomically
 from brfx.io.float_checkpoint import read_state_dict
-from brfx.jobs.bits import BITS_FILE, bits_within_budget, kind_of
+from brfx.jobs.bits import BITS_FILE, SENSITIVITY_FILE, bits_within_budget, kind_of
 from brfx.jobs.data import (
     calibration_loader,
     data_line,
@@ -152,6 +153,8 @@ def quantize(job: JobConfig, callbacks: Iterable[Callback] = (), *, resume: bool
         open_run(job, run_dir, resume, kind)
         if bits is not None and rank() == 0 and not resume:
             write_text_atomically(run_dir / BITS_FILE, bits.toml())
+            if bits.layers:
+                write_text_atomically(run_dir / SENSITIVITY_FILE, json.dumps(bits.as_dict(), indent=2) + "\n")
         with resumable(run_dir):
             model.to(device)
             qmodel.to(device)

@@ -161,7 +161,11 @@ def _steps(run: RunFiles, kind: str) -> tuple[str, str, Figure] | None:
 
 def _of_run(run: RunFiles) -> Iterator[tuple[str, str, Figure]]:
     for kind in KINDS:
-        yield from (found for found in (_steps(run, kind), _histograms([run], kind), _over_time(run, kind)) if found)
+        yield from (found for found in _figures_of(run, kind) if found)
+
+
+def _figures_of(run: RunFiles, kind: str) -> tuple[tuple[str, str, Figure] | None, ...]:
+    return _steps(run, kind), _histograms([run], kind), _over_time(run, kind), _sensitivity(run, kind)
 
 
 def headline(runs: Sequence[RunFiles]) -> Figure | None:
@@ -345,6 +349,38 @@ def _legend(series: Sequence[_Series]) -> tuple[list[Any], list[str]]:
 
     looks = [{"fc": (one.colour, 0.5), "ec": one.colour, "ls": one.dashes} for one in series]
     return [Patch(**look) for look in looks], [one.name for one in series]  # type: ignore[arg-type]
+
+
+# Sensitivity.
+
+
+def _sensitivity(run: RunFiles, kind: str) -> tuple[str, str, Figure] | None:
+    """A line a layer, a point a width; a ring around the bits that the layer has."""
+    rows = [row for row in (run.sensitivity or {}).get("layers", ()) if row["kind"] == kind]
+    if not rows:
+        return None
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    figure = Figure(figsize=(WIDE, 0.9 + 0.17 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    widths, has = list(rows[0]["losses"]), run.bits_of(kind)
+    least = min((loss for row in rows for loss in row["losses"].values() if loss > 0), default=1.0)
+    for number, width in enumerate(widths):
+        losses = [max(row["losses"][width], least) for row in rows]
+        colour = _between(number / max(1, len(widths) - 1))
+        axes.plot(losses, range(len(rows)), ls="none", marker="o", ms=4, color=colour, label=f"{width} bits", zorder=3)
+    for place, row in enumerate(rows):
+        loss = row["losses"].get(str(has.get(row["name"])))
+        if loss is not None:
+            axes.plot(max(loss, least), place, ls="none", marker="o", ms=8, mfc="none", mec=INK, mew=0.9, zorder=4)
+    axes.set_xscale("log")
+    axes.set_xlabel("divergence from FP32 / nats an image")
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=7)
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    figure.legend(loc="outside upper right", ncols=len(widths), fontsize=7.5)
+    return f"sensitivity-{kind}", f"What the bits of each layer's {kind} cost alone; ringed: what it has", figure
 
 
 # Parts of figures.

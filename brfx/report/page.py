@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from brfx.report import text
-from brfx.report.figures import figures, headline
+from brfx.report.figures import KINDS, figures, headline
 from brfx.report.network_svg import network_svg
 from brfx.report.run_files import RunFiles
 from brfx.report.style import DARK, LIGHT, SERIES, inline_svg
@@ -59,7 +59,11 @@ def page(runs: Sequence[RunFiles]) -> str:
 
 def _of_one(name: str, runs: Sequence[RunFiles]) -> bool:
     """Whether a figure is of one of several runs, or of one run alone."""
-    return name[:1].isdigit() if len(runs) > 1 else name.startswith(("steps-", "histograms-", "over-time-"))
+    return (
+        name[:1].isdigit()
+        if len(runs) > 1
+        else name.startswith(("steps-", "histograms-", "over-time-", "sensitivity-"))
+    )
 
 
 def _head(runs: Sequence[RunFiles], title: str, drawn: Sequence[_Figure]) -> str:
@@ -89,6 +93,7 @@ def _run(run: RunFiles, own: dict[str, _Figure], weights: Sequence[_Figure], *, 
     parts.append(_section("Weights", _weights(run, own, weights)))
     if run.before or run.after:
         parts.append(_section("Activations", _kind(run, own, "activations", _ABOUT_ACTIVATIONS)))
+    parts.append(_section("Sensitivity", _sensitivity(run, own)))
     parts.append(_section("The network", _network(run)))
     parts.append(_section("Files", _files(run)))
     parts.append(_section("To do it again", _again(run)))
@@ -149,6 +154,21 @@ def _bar(shares: Sequence[float]) -> str:
     return f'<span class="bar">{"".join(parts)}</span>'
 
 
+_ABOUT_SENSITIVITY = (
+    "What the bits of one layer cost alone: the Kullback-Leibler divergence of the classes' probabilities from the "
+    "FP32 network's, in nats an image, where that layer is quantized and all else is in FP32. Ringed: the bits it has."
+)
+
+
+def _sensitivity(run: RunFiles, own: dict[str, _Figure]) -> str:
+    tables = [(kind, table) for kind in KINDS if (table := text.sensitivity(run, kind)) is not None]
+    if not tables:
+        return ""
+    wide = [own[name] for name in (f"sensitivity-{kind}" for kind, _ in tables) if name in own]
+    shown = "".join(_table(table, f"sensitivity of {kind}", "figures") for kind, table in tables)
+    return f'<p class="note">{escape(_ABOUT_SENSITIVITY)}</p>' + "".join(map(_wide, wide)) + shown
+
+
 def _network(run: RunFiles) -> str:
     if run.network is None:
         return ""
@@ -160,10 +180,12 @@ def _network(run: RunFiles) -> str:
 
 
 def _files(run: RunFiles) -> str:
-    table = text.exported(run)
-    if table is None:
-        return ""
-    return _table(table, "files") + "".join(f"<p>{escape(line)}</p>" for line in text.onnx(run))
+    files, speeds = text.exported(run), text.speeds(run)
+    shown = _table(files, "files") if files is not None else ""
+    shown += "".join(f"<p>{escape(line)}</p>" for line in text.onnx(run))
+    if speeds is not None:
+        shown += _table(speeds, "speeds", "figures") + f'<p class="note">{escape(text.timed_how(run))}</p>'
+    return shown
 
 
 def _again(run: RunFiles) -> str:
@@ -199,11 +221,12 @@ def _wide(figure: _Figure) -> str:
     return f'<figure class="wide"><div class="scroll">{figure.svg}</div>{caption}</figure>'
 
 
-def _table(table: Table, label: str) -> str:
+def _table(table: Table, label: str, kind: str = "") -> str:
     names, rows = table
     head = f"<thead><tr>{''.join(f'<th>{escape(name)}</th>' for name in names)}</tr></thead>" if any(names) else ""
     body = "".join(f"<tr>{_cells(row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table aria-label="{escape(label)}">{head}<tbody>{body}</tbody></table></div>'
+    table = f'<table class="{kind}" aria-label="{escape(label)}">{head}<tbody>{body}</tbody></table>'
+    return f'<div class="scroll">{table}</div>'
 
 
 def _cells(row: Sequence[str]) -> str:

@@ -26,6 +26,8 @@ class RunFiles:
         histograms: those of ``histograms.jsonl``; the first is of before training.
         result: ``result.json``; ``None`` while the run is not complete.
         network: ``network.json``.
+        sensitivity: ``sensitivity.json``, what `brfx sensitivity --json` prints.
+        benchmark: ``benchmark.json``, which `brfx benchmark` leaves.
     """
 
     label: str
@@ -35,6 +37,8 @@ class RunFiles:
     histograms: list[Line] = field(default_factory=list)
     result: Line | None = None
     network: Line | None = None
+    sensitivity: Line | None = None
+    benchmark: Line | None = None
 
     @property
     def before(self) -> Line | None:
@@ -47,6 +51,11 @@ class RunFiles:
         shipped = self.run.epoch
         found = [line for line in self.histograms if line["epoch"] and shipped in (None, line["epoch"])]
         return found[-1] if found else None
+
+    def bits_of(self, kind: str) -> dict[str, int]:
+        """The bits of each layer's weights or of each quantizer of activations, as far as the run wrote them down."""
+        line = self.after or self.before
+        return {} if line is None else {name: figures["bits"] for name, figures in line[kind].items()}
 
     @property
     def metric(self) -> str:
@@ -85,6 +94,7 @@ def read_run_files(path: Path, label: str = "") -> RunFiles:
         ConfigError: it is no run, or one of its files is damaged; names the file.
     """
     run = read_run(path)
+    network = _json(path / "network.json")
     return RunFiles(
         label=label or run.name,
         run=run,
@@ -92,8 +102,28 @@ def read_run_files(path: Path, label: str = "") -> RunFiles:
         metrics=_lines(path / "metrics.jsonl", {"epoch": int, "stage": str, "train": dict}),
         histograms=_lines(path / "histograms.jsonl", {"epoch": int, "weights": dict, "activations": dict}),
         result=_json(path / "result.json"),
-        network=_json(path / "network.json"),
+        network=network,
+        sensitivity=_sensitivity(path / "sensitivity.json", network),
+        benchmark=_json(path / "benchmark.json"),
     )
+
+
+def _sensitivity(path: Path, network: Line | None) -> Line | None:
+    """What was measured; it must be of the run's own network, as nobody but the user puts it there."""
+    found = _json(path)
+    if found is None or network is None:
+        return found
+    here = {part for place in network["places"] for part in _enclosing(place["name"])}
+    other = next((row["name"] for row in found["layers"] if row["kind"] == "weights" and row["name"] not in here), None)
+    if other is not None:
+        raise ConfigError(f"{path}: is of another network, as this run's has no layer {other}: take the file away")
+    return found
+
+
+def _enclosing(name: str) -> list[str]:
+    """A place's module and those around it."""
+    parts = name.partition("#")[0].split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
 def _json(path: Path) -> Line | None:

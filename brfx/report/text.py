@@ -148,6 +148,55 @@ def weights_only(run: RunFiles) -> Table | None:
     return ("layer", "error", "effectiveness", "closed", "codes changed"), rows
 
 
+def sensitivity(run: RunFiles, kind: str) -> Table | None:
+    """What each layer's bits cost alone: a row a layer, a column a width, then the bits that it has."""
+    rows = [row for row in (run.sensitivity or {}).get("layers", ()) if row["kind"] == kind]
+    if not rows:
+        return None
+    widths, has = list(rows[0]["losses"]), run.bits_of(kind)
+    names = ("layer" if kind == "weights" else "quantizer", kind, *(f"{width} bits" for width in widths), "has")
+    return names, [
+        (
+            row["name"],
+            f"{row['values']:,}",
+            *(_nats(row["losses"][width]) for width in widths),
+            str(has.get(row["name"], "")),
+        )
+        for row in rows
+    ]
+
+
+def _nats(loss: float) -> str:
+    return f"{loss:.1e}" if loss < 0.001 else f"{loss:.4f}"
+
+
+def speeds(run: RunFiles) -> Table | None:
+    """Each file that was timed: its size, and how fast ONNX Runtime runs it."""
+    if run.benchmark is None:
+        return None
+    return ("file", "size", "ms/batch", "images/s", "x the first"), [
+        (
+            row["name"],
+            file_size(row["bytes"]),
+            f"{row['milliseconds']:.2f}",
+            f"{row['images_per_second']:.0f}",
+            f"{row['speed']:.2f}",
+        )
+        for row in run.benchmark["timings"]
+    ]
+
+
+def timed_how(run: RunFiles) -> str:
+    """Under what the speeds were measured."""
+    found = run.benchmark or {}
+    images, threads = (_counted(found[name], of) for name, of in (("batch_size", "image"), ("threads", "thread")))
+    return f"ONNX Runtime, batches of {images}, {threads}, {found['machine']['processor']}."
+
+
+def _counted(count: int, of: str) -> str:
+    return f"{count} {of}{'' if count == 1 else 's'}"
+
+
 def exported(run: RunFiles) -> Table | None:
     """Each file that the run left, and its size."""
     sizes = (run.result or {}).get("bytes")

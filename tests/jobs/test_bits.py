@@ -11,7 +11,7 @@ from brfx.config import JobConfig, QATConfig, TrainConfig
 from brfx.config.recipes import read_settings
 from brfx.errors import ConfigError
 from brfx.io.model_file import load
-from brfx.jobs.bits import BITS_FILE, kind_of, require_output, settings_toml
+from brfx.jobs.bits import BITS_FILE, SENSITIVITY_FILE, kind_of, require_output, settings_toml
 from brfx.jobs.evaluate import evaluate_file
 from brfx.jobs.inspect import dry_run, sensitivity
 from brfx.jobs.job import quantize
@@ -69,6 +69,8 @@ def test_a_budget_gives_each_layer_its_bits_and_the_run_says_which(job, caplog, 
 
     saved = json.loads((result.run_dir / "config.json").read_text())
     assert saved["bit_budget"] == 3.0 and [name for name, _ in saved["qat"]["overrides"]] == ["0", "3", "7"]
+    measured = json.loads((result.run_dir / SENSITIVITY_FILE).read_text())
+    assert [(row["name"], row["kind"]) for row in measured["layers"]] == [(name, "weights") for name in "037"]
     text = (result.run_dir / BITS_FILE).read_text()
     assert 'match = "3"  # 1,152 weights; ' in text and " at 2 bits, " in text
     for file in ("config.json", BITS_FILE):

@@ -1,12 +1,14 @@
 """Files of one model, exported, measured and compared, also where the model is the user's own."""
 
+import json
+
 import pytest
 import torch
 
 from brfx.config import JobConfig, QATConfig, TrainConfig
 from brfx.errors import CheckpointError, DataError, ExportError
 from brfx.jobs.evaluate import evaluate_file
-from brfx.jobs.files import benchmark_files, export_file, verify_files
+from brfx.jobs.files import benchmark_files, export_file, keep_timings, verify_files
 from brfx.jobs.job import quantize
 
 NET = """
@@ -72,7 +74,7 @@ def test_a_file_wants_its_own_classes(run, tmp_path):
         evaluate_file(JobConfig(command="evaluate", ckpt=run[0] / "model.onnx", data=str(tmp_path)))
 
 
-def test_a_model_of_ones_own_is_compared_and_timed(run):
+def test_a_model_of_ones_own_is_compared_and_timed(run, tmp_path):
     folder, name = run
     result = verify_files(folder / "model.pt", folder / "model.onnx", "digits", images=50, model=name, integer=True)
     assert result.images == 50 and result.bit_for_bit and result.accuracy is not None
@@ -80,6 +82,18 @@ def test_a_model_of_ones_own_is_compared_and_timed(run):
     assert verify_files(folder / "model.pt2", folder / "model.onnx", images=4).images == 4
     rows = benchmark_files([folder / "model.pt", folder / "model.onnx"], 1, 2, 1, None, name)
     assert len(rows) == 3
+    kept = keep_timings([folder / "model.pt", folder / "model.onnx"], rows, 1, 2)
+    content = json.loads(kept.read_text())
+    assert kept == folder / "benchmark.json" and (content["batch_size"], content["threads"]) == (1, 2)
+    names = [row["name"] for row in content["timings"]]
+    assert names == ["model.pt in FP32", "model.pt: ONNX Runtime's INT8", "model.onnx"]
+    assert content["timings"][2]["bytes"] == (folder / "model.onnx").stat().st_size and content["machine"]["processor"]
+    kept.unlink()
+    (tmp_path / "model.onnx").write_bytes((folder / "model.onnx").read_bytes())
+    assert keep_timings([tmp_path / "model.onnx"], rows, 1, 2) is None  # beside no run
+    assert keep_timings([folder / "model.onnx", tmp_path / "model.onnx"], rows, 1, 2) is None  # of two folders
+    assert keep_timings([tmp_path / "model.onnx", folder / "model.onnx"], rows, 1, 2) is None
+    assert not kept.exists() and [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     assert len(benchmark_files([folder / "model.onnx"], 1, 2, 1, None)) == 1  # at the size that the file says
     with pytest.raises(CheckpointError, match="no code is run"):
         verify_files(folder / "model.pt", folder / "model.onnx")
@@ -90,8 +104,6 @@ def test_a_model_of_ones_own_is_compared_and_timed(run):
 
 
 def test_files_of_different_preprocessing_are_not_compared(run, tmp_path):
-    import json
-
     import onnx
 
     other = onnx.load(run[0] / "model.onnx")

@@ -76,3 +76,30 @@ def unfinished(finished: Path, tmp_path: Path) -> Path:
         lines = (folder / name).read_text().splitlines(keepends=True)
         (folder / name).write_text("".join(lines[:count]))
     return folder
+
+
+@pytest.fixture
+def measured(measured_once: Path, tmp_path: Path) -> Path:
+    """A copy of it, to change."""
+    return shutil.copytree(measured_once, tmp_path / "measured")
+
+
+@pytest.fixture(scope="session")
+def measured_once(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run with what `brfx sensitivity` and `brfx benchmark` found."""
+    folder = tmp_path_factory.mktemp("with") / "measured"
+    shutil.copytree(finished, folder)
+    losses = {"conv1": (0.5, 0.25, 0.0625), "conv2": (2.0, 0.5, 0.0), "fc": (0.125, 0.0005, 0.0001)}
+    layers = [
+        {"name": name, "kind": "weights", "bits": 3, "values": 100 * place, "assigned": None}
+        | {"losses": dict(zip(("2", "4", "8"), found, strict=True))}
+        for place, (name, found) in enumerate(losses.items(), start=1)
+    ]
+    (folder / "sensitivity.json").write_text(json.dumps({"images": 128, "layers": layers, "overrides": []}))
+    timings = [
+        {"name": "model.pt in FP32", "bytes": 8000, "milliseconds": 0.5, "images_per_second": 2000.0, "speed": 1.0},
+        {"name": "model.onnx", "bytes": 4000, "milliseconds": 0.25, "images_per_second": 4000.0, "speed": 2.0},
+    ]
+    content = {"batch_size": 1, "threads": 2, "machine": {"processor": "a CPU"}, "timings": timings}
+    (folder / "benchmark.json").write_text(json.dumps(content))
+    return folder

@@ -105,3 +105,14 @@ def test_colours_of_an_inline_figure_are_the_pages(finished):
     assert svg.startswith("<svg ") and svg.endswith("</svg>") and 'aria-label="a &lt;loss&gt;"' in svg
     assert not [colour for colour in VARIABLES if colour in svg] and f"var({VARIABLES[INK]})" in svg
     assert "<style" not in svg and "metadata" not in svg
+
+
+def test_sensitivities_are_points_and_a_ring_is_where_the_run_is(measured):
+    figure = drawn([read_run_files(measured)])["sensitivity-weights"]
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["conv1", "conv2", "fc"]
+    points = lines(figure)
+    assert points["2 bits"] == ([0.5, 2.0, 0.125], [0, 1, 2])
+    assert points["8 bits"] == ([0.0625, 0.0001, 0.0001], [0, 1, 2])  # none is 0 on a logarithmic axis
+    rings = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.get_lines() if line.get_markersize() == 8]
+    assert rings == [(0.25, 0), (2.0, 1), (0.125, 2)]  # conv1 has 4 bits, the others 2

@@ -23,11 +23,11 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def pages(finished, tmp_path_factory):
+def pages(finished, measured_once, tmp_path_factory):
     """Of one run, and of two."""
     folder = tmp_path_factory.mktemp("pages")
     shutil.copytree(finished, folder / "a run with a name that is quite long, much longer than a small screen is wide")
-    write_page(read([finished]), folder / "one.html")
+    write_page(read([measured_once]), folder / "one.html")
     write_page(read([finished, next(path for path in folder.iterdir() if path.is_dir())]), folder / "two.html")
     return folder
 

@@ -8,7 +8,7 @@ from brfx.report.run_files import read_run_files
 
 def test_a_finished_run_has_everything(finished):
     run = read_run_files(finished)
-    assert run.label == "finished" and run.run.bits == "W2A2" and run.metric == "top-1 accuracy"
+    assert run.label == "finished" and run.run.bits == "W2.5A2" and run.metric == "top-1 accuracy"
     assert [line["epoch"] for line in run.histograms] == [0, 1, 2, 3, 4]
     assert run.before is run.histograms[0] and run.after is run.histograms[4]
     assert run.boundary == 1
@@ -69,3 +69,10 @@ def test_what_is_no_run_is_said(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="this is no run's folder"):
         read_run_files(tmp_path)
+
+
+def test_a_sensitivity_of_another_network_is_refused(measured):
+    path = measured / "sensitivity.json"
+    path.write_text(path.read_text().replace('"conv2"', '"layer1.0.conv1"'))
+    with pytest.raises(ConfigError, match=r"sensitivity\.json: is of another network, .* no layer layer1\.0\.conv1"):
+        read_run_files(measured)

@@ -109,3 +109,23 @@ def test_what_the_onnx_file_was_compared_with(run):
         "different by up to 0.5" in text.onnx(replace(run, result={"onnx": report | {"reference_difference": 0.5}}))[-1]
     )
     assert text.onnx(replace(run, result={"onnx": None})) == []
+
+
+def test_sensitivities_have_the_bits_of_the_run_not_of_what_was_measured(measured):
+    names, rows = text.sensitivity(read_run_files(measured), "weights")
+    assert names == ("layer", "weights", "2 bits", "4 bits", "8 bits", "has")
+    assert rows == [
+        ("conv1", "100", "0.5000", "0.2500", "0.0625", "4"),
+        ("conv2", "200", "2.0000", "0.5000", "0.0e+00", "2"),
+        ("fc", "300", "0.1250", "5.0e-04", "1.0e-04", "2"),
+    ]
+    assert text.sensitivity(read_run_files(measured), "activations") is None
+
+
+def test_speeds_and_how_they_were_measured(measured, run):
+    timed = read_run_files(measured)
+    names, rows = text.speeds(timed)
+    assert names == ("file", "size", "ms/batch", "images/s", "x the first")
+    assert rows[1] == ("model.onnx", "4.0 kB", "0.25", "4000", "2.00")
+    assert text.timed_how(timed) == "ONNX Runtime, batches of 1 image, 2 threads, a CPU."
+    assert text.speeds(run) is None and text.sensitivity(run, "weights") is None

@@ -56,6 +56,20 @@ def test_a_page_needs_nothing_else(run, request, tmp_path):
     assert ("Files" in page) == (run != "unfinished")
 
 
+def test_what_was_measured_beside_the_run_is_on_its_page_and_in_its_short_form(measured, finished, tmp_path):
+    pytest.importorskip("matplotlib", reason="figures need matplotlib, the extra 'report'")
+    write_page(read([measured]), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "<h2>Sensitivity</h2>" in page and "each layer&#x27;s weights cost alone" in page
+    assert "<td>5.0e-04</td>" in page and "batches of 1 image, 2 threads, a CPU" in page
+    write_page(read([measured, finished]), tmp_path / "two.html")
+    assert (tmp_path / "two.html").read_text().count("<h2>Sensitivity</h2>") == 1
+    short = CliRunner().invoke(cli, ["report", str(measured), "--terminal"], env={"COLUMNS": "80"})
+    assert short.exit_code == 0, short.output
+    assert ["conv1", "100", "0.5000", "0.2500", "0.0625", "4"] in [line.split() for line in short.output.splitlines()]
+    assert "model.onnx" in short.output and "ONNX Runtime, batches of 1 image" in short.output
+
+
 def test_names_from_files_are_text(unfinished, tmp_path):
     pytest.importorskip("matplotlib", reason="figures need matplotlib, the extra 'report'")
     bad = tmp_path / "<img src=x onerror=alert(1)>"
