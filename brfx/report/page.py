@@ -225,8 +225,8 @@ def _table(table: Table, label: str, kind: str = "") -> str:
     names, rows = table
     head = f"<thead><tr>{''.join(f'<th>{escape(name)}</th>' for name in names)}</tr></thead>" if any(names) else ""
     body = "".join(f"<tr>{_cells(row)}</tr>" for row in rows)
-    table = f'<table class="{kind}" aria-label="{escape(label)}">{head}<tbody>{body}</tbody></table>'
-    return f'<div class="scroll">{table}</div>'
+    whole = f'<table class="{kind}" aria-label="{escape(label)}">{head}<tbody>{body}</tbody></table>'
+    return f'<div class="scroll">{whole}</div>'
 
 
 def _cells(row: Sequence[str]) -> str:
