@@ -46,5 +46,5 @@ def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_there_are_pages_with_code() -> None:
-    assert {"extend.md", "index.md"} <= {page.name for page in PAGES}
+    assert {"extend.md", "index.md", "microcontroller.md"} <= {page.name for page in PAGES}
     assert "first-network.md" in {page.name for page in COMMAND_PAGES}
