@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from brfx.analysis.observe import graphs
 from brfx.calibration import require_calibrated
 from brfx.errors import ExportError, first_line
 from brfx.export.destination import as_inputs, destination, replacing
+from brfx.graph.trace import pruned
 from brfx.metadata import metadata_entries
 from brfx.nn import QuantizedLayer
 
@@ -56,6 +58,9 @@ def export_torch(qmodel: nn.Module, path: str | Path, example_inputs: Tensor | t
 def _with_levels_as_weights(qmodel: nn.Module) -> nn.Module:
     """A copy in eval mode on the CPU whose layers hold the levels that ``qmodel`` computes with as their weights."""
     frozen = copy.deepcopy(qmodel).eval().cpu()
+    for gm in graphs(frozen).values():
+        if getattr(gm, "has_mode_branches", False):
+            gm.graph = pruned(gm, False)  # torch.export reads the graph, which has both modes
     layers = [module for module in frozen.modules() if isinstance(module, QuantizedLayer) and module.regularized()]
     readers = Counter(id(layer._parameters.get("weight")) for layer in layers)
     for layer in layers:

@@ -66,7 +66,7 @@ class _Merge:
     def mark_changes(self) -> None:
         """A change of the model's state that is in one mode alone gets a node that says so, which nothing uses."""
         for node in self.added + list(itertools.chain(*self.unclaimed.values())):
-            if _changes_state(node):
+            if changes_state(node):
                 with self.train.inserting_after(node):
                     self.train.call_function(select_by_mode, (None, node) if node in self.added else (node, None))
 
@@ -137,7 +137,7 @@ def pruned(gm: fx.GraphModule, training: bool) -> fx.Graph:
                 user.args = _replaced(user.args, node, chosen)
                 user.kwargs = _replaced(user.kwargs, node, chosen)
             graph.erase_node(node)
-    ends = [node for node in graph.nodes if node.op in ("output", "placeholder") or _changes_state(node)]
+    ends = [node for node in graph.nodes if node.op in ("output", "placeholder") or changes_state(node)]
     rejected -= _ancestors([node for node in ends if node not in changes])
     for node in graph.nodes:
         if node.op != "output" and rejected.intersection(node.all_input_nodes):
@@ -148,7 +148,7 @@ def pruned(gm: fx.GraphModule, training: bool) -> fx.Graph:
     return graph
 
 
-def _changes_state(node: Node) -> bool:
+def changes_state(node: Node) -> bool:
     """Whether a node changes something in place: in a graph without such operations, the model's state."""
     return node.op.startswith("call_") and node.op != "call_module" and _named_in_place(node)
 

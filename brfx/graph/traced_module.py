@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +89,12 @@ class TracedModule(Derived, fx.GraphModule):
         code = super().recompile()
         if self.has_mode_branches:
             modes = {training: generated(self, pruned(self, training)) for training in (True, False)}
-            type(self).forward = lambda self, *args, **kwargs: modes[self.training](self, *args, **kwargs)  # type: ignore[method-assign]
+
+            def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+                return modes[self.training](self, *args, **kwargs)
+
+            forward.__signature__ = inspect.signature(modes[True])  # type: ignore[attr-defined]
+            type(self).forward = forward  # type: ignore[method-assign]
         return code
 
 

@@ -1,3 +1,4 @@
+import inspect
 import json
 import subprocess
 import sys
@@ -117,3 +118,26 @@ def test_a_weight_that_is_computed_or_that_two_layers_read_has_its_levels(tmp_pa
     qmodel.get_submodule("2").weight_quantizer.step.data.mul_(1.7)
     brfx.export_torch(qmodel.eval(), tmp_path / "model.pt2", x)
     torch.testing.assert_close(torch.export.load(tmp_path / "model.pt2").module()(x), qmodel(x))
+
+
+class ByMode(nn.Module):
+    """Does one thing in training and another in eval; its second argument has a default."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 2)
+
+    def forward(self, x, other=None):
+        x = nn.functional.dropout(self.conv(x).relu(), 0.5, self.training)
+        return self.fc(x.mean((2, 3)) if other is None else x.mean((2, 3)) + other)
+
+
+def test_a_model_that_goes_by_its_mode_keeps_its_signature(tmp_path):
+    torch.manual_seed(0)
+    for inputs in ((torch.randn(4, 3, 8, 8),), (torch.randn(4, 3, 8, 8), torch.randn(4, 4))):
+        qmodel = brfx.prepare_qat(ByMode(), None, inputs)
+        assert list(inspect.signature(qmodel.forward).parameters) == ["x", "other"]
+        brfx.calibrate(qmodel, [inputs], forward=lambda model, batch: model(*batch))
+        model = torch.export.load(export_torch(qmodel, tmp_path / "model.pt2", inputs)).module()
+        few = tuple(value[:3] for value in inputs)
+        torch.testing.assert_close(model(*few), qmodel.eval()(*few))
