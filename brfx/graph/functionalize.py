@@ -28,6 +28,7 @@ _VIEWS = words(
     adjoint as_strided view_as_real view_as_complex
     """
 )
+_RESHAPES = {"view": "reshape", "view_as": "reshape_as"}
 _VIEW_ATTRIBUTES = words("data T mT H mH real imag")
 #: Calls whose result may share the memory of their arguments: some return them as they are, some copy.
 _MAY_SHARE = words(
@@ -90,7 +91,7 @@ def assigned(value: Tensor, index: Any, new: Any) -> Tensor:
 def written(value: Any, new: Tensor, steps: tuple[Step, ...]) -> Any:
     """``value`` with ``new`` in the place of the view of it that ``steps`` lead to, in values of containers too."""
     if isinstance(value, Tensor):
-        out = value.clone()
+        out = value.clone(memory_format=torch.contiguous_format)  # in which every view is one
         view = out
         for step in steps:
             view = _taken(view, step)
@@ -188,7 +189,15 @@ class _Functionalization:
         for node in reversed(self.made):
             if not node.users:
                 self.graph.erase_node(node)
+        self._free_of_layout()
         return count
+
+    def _free_of_layout(self) -> None:
+        """Let views be reshapes, which run in any memory format: nothing changes what a view shares any more."""
+        for node in self.graph.nodes:
+            is_form = node.op == "call_method" and node.target in _RESHAPES
+            if is_form and not _is_state(self.places[node].root) and not _asks_for_type(node):
+                node.target = _RESHAPES[str(node.target)]
 
     def _visit(self, node: Node) -> bool:
         if node.op == "call_method" and node.target in _DUNDERS:
@@ -437,8 +446,8 @@ def _first(node: Node) -> Any:
 
 
 def _named_in_place(node: Node) -> bool:
-    if node.target is operator.setitem or node.target in _OPERATORS:
-        return True
+    if getattr(node.target, "__module__", "") == "_operator":  # operator.and_ is none: Python has the word `and`
+        return node.target is operator.setitem or node.target in _OPERATORS
     name = name_in_full(node.target) or ""
     return name.endswith("_") and not name.endswith("__") and name not in _NEW_FORM | _NO_CHANGE
 
@@ -448,6 +457,15 @@ def _flag(node: Node) -> bool:
     if node.op != "call_function" or not inspect.isfunction(node.target):
         return False
     return _bound(node).get("inplace", False) is True
+
+
+def _asks_for_type(node: Node) -> bool:
+    """Whether this is ``x.view(torch.int32)``: the same bytes as other numbers."""
+    return any(isinstance(value, torch.dtype) or _is_type(value) for value in (*node.args[1:], *node.kwargs.values()))
+
+
+def _is_type(value: Any) -> bool:
+    return isinstance(value, Node) and value.target is getattr and value.args[1] == "dtype"
 
 
 def _bound(node: Node) -> dict[str, Any]:

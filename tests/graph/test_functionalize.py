@@ -128,7 +128,13 @@ def constant(m, x):
     return m.c(x * mask)
 
 
+def two_conditions(m, x):
+    x = m.c0(x)
+    return m.c(torch.where((x > 0) & (x < 0.5) | (x > 1), x, -x))
+
+
 CASES = {
+    "and, or": two_conditions,
     "relu module": residual(lambda m, x: m.r(x)),
     "relu6 module": residual(lambda m, x: m.r6(x)),
     "silu module": residual(lambda m, x: m.silu(x)),
@@ -394,3 +400,33 @@ def test_a_tensor_in_containers_within_each_other_is_written_where_it_is():
     assert torch.equal(found["pair"][0], expected) and a[0, 1] == 1
     assert found["pair"][1] is b and found["c"] is c and list(found) == ["pair", "c"]
     assert torch.equal(written(value, c + 5, (("getitem", ("c",), {}),))["c"], c + 5)
+
+
+def flattened(m, x):
+    x = m.c0(x)
+    y = x.view(x.size(0), -1)
+    z = x.view(-1)
+    z[::7] = 0.5
+    return m.c(y.view(x.shape) + x.relu().view_as(x))
+
+
+def test_views_run_in_any_memory_format(x):
+    torch.manual_seed(0)
+    model = Net(flattened)
+    qmodel = brfx.prepare_qat(model, None, x)
+    with brfx.quantization_disabled(qmodel):
+        wanted, found = run(model, x), run(qmodel, x)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(wanted, found, strict=True))
+        last = qmodel.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+        torch.testing.assert_close(last, model(x))
+
+
+def test_a_view_as_another_type_stays_one(x):
+    def how(m, x):
+        x = m.c0(x)
+        return m.c(x.view(torch.int32).view(x.dtype))
+
+    model = Net(how)
+    qmodel = brfx.prepare_qat(model, None, x)
+    with brfx.quantization_disabled(qmodel):
+        assert torch.equal(qmodel(x), model(x))
