@@ -97,9 +97,10 @@ def integer_model(qmodel: nn.Module) -> IntegerModel:
 
     Raises:
         NotCalibratedError: a quantizer has no step.
-        ExportError: a sum could leave 32 bits; names the layer.
+        ExportError: a sum could leave 32 bits, or a module has hooks, which no integer form runs; names it.
     """
     require_calibrated(qmodel)
+    _require_no_hooks(qmodel)
     model = copy.deepcopy(qmodel).eval().cpu()
     result = IntegerModel(model, {}, {}, {})
     for prefix, gm in graphs(model).items():
@@ -112,6 +113,15 @@ def integer_model(qmodel: nn.Module) -> IntegerModel:
         if layer.largest_sum >= 2**31:
             raise ExportError(f"{name}: its sums can reach {layer.largest_sum}, more than 32 bits hold; use fewer bits")
     return result
+
+
+def _require_no_hooks(qmodel: nn.Module) -> None:
+    for name, module in qmodel.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise ExportError(
+                f"{name or type(qmodel).__name__} has a hook, which no integers in a file would run: remove it with the "
+                "handle that registered it, or write what it does into the model; export_torch runs hooks"
+            )
 
 
 def _modules(result: IntegerModel) -> None:

@@ -398,3 +398,17 @@ def test_every_form_takes_a_residual_add_s_integers_from_its_module(images, monk
         assert float(add.branch.zero_point) + 128 == grid.zero_point
         assert float(add.branch.scale) == pytest.approx(grid.scale)
     assert (adds[0].factor is None) == (stream_bits == 8)
+
+
+@pytest.mark.parametrize("where", ["conv1", "fc", ""])
+@pytest.mark.parametrize("pre", [False, True])
+def test_a_hook_that_no_file_would_run_is_refused_by_name(tiny, images, where, pre):
+    module = tiny.get_submodule(where)
+    if pre:
+        module.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    else:
+        module.register_forward_hook(lambda module, args, output: output * 2)
+    qmodel = brfx.prepare_qat(tiny, None, images)
+    brfx.calibrate(qmodel, [images])
+    with pytest.raises(brfx.BrfxError, match=f"{where or type(tiny).__name__} has a hook"):
+        integer_model(qmodel)
