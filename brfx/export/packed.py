@@ -20,6 +20,7 @@ from brfx.export.integer import integer_model
 from brfx.export.layers import FloatLayer, IntegerConv, IntegerLinear, IntegerProduct, Requantize, Storage
 from brfx.export.operators import QuantParams
 from brfx.export.packing import container, pack
+from brfx.graph.mode_branches import changes_state
 from brfx.graph.torch_ops import name_of
 from brfx.metadata import metadata_entries
 from brfx.nn import QUANTIZED_LAYERS, QuantizedLayer, Quantizer
@@ -28,6 +29,7 @@ FORMAT_VERSION = 2
 
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _OPERATORS = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div"}
+_OPERATORS |= {"and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "invert": "bitwise_not"}
 
 
 def export_packed(qmodel: nn.Module, path: str | Path) -> Path:
@@ -79,7 +81,9 @@ class _Writing:
         used = _used(self.gm.graph.nodes)
         for node in self.gm.graph.nodes:
             if node not in used:
-                _no_lasting_change(node)
+                _no_lasting_change(node, used)
+                continue
+            if _is_setting(node):
                 continue
             self.names[node] = node.name
             if node.op == "placeholder":
@@ -90,9 +94,10 @@ class _Writing:
             elif node.op == "call_module" and isinstance(self.gm.get_submodule(str(node.target)), _NOTHING):
                 self.names[node] = self.names[node.all_input_nodes[0]]
             else:
-                _no_lasting_change(node)
+                _no_lasting_change(node, used)
                 op, attributes = self._operation(node)
-                sources = list(dict.fromkeys(self.names[value] for value in node.all_input_nodes))
+                values = [value for value in node.all_input_nodes if not _is_setting(value)]
+                sources = list(dict.fromkeys(self.names[value] for value in values))
                 nodes.append({"name": node.name, "op": op, "inputs": sources, "attributes": attributes})
         return {"inputs": inputs, "outputs": outputs, "nodes": nodes}
 
@@ -196,6 +201,8 @@ class _Writing:
         name = name_of(node.target)
         if name is None:
             raise ExportError(f"{node.name}: a packed file has no form for {node.target}, which is not torch's")
+        if node.op == "call_method" and name == "unfold":
+            raise ExportError(f"{node.name}: a packed file has no form for a tensor's method unfold, only for F.unfold")
         name = _OPERATORS.get(name, name)
         if name == "getitem":
             return name, {"index": self._plain(node.args[1])}
@@ -220,7 +227,7 @@ class _Writing:
     def _plain(self, value: Any) -> Any:
         """An argument as JSON; what JSON has no word for as an object with one key."""
         if isinstance(value, Node):
-            return {"value": self.names[value]}
+            return self._plain(value.args[0]) if _is_setting(value) else {"value": self.names[value]}
         if isinstance(value, float) and not math.isfinite(value):
             return {"float": str(value)}
         if value is None or isinstance(value, (bool, int, float, str)):
@@ -239,27 +246,32 @@ class _Writing:
 
 
 def _used(nodes: Any) -> set[Node]:
-    """The nodes that the output depends on, and every input."""
+    """The nodes that the output depends on, and every input that has no default."""
     used: set[Node] = set()
     for node in reversed(list(nodes)):
-        if node.op in ("output", "placeholder") or used.intersection(node.users):
+        asked = node.op == "output" or (node.op == "placeholder" and not node.args)
+        if asked or used.intersection(node.users):
             used.add(node)
     return used
 
 
-def _no_lasting_change(node: Node) -> None:
-    """Refuse an operation in place whose old input is used once more: a value of the file has one content."""
-    if node.op not in ("call_function", "call_method"):
+def _is_setting(node: Node) -> bool:
+    """Whether this is an argument with a default, such as ``scale=2.0``, which the file has instead."""
+    return node.op == "placeholder" and bool(node.args) and node.args[0] is not None
+
+
+def _no_lasting_change(node: Node, used: set[Node]) -> None:
+    """Refuse a change of a parameter or buffer that is read: in the file it is a constant."""
+    if not changes_state(node):
         return
-    word = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
-    operator = getattr(node.target, "__module__", "") == "_operator"
-    in_place = (word.endswith("_") and not word.endswith("__")) or (
-        operator and word in ("iadd", "isub", "imul", "itruediv", "setitem")
-    )
-    if not (in_place or node.kwargs.get("inplace")) or not node.all_input_nodes:
-        return
-    if any(user > node for user in node.all_input_nodes[0].users):
-        raise ExportError(f"{node.name}: changes a value in place that is used after it; write the model without")
+    changed = node
+    while changed.op.startswith("call_") and changed.all_input_nodes:
+        changed = changed.all_input_nodes[0]
+    if any(other.op == "get_attr" and other.target == changed.target for other in used):
+        raise ExportError(
+            f"{node.name}: changes {changed.target} in every call, which is a constant in a packed file; "
+            "export_onnx and export_torch write such models"
+        )
 
 
 def _named_arguments(node: Node, name: str) -> dict[str, Any] | None:

@@ -18,8 +18,12 @@ from brfx.export.packed_reader import PackedModel, read_packed
 #: Settings of torch's layers that change nothing where the tensors are given.
 _SAID_BY_TENSORS = {"affine", "elementwise_affine", "num_channels", "num_features", "track_running_stats", "momentum"}
 
-#: Functions of lists of tensors, which are no methods of one.
-_OF_LISTS = {"cat", "concat", "concatenate", "stack", "einsum"}
+#: Functions of lists of tensors or of numbers, which are no methods of a tensor.
+_NO_METHODS = {"cat", "concat", "concatenate", "stack", "einsum", "arange", "linspace", "eye", "zeros", "ones", "full"}
+_NO_METHODS |= {"zeros_like", "ones_like", "full_like"}
+
+#: Attributes of a tensor that an operation may read.
+_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "T", "mT"}
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -54,7 +58,10 @@ class _Network:
         self.tensors = {name: torch.from_numpy(value) for name, value in packed.tensors.items()}
 
     def run(self, *inputs: Tensor) -> list[Tensor]:
-        values: dict[str, Any] = dict(zip(self.header["inputs"], inputs, strict=True))
+        names = self.header["inputs"]
+        if len(inputs) != len(names):
+            raise ExportError(f"{self.path}: takes {len(names)} inputs ({', '.join(names)}), was given {len(inputs)}")
+        values: dict[str, Any] = dict(zip(names, inputs, strict=True))
         for node in self.header["nodes"]:
             arguments = [values[name] for name in node["inputs"]]
             try:
@@ -75,13 +82,18 @@ class _Network:
             return inputs[0][tuple(index) if isinstance(index, list) else index]
         if op.startswith("float_conv"):
             return _float_conv(op, *inputs, **given)
+        if op == "getattr" and given["arguments"][1] in _ATTRIBUTES:
+            return getattr(inputs[0], given["arguments"][1])
         if op in _OWN:
             return _OWN[op](*inputs, **given)
         function = _function(op)
         if function is None:
             raise ExportError(f"{self.path}: {node['name']}: brfx does not run the operation {op!r}")
         if "arguments" in given:
-            return function(*given.pop("arguments"), **given)
+            given_in_order = given.pop("arguments")
+            if function is getattr(torch, op, None) and isinstance(given_in_order[0], Tensor):
+                function = getattr(Tensor, op, function)  # which takes sizes one by one, as in x.permute(0, 2, 1)
+            return function(*given_in_order, **given)
         if _refers(node["attributes"]):
             return function(**given)
         return function(*inputs, **_settings(function, given))
@@ -108,9 +120,10 @@ def _function(op: str) -> Callable[..., Any] | None:
     own = None if op.startswith("_") else getattr(F, op, None)
     if getattr(own, "__module__", "") in ("torch.nn.functional", "torch._C._nn", "torch._jit_internal"):
         return own  # type: ignore[no-any-return]
-    if op.startswith("_") or not (callable(getattr(Tensor, op, None)) or op in _OF_LISTS):
+    if op.startswith("_") or not (callable(getattr(Tensor, op, None)) or op in _NO_METHODS):
         return {"upsample": F.interpolate}.get(op)
-    return getattr(torch, op, None) or getattr(Tensor, op)  # type: ignore[no-any-return]
+    function = getattr(torch, op, None)  # torch.float is a dtype
+    return function if callable(function) else getattr(Tensor, op)  # type: ignore[no-any-return]
 
 
 def _settings(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from brfx.analysis.observe import graphs
 from brfx.calibration import require_calibrated
 from brfx.errors import ExportError, first_line
 from brfx.export.destination import as_inputs, destination, replacing
-from brfx.graph.trace import pruned
+from brfx.graph.mode_branches import pruned
 from brfx.metadata import metadata_entries
 from brfx.nn import QuantizedLayer
 
