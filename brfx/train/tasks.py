@@ -67,18 +67,25 @@ def positional(model: nn.Module, inputs: Any) -> Any:
         {"mask": m, "x": x}    ->    (x, m)    for forward(self, x, mask=None)
 
     Raises:
-        ConfigError: the model takes no inputs of these names.
+        ConfigError: the model takes no inputs of these names, or not so many.
     """
-    if not isinstance(inputs, Mapping):
+    named = isinstance(inputs, Mapping)
+    if not named and not isinstance(inputs, tuple):
         return inputs
     signature = inspect.signature(model.forward)
     try:
-        bound = signature.bind(**inputs)
+        bound = signature.bind(**inputs) if named else signature.bind(*inputs)
     except TypeError as error:
+        given = ", ".join(map(repr, inputs)) if named else f"{len(inputs)} in a tuple"
+        cure = (
+            "names them so" if named else "gives as many; what is to stay together goes into a tuple of one, (inputs,)"
+        )
         raise ConfigError(
-            f"the batches' inputs are {', '.join(map(repr, inputs))}, the model's forward takes "
-            f"{', '.join(signature.parameters)} ({error}): give split= that names them so"
+            f"the batches' inputs are {given}, the model's forward takes "
+            f"{', '.join(signature.parameters)} ({error}): give split= that {cure}"
         ) from error
+    if not named:
+        return inputs
     bound.apply_defaults()
     return inputs if bound.kwargs else bound.args
 
