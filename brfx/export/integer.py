@@ -119,8 +119,8 @@ def _require_no_hooks(qmodel: nn.Module) -> None:
     for name, module in qmodel.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             raise ExportError(
-                f"{name or type(qmodel).__name__} has a hook, which no integers in a file would run: remove it with the "
-                "handle that registered it, or write what it does into the model; export_torch runs hooks"
+                f"{name or type(qmodel).__name__} has a hook, which no integers in a file would run: remove it by the "
+                "handle that it was given with, or write what it does into the model; export_torch runs hooks"
             )
 
 
@@ -285,10 +285,11 @@ class _Rewriting:
         source = self._on_codes(node.args[0], x)
         parts = fold(layer, norm, x)
         integer = IntegerConv(layer, parts, x, codes, site)
+        owner = node if norm is None or not norm.affine else value
+        is_parameter = "bias" in self.gm.get_submodule(str(owner.target))._parameters  # not one that is computed
         new = self._call(value, str(node.target), integer, source)
         self.result.layers[f"{self.scope}{node.target}"] = integer
-        owner = node if norm is None or not norm.affine else value
-        if parts.snapped is not None and self.calls[str(owner.target)] == 1:
+        if parts.snapped is not None and is_parameter and self.calls[str(owner.target)] == 1:
             self.result.biases[f"{self.scope}{owner.target}.bias"] = parts.snapped
         value.replace_all_uses_with(new)
         for dead in dict.fromkeys((value, node)):

@@ -412,3 +412,15 @@ def test_a_hook_that_no_file_would_run_is_refused_by_name(tiny, images, where, p
     brfx.calibrate(qmodel, [images])
     with pytest.raises(brfx.BrfxError, match=f"{where or type(tiny).__name__} has a hook"):
         integer_model(qmodel)
+
+
+def test_a_bias_that_is_computed_is_not_snapped(images):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.ReLU())
+    nn.utils.parametrize.register_parametrization(model[0], "bias", nn.Softplus())
+    qmodel = brfx.prepare_qat(model, None, images)
+    brfx.calibrate(qmodel, [images])
+    before = qmodel.get_submodule("0").bias.clone()
+    brfx.snap_biases(qmodel)
+    assert torch.equal(qmodel.get_submodule("0").bias, before)
+    assert list(integer_model(qmodel).biases) == ["2.bias"]
