@@ -217,16 +217,21 @@ def _require_module(model: object) -> None:
         made_by = "torch.export" if exported else "torch.jit" if isinstance(model, torch.jit.ScriptModule) else None
         what = f"the output of {made_by}" if made_by else f"a {type(model).__name__}"
         raise ConfigError(f"prepare_qat takes an nn.Module in Python, and this is {what}: give the module itself")
+    quantizer = next((name for name, module in model.named_modules() if isinstance(module, Quantizer)), None)
+    if quantizer is not None:
+        raise ConfigError(f"the model is rewritten already, {quantizer} is a quantizer: give the float model")
 
 
 def _require_plain_weights(model: nn.Module) -> None:
-    """Raise ConfigError for a weight that a hook computes before each call: quantized layers are not always called."""
+    """Raise ConfigError for a weight or bias that a hook computes before each call: quantized layers are not always
+    called."""
     for name, module in model.named_modules():
-        if isinstance(module, tuple(QUANTIZED_LAYERS)) and isinstance(vars(module).get("weight"), Tensor):
-            raise ConfigError(
-                f"{name or type(model).__name__}: its weight is computed by a hook before each call; use the form in "
-                "torch.nn.utils.parametrizations, or after pruning torch.nn.utils.prune.remove(layer, 'weight')"
-            )
+        for what in ("weight", "bias"):
+            if isinstance(module, tuple(QUANTIZED_LAYERS)) and isinstance(vars(module).get(what), Tensor):
+                raise ConfigError(
+                    f"{name or type(model).__name__}: its {what} is computed by a hook before each call; use the form "
+                    f"in torch.nn.utils.parametrizations, or after pruning torch.nn.utils.prune.remove(layer, '{what}')"
+                )
 
 
 def _require_initialized(model: nn.Module) -> None:

@@ -21,8 +21,9 @@ def copied(model: nn.Module) -> Any:
     """A deep copy, in which activations that a module keeps, as torch copies none, are detached.
 
     Raises:
-        ConfigError: a module cannot be copied; names it.
+        ConfigError: a module cannot be copied, or a copy would be another one; names it.
     """
+    _require_whole_copy(model)
     try:
         return copy.deepcopy(model, detached(model))
     except Exception as error:  # whatever the attribute's class raises
@@ -30,6 +31,32 @@ def copied(model: nn.Module) -> Any:
             f"{type(model).__name__} cannot be copied, and brfx works on a copy: {_first_not_copied(model)} "
             f"is what stops it ({first_line(error)}); set it after prepare_qat, or give its class a __deepcopy__"
         ) from error
+
+
+def _require_whole_copy(model: nn.Module) -> None:
+    """Raise ConfigError for what ``copy.deepcopy`` lets the copy share with the model, or leaves out of it."""
+    own = {id(module): name for name, module in model.named_modules()}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            cells = value.__closure__ if isinstance(value, types.FunctionType) else None
+            if any(id(held) in own for held in map(_content, cells or ())):
+                raise ConfigError(
+                    f"{f'{name}.{key}'.lstrip('.')} is a function that holds a module of the model, and brfx works on "
+                    "a copy, whose function would go on with the original: make it a method of its class"
+                )
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks:
+            raise ConfigError(
+                f"{name} has a hook on its gradient, and brfx works on a copy, whose parameters have none: register it "
+                "after prepare_qat"
+            )
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # still empty
+        return None
 
 
 def detached(model: nn.Module) -> dict[int, Any]:

@@ -186,6 +186,10 @@ def test_weights_that_hooks_compute_are_refused_by_name(images):
         change(model.features[3])
         with pytest.raises(ConfigError, match=r"features\.3: its weight is computed by a hook.*prune.remove"):
             brfx.prepare_qat(model, None, images)
+    model = Net()
+    prune.random_unstructured(model.features[3], "bias", 0.3)
+    with pytest.raises(ConfigError, match=r"features\.3: its bias is computed by a hook.*prune.remove\(layer, 'bias'"):
+        brfx.prepare_qat(model, None, images)
 
 
 @pytest.mark.parametrize("name", ["weight_norm", "spectral_norm"])
@@ -209,6 +213,23 @@ def test_kept_activations_are_copied_and_what_cannot_be_copied_is_named(images):
     model.features[3].lock = threading.Lock()
     with pytest.raises(ConfigError, match=r"features\.3\.lock is what stops it"):
         brfx.prepare_qat(model, None, images)
+
+
+def test_what_a_copy_would_share_with_the_model_or_lack_is_refused(images):
+    model = Net()
+    model.again = lambda x: model.features(x)
+    with pytest.raises(ConfigError, match=r"again is a function that holds a module.*make it a method of its class"):
+        brfx.prepare_qat(model, None, images)
+    model.again = lambda x: x  # holds none
+    brfx.prepare_qat(model, None, images)
+    model.fc.weight.register_hook(lambda gradient: gradient * 2)
+    with pytest.raises(ConfigError, match=r"fc\.weight has a hook on its gradient.*after prepare_qat"):
+        brfx.prepare_qat(model, None, images)
+
+
+def test_a_rewritten_model_is_not_rewritten_again(qnet, images):
+    with pytest.raises(ConfigError, match=r"rewritten already, .* is a quantizer: give the float model"):
+        brfx.prepare_qat(qnet, None, images)
 
 
 def test_scripted_and_exported_models_are_refused_in_one_line(images):
