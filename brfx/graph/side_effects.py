@@ -54,6 +54,8 @@ _FACTORIES = words(
     "arange as_tensor empty eye full hann_window linspace logspace normal ones rand randint randn randperm tensor "
     "tril_indices triu_indices zeros"
 )
+#: These take sizes one by one, as in ``torch.zeros(x.shape[0], 1)``, of which torch looks at none for a traced number.
+_OF_SIZES = words("empty ones rand randn zeros")
 
 
 class _Calls(TorchFunctionMode):
@@ -174,7 +176,7 @@ def recording(tracer: fx.Tracer, root: nn.Module) -> Iterator[None]:
 
 
 def _recording_factory(tracer: fx.Tracer, factory: Callable[..., Any]) -> Callable[..., Any]:
-    """``factory`` that is recorded where a number is one of the graph's, for a torch that refuses such numbers."""
+    """``factory`` that is recorded where a number is one of the graph's, which torch may refuse."""
 
     @functools.wraps(factory)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -215,8 +217,8 @@ def _patched(tracer: fx.Tracer, root: nn.Module, state: _State) -> Iterator[None
         (torch.utils.checkpoint.CheckpointFunction, "apply", staticmethod(reentrant)),
         (torch.utils.checkpoint, "_checkpoint_hook", not_reentrant),
     ]
-    if not factories_are_overridden():
-        places += [(torch, name, _recording_factory(tracer, getattr(torch, name))) for name in sorted(_FACTORIES)]
+    names = _OF_SIZES if factories_are_overridden() else _FACTORIES
+    places += [(torch, name, _recording_factory(tracer, getattr(torch, name))) for name in sorted(names)]
     with ExitStack() as stack:
         for place, name, new in places:
             stack.enter_context(mock.patch.object(place, name, new))

@@ -84,6 +84,7 @@ STATE = {
     "the batch's size": lambda m, x: F.conv2d(
         x.flatten(0, 1)[None], m.k.repeat(x.shape[0], 1, 1, 1), groups=8 * x.shape[0]
     ).unflatten(1, (x.shape[0], 8))[0],
+    "sizes one by one": lambda m, x: x + torch.zeros(x.shape[0], 1, 1, x.shape[3]) + torch.ones(x.size(0), 8, 1, 1),
     "positions of the size": lambda m, x: x + torch.linspace(0, 1, x.shape[3]) + torch.zeros((x.shape[0], 1, 1, 1)),
 }  # fmt: skip
 
@@ -132,6 +133,7 @@ ALIVE = {
     "a number of torch": lambda m, x: x * torch.rand(1),
     "numbers of torch": lambda m, x: x + torch.empty(8, 1, 1).uniform_() * torch.randn((x.shape[0], 1, 1, 1)),
     "dropped layers": lambda m, x: x + m.block(x) * torch.bernoulli(torch.full((1,), 0.5)),
+    "numbers of sizes one by one": lambda m, x: x * torch.rand(x.shape[0], 1, 1, 1) + torch.randn(x.shape[0], 8, 1, 1),
     "noise": lambda m, x: x + torch.randn_like(x) if m.training else x,
 }
 
