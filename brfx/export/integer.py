@@ -35,6 +35,7 @@ from brfx.export.layers import (
 )
 from brfx.export.operators import QuantParams
 from brfx.graph.dataflow import analyse, commutes_with_rounding, operands, operation
+from brfx.graph.functionalize import detach_data
 from brfx.graph.mode_branches import pruned
 from brfx.graph.source_rewrite import QuantizedCall
 from brfx.graph.torch_ops import LINEAR, is_attention
@@ -107,6 +108,7 @@ def integer_model(qmodel: nn.Module) -> IntegerModel:
         scope = f"{prefix}." if prefix else ""
         if getattr(gm, "has_mode_branches", False):
             gm.graph = pruned(gm, False)
+        detach_data(gm.graph)
         _Rewriting(gm, scope, result).run()
     _modules(result)
     for name, layer in result.layers.items():

@@ -121,6 +121,7 @@ def export_onnx(
         import onnxscript  # noqa: F401  (the exporter needs it)
     except ImportError as error:
         raise ExportError(needed("ONNX export", "onnx", error)) from error
+    _require_float32(qmodel)
     integer = integer_model(qmodel)
     trained = _trained(qmodel, inputs)
     expected = _reference(integer, inputs)
@@ -158,6 +159,16 @@ def export_onnx(
     for line in differences(report):
         log.warning("%s: %s", path, line)
     return report
+
+
+def _require_float32(qmodel: nn.Module) -> None:
+    for name, parameter in qmodel.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise ExportError(
+                f"{name} is in {kind}, and an ONNX file is written of a model in float32: copy.deepcopy(qmodel).float()"
+                ", and example_inputs in float32"
+            )
 
 
 def _store(proto: Any, integer: IntegerModel, profile: str, narrowest: int) -> None:

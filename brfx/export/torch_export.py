@@ -14,7 +14,9 @@ from brfx.analysis.observe import graphs
 from brfx.calibration import require_calibrated
 from brfx.errors import ExportError, first_line
 from brfx.export.destination import as_inputs, destination, replacing
+from brfx.graph.functionalize import detach_data
 from brfx.graph.mode_branches import pruned
+from brfx.graph.utils import attribute
 from brfx.metadata import metadata_entries
 from brfx.nn import QuantizedLayer
 
@@ -61,12 +63,16 @@ def _with_levels_as_weights(qmodel: nn.Module) -> nn.Module:
     for gm in graphs(frozen).values():
         if getattr(gm, "has_mode_branches", False):
             gm.graph = pruned(gm, False)  # torch.export reads the graph, which has both modes
+        detach_data(gm.graph)
+        gm.recompile()
     layers = [module for module in frozen.modules() if isinstance(module, QuantizedLayer) and module.regularized()]
     readers = Counter(id(layer._parameters.get("weight")) for layer in layers)
+    for gm in graphs(frozen).values():
+        readers.update(id(attribute(gm, node)) for node in gm.graph.nodes if node.op == "get_attr")
     for layer in layers:
         weight = layer._parameters.get("weight")
         if weight is None or readers[id(weight)] > 1:
-            continue  # it is computed, or each of several layers has its own levels of it: the program rounds it
+            continue  # it is computed, or something else reads it, perhaps in other levels: the program rounds it
         assert layer.weight_quantizer is not None
         if layer.weight_quantizer.calibrated:
             weight.copy_(layer.quantized_weight())

@@ -434,6 +434,16 @@ class _Functionalization:
         return TraceError(f"cannot trace {type(self.root).__name__}: {_said(node)}: {reason}")
 
 
+def detach_data(graph: fx.Graph) -> None:
+    """Let ``x.data`` be ``x.detach()``, for ``torch.export``, whose process dies of the former on a parameter.
+
+    They differ in what autograd notices of operations in place, so this is for graphs without gradients.
+    """
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is getattr and node.args[1] == "data":
+            node.op, node.target, node.args = "call_method", "detach", node.args[:1]
+
+
 def name_in_full(target: Any) -> str | None:
     """torch's name of a function or method with the underscore that says it works in place."""
     if isinstance(target, str):

@@ -362,3 +362,37 @@ def test_a_runtime_older_than_the_opset_says_what_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(ort, "__version__", "1.23.2")
     with pytest.raises(brfx.BrfxError, match=r"\(1\.23\.2 is older than its opset; .* the profile portable, runs\)$"):
         onnx_runner(tmp_path / "m.onnx")
+
+
+class ReadsData(torch.nn.Module):
+    """Reads the data of a weight, and keeps a weight masked, as autoregressive models of images do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.masked, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 2)
+        self.register_buffer("mask", torch.tril(torch.ones(3, 3)))
+
+    def forward(self, x):
+        self.masked.weight.data.mul_(self.mask)
+        x = self.masked(self.first(x).relu()) * self.first.weight.data.abs().mean()
+        return self.last(x.mean((2, 3)))
+
+
+def test_data_of_a_weight(tmp_path):
+    torch.manual_seed(0)
+    x = torch.rand(4, 3, 8, 8)
+    qmodel = brfx.prepare_qat(ReadsData(), brfx.QATConfig(weight_bits=2, act_bits=8), x)
+    brfx.calibrate(qmodel, [x])
+    brfx.snap_biases(qmodel.eval())
+    report = brfx.export_onnx(qmodel, tmp_path / "model.onnx", x)
+    torch.testing.assert_close(onnx_runner(report.path)(x)[0], qmodel(x), rtol=0, atol=1e-3)
+    program = torch.export.load(brfx.export_torch(qmodel, tmp_path / "model.pt2", x))
+    torch.testing.assert_close(program.module()(x), qmodel(x))
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_in_another_type_is_refused_by_name(tiny, images, tmp_path, kind):
+    qmodel = brfx.prepare_qat(tiny.to(kind), None, images.to(kind))
+    brfx.calibrate(qmodel, [images.to(kind)])
+    with pytest.raises(brfx.BrfxError, match=rf"is in {str(kind)[6:]}, .*float\(\)"):
+        brfx.export_onnx(qmodel, tmp_path / "model.onnx", images.to(kind))
