@@ -96,7 +96,7 @@ _WORDS = {
 
 def _settings(module: nn.Module) -> dict[str, Any]:
     """The module's attributes that its function takes as arguments, as far as they matter here."""
-    names = ("value", "mode", "min_val", "max_val", "threshold", "alpha")
+    names = ("value", "mode", "min_val", "max_val", "threshold", "alpha", "beta")
     values = {name: getattr(module, name, None) for name in names}
     return {name: value for name, value in values.items() if isinstance(value, (str, float, int))}
 
@@ -210,6 +210,20 @@ class _Call:
             else min(*lowest, self._lowest(self.arguments["alpha"])) < 0
         )
 
+    def negative_difference(self) -> bool:
+        """Of ``input - alpha * other``, where one of the two factors is a number."""
+        other, alpha = self.arguments.get("other"), self.arguments.get("alpha", 1)
+        if not _is_number(alpha):
+            return True
+        taken = other * alpha <= 0 if _is_number(other) else alpha <= 0 and not self.negative("other")
+        return not taken or self.negative("input")
+
+    def negative_filled(self) -> bool:
+        """Of ``input.masked_fill(mask, value)``: ``x.masked_fill(x < 0, 0)`` is none."""
+        value, mask = self.arguments.get("input"), self.arguments.get("mask")
+        kept = self._lowest(value) < 0 and not self._is_above(mask, value, below=True)
+        return kept or self.negative("value")
+
     def negative_product(self) -> bool:
         """Of ``input * other``: a square is never negative, nor is ``x * (x > 0)``."""
         a, b = self.arguments.get("input"), self.arguments.get("other")
@@ -284,6 +298,9 @@ _LOWEST = {"tanh": -1.0, "sin": -1.0, "cos": -1.0, "erf": -1.0, "softsign": -1.0
 #: Name -> whether its result may be negative.
 _SIGNS: dict[str, Callable[[_Call], bool]] = {
     **dict.fromkeys(("add", "iadd"), _Call.negative_sum),
+    **dict.fromkeys(("sub", "isub", "subtract"), _Call.negative_difference),
+    "masked_fill": _Call.negative_filled,
+    "softplus": lambda call: not call.above("beta", 0) and "beta" in call.arguments,
     **dict.fromkeys(_PRODUCTS, _Call.negative_product),
     **dict.fromkeys(_QUOTIENTS, lambda call: call.negative("input", "other")),
     **dict.fromkeys(("maximum", "fmax"), lambda call: call.negative("input") and call.negative("other")),

@@ -124,7 +124,8 @@ JOINS = frozenset({"cat", "concat", "concatenate", "stack", "hstack", "vstack"})
 #: Never negative, whatever goes in (NaN is not negative).
 NONNEGATIVE = words(
     """
-    relu relu6 sigmoid softmax hardsigmoid softplus exp exp2 square abs absolute norm softmin var std sqrt rsqrt
+    relu relu6 sigmoid softmax gumbel_softmax hardsigmoid exp exp2 square abs absolute norm linalg_norm
+    linalg_vector_norm hypot softmin var std sqrt rsqrt
     gt ge lt le eq ne logical_and logical_or logical_not isfinite isnan zeros ones zeros_like ones_like new_zeros
     new_ones rand rand_like
     """
@@ -133,12 +134,17 @@ NONNEGATIVE = words(
 KEEPS_SIGN = words(
     """
     avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d mean sum silu gelu
-    hardswish leaky_relu elu celu prelu mish lp_pool2d
+    hardswish leaky_relu elu celu prelu rrelu mish lp_pool2d glu log1p expm1 cumsum prod nansum floor ceil round trunc
+    tanh erf softsign hardshrink softshrink tanhshrink normalize local_response_norm fold float half double bfloat16
+    median sort topk kthvalue quantile reciprocal
     """
 ) | PASSES  # fmt: skip
 #: The names of a call's arguments, in order, where a sign or a factor depends on more than the first.
 _PARAMETERS = {
     "add iadd": "input other alpha",
+    "sub isub subtract": "input other alpha",
+    "masked_fill": "input mask value",
+    "softplus": "input beta threshold",
     "mul imul multiply": "input other",
     "div truediv itruediv divide true_divide": "input other rounding_mode",
     "maximum minimum fmax fmin": "input other",

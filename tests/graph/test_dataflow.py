@@ -18,6 +18,7 @@ class Net(nn.Module):
         self.silu, self.pool, self.average = nn.SiLU(), nn.MaxPool2d(2), nn.AvgPool2d(2)
         self.bicubic, self.threshold = nn.Upsample(scale_factor=2, mode="bicubic"), nn.Threshold(0.1, 0.0)
         self.elu, self.elu2 = nn.ELU(), nn.ELU(2.0)
+        self.softplus, self.softplus2 = nn.Softplus(), nn.Softplus(beta=-1.0)
         self.dropout, self.pad = nn.Dropout(0.1), nn.ConstantPad2d(1, 0.5)
         self.function = function
 
@@ -57,6 +58,8 @@ CASES = {
     "bilinear": (lambda m, x: F.interpolate(m.q(x), scale_factor=2, mode="bilinear"), False, False),
     "bicubic module": (lambda m, x: m.bicubic(m.q(x)), False, True),
     "threshold module": (lambda m, x: m.threshold(x), False, False),
+    "softplus module": (lambda m, x: m.softplus(x), False, False),
+    "softplus module, negative beta": (lambda m, x: m.softplus2(x), False, True),
     "elu module": (lambda m, x: 1 + m.elu(x), False, False),
     "larger elu module": (lambda m, x: 1 + m.elu2(x), False, True),
     "image": (lambda m, x: (x - 0.5) / 0.2, False, True),
@@ -78,7 +81,25 @@ SIGNS = {
     "add, other signed": (lambda p, q, x: torch.add(p, other=x), True),
     "add_, alpha": (lambda p, q, x: p.add_(q, alpha=-1), True),
     "subtract": (lambda p, q, x: p - q, True),
-    "sub, a negative number": (lambda p, q, x: torch.sub(p, -1), True),
+    "sub, a negative number": (lambda p, q, x: torch.sub(p, -1), False),
+    "sub, a negative alpha": (lambda p, q, x: torch.sub(p, q, alpha=-1), False),
+    "sub, two negatives": (lambda p, q, x: torch.sub(p, -1, alpha=-1), True),
+    "sub of signed, a negative alpha": (lambda p, q, x: p.sub(x, alpha=-1), True),
+    "masked_fill": (lambda p, q, x: x.masked_fill(x < 0, 0.0), False),
+    "masked_fill, wrong way": (lambda p, q, x: x.masked_fill(x > 0, 0.0), True),
+    "masked_fill, negative": (lambda p, q, x: p.masked_fill(p < 0.1, value=-1.0), True),
+    "softplus": (lambda p, q, x: F.softplus(x, 2.0), False),
+    "softplus, negative beta": (lambda p, q, x: F.softplus(x, beta=-1.0), True),
+    "log1p": (lambda p, q, x: torch.log1p(p), False),
+    "expm1": (lambda p, q, x: torch.expm1(p).cumsum(1).floor(), False),
+    "tanh of relu": (lambda p, q, x: p.tanh().erf(), False),
+    "log1p, signed": (lambda p, q, x: torch.log1p(x), True),
+    "a mask as numbers": (lambda p, q, x: (x > 0).float(), False),
+    "signed as numbers": (lambda p, q, x: x.float(), True),
+    "topk": (lambda p, q, x: p.topk(2, -1)[0], False),
+    "normalized": (lambda p, q, x: F.normalize(p, dim=1), False),
+    "hypot": (lambda p, q, x: torch.hypot(x, x), False),
+    "norm": (lambda p, q, x: torch.linalg.vector_norm(x, dim=1), False),
     "rsub": (lambda p, q, x: torch.rsub(p, 1), True),
     "mul, keyword": (lambda p, q, x: torch.mul(p, other=-2), True),
     "mul, two": (lambda p, q, x: torch.mul(input=p, other=q), False),
