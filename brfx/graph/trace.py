@@ -75,6 +75,22 @@ class _Value(fx.Proxy):
 
     tracer: Tracer
 
+    def __getattr__(self, name: str) -> Any:
+        """An input that the example says is a tensor has the attributes of one."""
+        self._require_of_tensors(name)
+        return super().__getattr__(name)
+
+    @property
+    def keys(self) -> Any:
+        """A method of every ``fx.Proxy``, by which Python code tells a dict from a tensor."""
+        self._require_of_tensors("keys")
+        return super().keys
+
+    def _require_of_tensors(self, name: str) -> None:
+        node = vars(self)["node"]
+        if node.op == "placeholder" and self.tracer.arguments.kinds.get(node.target) is torch.Tensor:
+            getattr(torch.Tensor, name)
+
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 

@@ -112,6 +112,18 @@ def test_an_input_that_is_a_tensor_or_a_dict(images):
         same(qmodel, model, example)
 
 
+def test_an_input_that_is_asked_for_the_methods_of_a_dict(images):
+    class Asks(FromDict):
+        def forward(self, x):
+            return self.inner(x["image"] if hasattr(x, "keys") else x)
+
+    model = Asks()
+    for example in (images, {"image": images}):
+        qmodel = brfx.prepare_qat(model, None, example)
+        assert isinstance(qmodel, GraphModule)
+        same(qmodel, model, example)
+
+
 def test_a_value_whose_type_a_trace_does_not_know_is_not_guessed(images):
     class Asks(nn.Sequential):
         def forward(self, x):
