@@ -269,7 +269,7 @@ def _no_lasting_change(node: Node, used: set[Node]) -> None:
         changed = changed.all_input_nodes[0]
     if any(other.op == "get_attr" and other.target == changed.target for other in used):
         raise ExportError(
-            f"{node.name}: changes {changed.target} in every call, which is a constant in a packed file; "
+            f"{node.name}: changes {changed.target} in place in every call, and a packed file has constants; "
             "export_onnx and export_torch write such models"
         )
 

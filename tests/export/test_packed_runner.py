@@ -144,7 +144,7 @@ def test_an_argument_that_may_be_none_and_is_given_is_an_input(tmp_path):
 @pytest.mark.parametrize("how", [scratch, averaged])
 def test_a_buffer_that_changes_in_every_call_is_no_constant(tmp_path, how):
     qmodel = prepared(how, torch.randn(4, 3, 8, 8))
-    with pytest.raises(ExportError, match="changes kept in every call, which is a constant in a packed file"):
+    with pytest.raises(ExportError, match="changes kept in place in every call, and a packed file has constants"):
         export_packed(qmodel, tmp_path / "model.safetensors")
     assert not list(tmp_path.iterdir())
 
