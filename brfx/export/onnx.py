@@ -166,8 +166,8 @@ def _require_float32(qmodel: nn.Module) -> None:
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             kind = str(parameter.dtype).removeprefix("torch.")
             raise ExportError(
-                f"{name} is in {kind}, and an ONNX file is written of a model in float32: copy.deepcopy(qmodel).float()"
-                ", and example_inputs in float32"
+                f"{name} is in {kind}, and an ONNX file is written of a model in float32: give "
+                "copy.deepcopy(qmodel).float(), and example_inputs in float32"
             )
 
 
