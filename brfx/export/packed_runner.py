@@ -91,8 +91,9 @@ class _Network:
             raise ExportError(f"{self.path}: {node['name']}: brfx does not run the operation {op!r}")
         if "arguments" in given:
             given_in_order = given.pop("arguments")
-            if function is getattr(torch, op, None) and isinstance(given_in_order[0], Tensor):
-                function = getattr(Tensor, op, function)  # which takes sizes one by one, as in x.permute(0, 2, 1)
+            method = getattr(Tensor, op, None)  # takes sizes one by one, as in x.permute(0, 2, 1)
+            if method and function is getattr(torch, op, None) and isinstance(given_in_order[0], Tensor):
+                return method(*given_in_order, **given)
             return function(*given_in_order, **given)
         if _refers(node["attributes"]):
             return function(**given)

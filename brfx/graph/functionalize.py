@@ -475,7 +475,7 @@ def _asks_for_type(node: Node) -> bool:
 
 
 def _is_type(value: Any) -> bool:
-    return isinstance(value, Node) and value.target is getattr and value.args[1] == "dtype"
+    return isinstance(value, Node) and value.target is getattr and bool(value.args[1] == "dtype")
 
 
 def _bound(node: Node) -> dict[str, Any]:
