@@ -263,8 +263,9 @@ def test_a_lambda_that_is_raised_later_trains(tiny, images, compiled):
         torch.testing.assert_close(found.grad, wanted.grad, msg=name)
 
 
-def test_a_penalty_is_pickled_and_copied_with_its_model(tiny, images):
-    qmodel = calibrated(tiny, images)
+def test_a_penalty_is_pickled_and_copied_with_its_model(images):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))
+    qmodel = calibrated(net, images)
     penalty = Regularizers(brfx.BinPenalty(qmodel, weight=1, act=0.5), KurtosisTerm(qmodel, 0.1))
     wanted = penalty(images)[1]
     for twin in (pickle.loads(pickle.dumps(penalty)), copy.deepcopy(penalty)):
