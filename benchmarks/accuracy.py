@@ -145,15 +145,20 @@ def start(table: str, variant: str, seed: int, given: argparse.Namespace) -> str
         flags = (*TABLES[table].common, *TABLES[table].variants[variant])
         command += ["--model", given.model, "--ckpt", str(given.ckpt), "--data", given.data, "--seed", str(seed)]
         command += ["--compile", given.compile, "--device", given.device, *flags, "--output-dir", str(run)]
-    if not (run / "result.json").is_file():
-        run.parent.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(given.threads)}
-        with open(run.parent / f"{name}.log", "a") as log:
-            failed = subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
-        if failed:
-            return f"{table}/{name}: failed, see {run.parent / name}.log"
+    if not completed(command, run, given.threads):
+        return f"{table}/{name}: failed, see {run}.log"
     keep_evidence(run, evidence)
     return f"{table}/{name}: done"
+
+
+def completed(command: list[str], run: Path, threads: int) -> bool:
+    """Run ``command`` unless the folder ``run`` has its result already; what it prints goes to ``RUN.log``."""
+    if (run / "result.json").is_file():
+        return True
+    run.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    with open(f"{run}.log", "a") as log:
+        return subprocess.run(command, stdout=log, stderr=log, env=environment).returncode == 0
 
 
 def keep_evidence(run: Path, evidence: Path) -> None:
@@ -242,18 +247,20 @@ def mean(values: list[float | None], form: str) -> str:
     return form.format(fmean(known)) if known else "-"
 
 
+def write_tables(page: Path, kind: str, tables: dict[str, tuple[str, list[str]]]) -> None:
+    """Write each table, a sentence and its lines, between the two markers ``<!-- KIND NAME: begin -->`` and ``end``."""
+    text = page.read_text()
+    for name, (sentence, lines) in tables.items():
+        begin, end = f"<!-- {kind} {name}: begin -->", f"<!-- {kind} {name}: end -->"
+        if begin in text and lines:
+            before, _, rest = text.partition(begin)
+            text = f"{before}{begin}\n{sentence}\n\n" + "\n".join(lines) + f"\n{end}{rest.partition(end)[2]}"
+    page.write_text(text)
+
+
 def page(given: argparse.Namespace) -> None:
-    """Write each table between its two marker lines."""
-    text = given.page.read_text()
-    for name, table in TABLES.items():
-        begin, end = f"<!-- accuracy {name}: begin -->", f"<!-- accuracy {name}: end -->"
-        lines = list(rows(name))
-        if begin not in text or not lines:
-            continue
-        common = f"{table.what.capitalize()}: `{' '.join(table.common)}`."
-        before, _, rest = text.partition(begin)
-        text = f"{before}{begin}\n{common}\n\n" + "\n".join(lines) + f"\n{end}{rest.partition(end)[2]}"
-    given.page.write_text(text)
+    sentences = {name: f"{table.what.capitalize()}: `{' '.join(table.common)}`." for name, table in TABLES.items()}
+    write_tables(given.page, "accuracy", {name: (sentences[name], list(rows(name))) for name in TABLES})
 
 
 def main() -> None:

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from accuracy import EVIDENCE, NO_BR, SYMMETRIC, interval, keep_evidence
+from accuracy import EVIDENCE, NO_BR, SYMMETRIC, completed, interval, keep_evidence, write_tables
 
 #: All training images train: the sets are too small to hold some out, and nothing is chosen.
 COMMON = ("--val-fraction", "0", "--keep", "last", "--compile", "off", "--batch-size", "8")
@@ -26,8 +24,9 @@ COMMON = ("--val-fraction", "0", "--keep", "last", "--compile", "off", "--batch-
 
 @dataclass(frozen=True)
 class Table:
-    """One set: flags of every run, those of the FP32 network's training, and those of each quantized form of it."""
+    """One set: the model, flags of every run, of the FP32 network's training, and of each quantized form of it."""
 
+    model: str
     common: tuple[str, ...]
     fp32: tuple[str, ...]
     quantized: dict[str, tuple[str, ...]]
@@ -35,7 +34,8 @@ class Table:
 
 TABLES = {
     "nuclei": Table(
-        ("--task", "segmentation", "--model", "examples/unet.py:unet", "--image-size", "192"),
+        "examples/unet.py:unet",
+        ("--task", "segmentation", "--image-size", "192"),
         ("--epochs", "100", "--lr", "0.05"),
         {
             "w4a4": ("--bits", "4", "--qat-epochs", "50", *NO_BR),
@@ -43,7 +43,8 @@ TABLES = {
         },
     ),
     "raccoon": Table(
-        ("--model", "ssdlite320_mobilenet_v3_large"),
+        "ssdlite320_mobilenet_v3_large",
+        (),
         ("--epochs", "40", "--lr", "0.02"),
         {
             "w4a4": ("--bits", "4", "--qat-epochs", "20", "--lr", "0.005", *NO_BR),
@@ -57,7 +58,7 @@ def start(name: str, variant: str, given: argparse.Namespace) -> str:
     """Run one variant to its end; what became of it in a line."""
     table, folder = TABLES[name], f"{variant}-seed{given.seed}"
     run, evidence = given.runs / name / folder, EVIDENCE / name / folder
-    command = [sys.executable, "-m", "brfx_cli", "train" if variant == "fp32" else "quantize"]
+    command = [sys.executable, "-m", "brfx_cli", "train" if variant == "fp32" else "quantize", "--model", table.model]
     if (run / "config.json").is_file():
         command += ["--resume", str(run)]
     else:
@@ -68,12 +69,8 @@ def start(name: str, variant: str, given: argparse.Namespace) -> str:
             command += ["--ckpt", str(given.runs / name / f"fp32-seed{given.seed}" / "last.pth")]
             command += table.quantized[variant]
         command += ["--output-dir", str(run)]
-    if not (run / "result.json").is_file():
-        run.parent.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(given.threads)}
-        with open(run.parent / f"{folder}.log", "a") as log:
-            if subprocess.run(command, stdout=log, stderr=log, env=environment).returncode:
-                return f"{name}/{folder}: failed, see {run.parent / folder}.log"
+    if not completed(command, run, given.threads):
+        return f"{name}/{folder}: failed, see {run}.log"
     keep_evidence(run, evidence)
     return f"{name}/{folder}: done"
 
@@ -116,17 +113,11 @@ def rows(name: str) -> Iterator[str]:
 
 
 def page(given: argparse.Namespace) -> None:
-    """Write each table between its two marker lines."""
-    text = given.page.read_text()
+    tables = {}
     for name, table in TABLES.items():
-        begin, end = f"<!-- task {name}: begin -->", f"<!-- task {name}: end -->"
-        lines = list(rows(name))
-        if begin not in text or not lines:
-            continue
-        common = f"Every run: `{' '.join((*table.common, *COMMON))}`."
-        before, _, rest = text.partition(begin)
-        text = f"{before}{begin}\n{common}\n\n" + "\n".join(lines) + f"\n{end}{rest.partition(end)[2]}"
-    given.page.write_text(text)
+        flags = " ".join(("--model", table.model, *table.common, *COMMON))
+        tables[name] = f"Every run: `{flags}`.", list(rows(name))
+    write_tables(given.page, "task", tables)
 
 
 def main() -> None:

@@ -231,7 +231,7 @@ class _Functionalization:
             value = _first(node) if _in_place(self.root.get_submodule(str(node.target))) else None
         elif node.op in ("call_function", "call_method"):
             value = node.kwargs["out"] if node.kwargs.get("out") is not None else None
-            if value is None and (_named_in_place(node) or _flag(node)):
+            if value is None and (named_in_place(node) or _flag(node)):
                 value = _first(node)
         if value is None or value in self.numbers:
             return None
@@ -455,7 +455,8 @@ def _first(node: Node) -> Any:
     return node.args[0] if node.args else next(iter(node.kwargs.values()), None)
 
 
-def _named_in_place(node: Node) -> bool:
+def named_in_place(node: Node) -> bool:
+    """Whether the name of what a node calls says that it changes its first argument: ``add_``, ``operator.iadd``."""
     if getattr(node.target, "__module__", "") == "_operator":  # operator.and_ is none: Python has the word `and`
         return node.target is operator.setitem or node.target in _OPERATORS
     name = name_in_full(node.target) or ""

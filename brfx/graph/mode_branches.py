@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 from torch.fx import Node
 
-from brfx.graph.functionalize import _named_in_place
+from brfx.graph.functionalize import named_in_place
 
 
 def select_by_mode(training: Any, evaluation: Any) -> Any:
@@ -150,7 +150,7 @@ def pruned(gm: fx.GraphModule, training: bool) -> fx.Graph:
 
 def changes_state(node: Node) -> bool:
     """Whether a node changes something in place: in a graph without such operations, the model's state."""
-    return node.op.startswith("call_") and node.op != "call_module" and _named_in_place(node)
+    return node.op.startswith("call_") and node.op != "call_module" and named_in_place(node)
 
 
 def _replaced(arguments: Any, old: Node, new: Any) -> Any:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from brfx.compat import factories_are_overridden, saved_tensors_are_hooked
 from brfx.errors import TraceError
-from brfx.graph.functionalize import _named_in_place
+from brfx.graph.functionalize import named_in_place
 from brfx.graph.torch_ops import words
 
 log = logging.getLogger(__name__)
@@ -250,7 +250,7 @@ def _is_itself(tracer: fx.Tracer, module: nn.Module, name: str, value: Any) -> b
     if not isinstance(value, fx.Proxy):
         return False
     node: Any = value.node
-    while isinstance(node, fx.Node) and node.op.startswith("call_") and _named_in_place(node):
+    while isinstance(node, fx.Node) and node.op.startswith("call_") and named_in_place(node):
         node = node.args[0]
     path = f"{tracer.path_of_module(module)}.{name}".lstrip(".")
     return isinstance(node, fx.Node) and node.op == "get_attr" and node.target == path
