@@ -421,6 +421,19 @@ def test_views_run_in_any_memory_format(x):
         torch.testing.assert_close(last, model(x))
 
 
+def test_a_view_that_a_buffer_is_written_through_stays_one(x):
+    """A reshape of it in another memory format is a copy, which would take the write."""
+    model = Net(lambda m, x: (m.seen.view(-1).add_(1.0), m.c(m.c0(x) + m.seen))[1])
+    model.register_buffer("seen", torch.zeros(1, 8, 1, 1))
+    qmodel = brfx.prepare_qat(model, None, x)
+    called = {node.target for node in qmodel.graph.nodes if node.op == "call_method"}
+    assert "view" in called and "reshape" not in called
+    before = qmodel.seen.clone()
+    with brfx.quantization_disabled(qmodel):
+        qmodel(x)
+    assert torch.equal(qmodel.seen, before + 1)
+
+
 def test_a_view_as_another_type_stays_one(x):
     def how(m, x):
         x = m.c0(x)

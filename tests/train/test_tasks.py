@@ -238,6 +238,7 @@ def test_inputs_by_name_go_where_the_model_takes_them():
     image, mask, scale = positional(two_inputs(), inputs)
     assert image is batch["image"] and mask is batch["mask"] and scale == 1.0
     assert positional(nn.Identity(), image) is image
+    assert len(positional(two_inputs(), (image, mask))) == 2  # not the defaults of what is not given
     with pytest.raises(brfx.BrfxError, match=r"inputs are 2 in a tuple, the model's forward takes input .*\(inputs,\)"):
         positional(nn.Identity(), (image, mask))
 
