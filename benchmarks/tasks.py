@@ -40,6 +40,7 @@ TABLES = {
         {
             "w4a4": ("--bits", "4", "--qat-epochs", "50", *NO_BR),
             "w2a2": ("--bits", "2", "--qat-epochs", "100", *SYMMETRIC, *NO_BR),
+            "w2a2-distilled": ("--bits", "2", "--qat-epochs", "100", *SYMMETRIC, *NO_BR, "--distill", "0.5"),
         },
     ),
     "raccoon": Table(
@@ -127,7 +128,7 @@ def main() -> None:
     running.add_argument("table", choices=TABLES)
     running.add_argument("--data", type=Path, required=True)
     running.add_argument("--runs", type=Path, required=True, help="where the run folders lie; outside the repository")
-    running.add_argument("--only", nargs="*", help="fp32, w4a4, w2a2")
+    running.add_argument("--only", nargs="*", help="variants, of which fp32 comes first")
     running.add_argument("--seed", type=int, default=0)
     running.add_argument("--threads", type=int, default=2)
     running.set_defaults(command=run)
