@@ -99,10 +99,11 @@ def load_float(
     Raises:
         CheckpointError: as :func:`read_state_dict`; or the first keys and shapes that do not fit, and what to do.
     """
-    state = read_state_dict(path, key)
     source = getattr(model, "brfx_source", None)
     if source is not None and hub_weights(source.name) == path:
         state = hub_state_dict(source.name)
+    else:
+        state = read_state_dict(path, key)
     state = _under_own_keys(state, model, path)
     own = model.state_dict()
     if any(".weight_quantizer." in name for name in state if name not in own):
